@@ -1,0 +1,191 @@
+"""Self-test of ``python -m normkernels.info``: every op against the papers' equations, evaluated in float64.
+
+Independent of the eager kernels and of the test suite: this is what an installation can check by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import normkernels as nk
+from normkernels.ops import _library
+
+ROUNDOFF = 2.0**-24  # float32, round to nearest
+SAMPLES, GROUPS, D, T, EPS = (6, 5, 5), 2, 4, 5, 1e-5
+M = 6 * 5 * 5  # samples of each channel
+Result = tuple[Sequence[Tensor], Sequence[Tensor], float]  # got, expected, tolerance relative to max |expected|
+
+
+class _Problem:
+    """Inputs in float64 on the CPU, the equations evaluated on them, and the tolerances that follow.
+
+    A float32 sum of n products is off by at most n roundoffs of the sum of their magnitudes, and a relative
+    error of the covariance is amplified by at most its condition number on the way to the inverse square
+    root. Hence: m roundoffs for a reduction; for a mix d and four more (mean, scale, shift, result) of the
+    largest sum of magnitudes; 3 T d for Newton's iteration, three products of length d in each step, times
+    the condition number, as for all that passes through the small matrix; a gradient twice that, because
+    every factor in it has been rounded once before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:  # values that float32 represents exactly
+            return torch.randn(shape, generator=generator).double()
+
+        n, *plane = SAMPLES
+        channels = GROUPS * D
+        mix = torch.eye(channels, dtype=torch.float64) + 0.2 * normal(channels, channels)
+        x = torch.einsum("ij,njhw->nihw", mix, normal(n, channels, *plane)) + 2
+        self.device = device
+        self.x = x.float().double()
+        self.y = (0.5 * self.x + normal(*self.x.shape)).float().double()
+        self.weight, self.bias = (1 + 0.1 * normal(channels)).float().double(), normal(channels)
+        self.mean, self.cov = (value.float().double() for value in _moments(self.x))
+        self.W = _newton(self.cov).float().double()
+        self.grad_W = normal(GROUPS, D, D)
+        A = self.weight.view(GROUPS, D, 1) * self.W
+        largest = A.abs() @ (_samples(self.x).abs() + self.mean.abs().view(GROUPS, D, 1)) + self.bias.abs().max()
+        y = _whiten(self.x, self.mean, self.W, self.weight, self.bias)
+        self.mix = (D + 4) * float(largest.max() / y.abs().max()) * ROUNDOFF
+        self.small = 3 * T * D * float(torch.linalg.cond(self.cov).max()) * ROUNDOFF
+        self.whole = self.small / (3 * T * D) * (M + 3 * T * D + D)
+
+    def here(self, *values: Tensor, requires_grad: bool = False) -> list[Tensor]:
+        """The same values in float32 on the device under test."""
+        return [value.to(self.device, torch.float32).requires_grad_(requires_grad) for value in values]
+
+
+def _samples(x: Tensor) -> Tensor:
+    """(N, C, *) -> (G, d, m)."""
+    return x.transpose(0, 1).reshape(GROUPS, D, -1)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """IterNorm, eq. 11 to 13, without eps I."""
+    rows = _samples(x)
+    centred = rows - rows.mean(2, keepdim=True)
+    return rows.mean(2).flatten(), centred @ centred.mT / M
+
+
+def _newton(cov: Tensor) -> Tensor:
+    """IterNorm, eq. 14, 15 and 17, as the paper writes them."""
+    eye = torch.eye(D, dtype=cov.dtype)
+    sigma = cov + EPS * eye
+    trace = sigma.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1)
+    P = eye.expand_as(sigma)
+    for _ in range(T):
+        P = 1.5 * P - 0.5 * P @ P @ P @ (sigma / trace)
+    return P / trace.sqrt()
+
+
+def _eigh(cov: Tensor) -> Tensor:
+    """DBN: IterNorm's eq. 2."""
+    values, vectors = torch.linalg.eigh(cov)
+    return vectors @ torch.diag_embed((values + EPS).rsqrt()) @ vectors.mT
+
+
+def _whiten(x: Tensor, mean: Tensor, W: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """IterNorm, eq. 16, with the scale and shift of section 3.3."""
+    columns = (W @ (_samples(x) - mean.view(GROUPS, D, 1))).flatten(0, 1)
+    y = weight.view(-1, 1) * columns + bias.view(-1, 1)
+    return y.view(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)
+
+
+def _check_moments(p: _Problem) -> Result:
+    (x,) = p.here(p.x)
+    count, mean, cov = nk.ops.moments(x, D)
+    return (torch.tensor(count), mean, cov), (torch.tensor(M), *_moments(p.x)), M * ROUNDOFF
+
+
+def _check_cross_moments(p: _Problem) -> Result:
+    expected = _samples(p.y) @ (_samples(p.x) - p.mean.view(GROUPS, D, 1)).mT, _samples(p.y).sum(2).flatten()
+    y, x, mean = p.here(p.y, p.x, p.mean)
+    return nk.ops.cross_moments(y, x, mean, D), expected, M * ROUNDOFF
+
+
+def _check_inverse_sqrt(p: _Problem) -> Result:
+    (cov,) = p.here(p.cov)
+    got = [nk.ops.inverse_sqrt(cov, T, EPS, method=method) for method in ("newton", "eigh")]
+    return got, (_newton(p.cov), _eigh(p.cov)), p.small
+
+
+def _check_inverse_sqrt_backward(p: _Problem) -> Result:
+    (cov,), (grad,) = p.here(p.cov, requires_grad=True), p.here(p.grad_W)
+    exact = p.cov.clone().requires_grad_()
+    got: list[Tensor] = []
+    expected: list[Tensor] = []
+    for method, root in (("newton", _newton), ("eigh", _eigh)):
+        got += torch.autograd.grad(nk.ops.inverse_sqrt(cov, T, EPS, method=method), cov, grad)
+        (gradient,) = torch.autograd.grad(root(exact), exact, p.grad_W)
+        expected.append((gradient + gradient.mT) / 2)  # the op's gradient is that of a symmetric argument
+    return got, expected, 2 * p.small
+
+
+def _check_whiten(p: _Problem) -> Result:
+    arguments = (p.x, p.mean, p.W, p.weight, p.bias)
+    return (nk.ops.whiten(*p.here(*arguments)),), (_whiten(*arguments),), p.mix
+
+
+def _iter_norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mean, cov = _moments(x)
+    W = _newton(cov)
+    return _whiten(x, mean, W, weight, bias), mean, W
+
+
+def _check_iter_norm(p: _Problem) -> Result:
+    x, weight, bias = p.here(p.x, p.weight, p.bias)
+    return nk.ops.iter_norm(x, D, T, EPS, weight, bias), _iter_norm(p.x, p.weight, p.bias), p.whole
+
+
+def _check_iter_norm_backward(p: _Problem) -> Result:
+    x, weight, bias = inputs = p.here(p.x, p.weight, p.bias, requires_grad=True)
+    y = nk.ops.iter_norm(x, D, T, EPS, weight, bias)[0]
+    got = torch.autograd.grad(y, inputs, p.here(p.y))
+    exact = [value.clone().requires_grad_() for value in (p.x, p.weight, p.bias)]
+    return got, torch.autograd.grad(_iter_norm(*exact)[0], exact, p.y), 2 * p.whole
+
+
+CHECKS: dict[str, Callable[[_Problem], Result]] = {
+    "moments": _check_moments,
+    "cross_moments": _check_cross_moments,
+    "inverse_sqrt": _check_inverse_sqrt,
+    "inverse_sqrt_backward": _check_inverse_sqrt_backward,
+    "whiten": _check_whiten,
+    "iter_norm": _check_iter_norm,
+    "iter_norm_backward": _check_iter_norm_backward,
+}
+
+
+def run(device: torch.device) -> Iterator[dict[str, Any]]:
+    """One row for each op and backend usable here: its error relative to float64, and the tolerance."""
+    problem = _Problem(device)
+    for backend in _library.BACKENDS:
+        if _library.availability(backend)[0]:
+            with nk.use_backend(backend):
+                for op in _library.ops():
+                    row = {"op": op, "device": device.type, "backend": backend, "passed": False}
+                    yield row | _outcome(op, problem)
+
+
+def _outcome(op: str, problem: _Problem) -> dict[str, Any]:
+    if op not in CHECKS:
+        return {"message": "the self-test has no check for this op"}
+    try:
+        got, expected, tolerance = CHECKS[op](problem)
+        error = max(_error(g, e) for g, e in zip(got, expected, strict=True))
+    except Exception as failure:  # an op that dies must not hide what the others do
+        return {"message": f"{type(failure).__name__}: {failure}"}
+    return {"passed": error <= tolerance, "error": error, "tolerance": tolerance}
+
+
+def _error(got: Tensor, expected: Tensor) -> float:
+    if got.shape != expected.shape:
+        raise ValueError(f"result: expected shape {tuple(expected.shape)}, got {tuple(got.shape)}")
+    if not got.isfinite().all():  # checked apart: max() would pass over a NaN, and JSON has none
+        raise ValueError("result: expected finite numbers, got NaN or infinity")
+    return float((got.cpu().double() - expected).abs().max() / expected.abs().max())

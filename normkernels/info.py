@@ -1,0 +1,149 @@
+"""What is installed here, which backend serves which op and why: ``python -m normkernels.info``.
+
+--json prints the same as one JSON object. --selftest runs every op on every device and backend that can be
+used here, against the papers' equations in float64, and exits with 1 when one of them is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+import normkernels as nk
+from normkernels import _build, _selftest
+from normkernels.ops import _library
+
+Report = dict[str, Any]
+
+
+def collect(selftest: bool = False) -> Report:
+    """Everything that this command shows, as plain data."""
+    nvcc = _build.find_nvcc()
+    types = _device_types()
+    report: Report = {
+        "normkernels": nk.__version__,
+        "torch": str(torch.__version__),
+        "triton": _installed_version("triton"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch_cuda": torch.version.cuda,
+        "nvcc": None if nvcc is None else {"path": nvcc.path, "version": ".".join(map(str, nvcc.version))},
+        "build": _build.build_record(),
+        "cpu": {
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "devices": [device for type in types for device in _devices(type)],
+        "backends": {name: _backend(name) for name in _library.BACKENDS},
+        "ops": [row for type in types for op in _library.ops() for row in _op_rows(op, type)],
+    }
+    if selftest:
+        report["selftest"] = [row for type in types for row in _selftest.run(torch.device(type))]
+        report["passed"] = all(row["passed"] for row in report["selftest"])
+    return report
+
+
+def _installed_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device_types() -> list[str]:
+    """ "cpu", and the type of the accelerator that torch sees, if there is one."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+
+
+def _devices(type: str) -> Iterator[Report]:
+    if type == "cuda":
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            yield {
+                "device": f"cuda:{i}",
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_bytes": properties.total_memory,
+            }
+    elif type != "cpu":
+        yield from ({"device": f"{type}:{i}"} for i in range(torch.accelerator.device_count()))
+
+
+def _backend(name: str) -> Report:
+    available, reason = _library.availability(name)
+    return {"available": available, "reason": reason}
+
+
+def _op_rows(op: str, device: str) -> Iterator[Report]:
+    """One row for each backend: does it serve the op on this type of device, and why (not)?"""
+    serving, why = _library.explain(op, torch.empty(0, device=device))
+    for name in _library.BACKENDS:
+        available, reason = _library.availability(name)
+        yield {
+            "op": op,
+            "device": device,
+            "backend": name,
+            "available": available,
+            "serves": name == serving,
+            "reason": why if name == serving else reason,
+        }
+
+
+def render(report: Report) -> str:
+    """The report as text for a terminal."""
+    build, cpu, nvcc = report["build"], report["cpu"], report["nvcc"]
+    lines = [
+        f"normkernels  {report['normkernels']}",
+        f"torch        {report['torch']}, CUDA {report['torch_cuda'] or 'none'}",
+        f"triton       {report['triton'] or 'not installed'}",
+        f"python       {report['python']}, {report['platform']}",
+        f"nvcc         {'none' if nvcc is None else nvcc['version'] + ', ' + nvcc['path']}",
+        f"extension    {'built' if build['built'] else 'not built'}: {build['reason']}",
+        f"cpu          {cpu['capability']}, {cpu['cores']} cores, {cpu['threads']} threads",
+    ]
+    for device in report["devices"]:
+        lines.append(f"{device['device']:12} {device.get('name', '')} {device.get('capability', '')}".rstrip())
+    lines += ["", "backends, fastest first"]
+    for name, backend in report["backends"].items():
+        lines.append(f"  {name:8} {'available' if backend['available'] else 'not available'}: {backend['reason']}")
+    lines += ["", f"  {'op':24} {'device':8} " + " ".join(f"{name:14}" for name in report["backends"])]
+    served: dict[tuple[str, str], list[str]] = {}
+    for row in report["ops"]:
+        state = "in use" if row["serves"] else "available" if row["available"] else "not available"
+        served.setdefault((row["op"], row["device"]), []).append(f"{state:14}")
+    lines += [f"  {op:24} {device:8} {' '.join(states)}".rstrip() for (op, device), states in served.items()]
+    reasons = dict.fromkeys((row["backend"], row["reason"]) for row in report["ops"] if row["serves"])
+    lines += [f"  why {name}: {reason}" for name, reason in reasons]
+    if "selftest" in report:
+        lines += ["", "self-test: error relative to float64, and its tolerance"]
+        for row in report["selftest"]:
+            detail = row.get("message") or f"{row['error']:.1e} <= {row['tolerance']:.1e}"
+            verdict = "pass" if row["passed"] else "FAIL"
+            lines.append(f"  {verdict} {row['op']:24} {row['device']:8} {row['backend']:8} {detail}")
+        lines.append("self-test passed" if report["passed"] else "self-test FAILED")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; the exit status is 1 when a self-test failed."""
+    parser = argparse.ArgumentParser(prog="python -m normkernels.info", description="What is installed, and why.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--selftest", action="store_true", help="run every op against float64 equations")
+    options = parser.parse_args(arguments)
+    report = collect(options.selftest)
+    print(json.dumps(report, indent=2) if options.json else render(report))
+    return 0 if report.get("passed", True) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""The one torch.library.Library, and which backend serves an op.
+
+PyTorch's dispatcher is the only dispatcher. Every op is defined here once, with its eager implementation under
+CompositeExplicitAutograd: that is the fallback on every device. A faster backend registers its own implementation
+under its device's key and so takes precedence there; ``use_backend`` re-registers an op for the time of
+a ``with`` block, which costs nothing outside of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("normkernels", "DEF")
+BACKENDS = ("cuda", "triton", "eager")  # fastest first
+
+# op -> backend -> implementation.
+_IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
+_UNAVAILABLE = {
+    "cuda": "this version of normkernels has no compiled CUDA kernels",
+    "triton": "this version of normkernels has no Triton kernels",
+}
+_chosen = "auto"
+
+
+def define(schema: str, *, eager: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define an op by its schema, with the eager implementation and the shape function (fake)."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    exact = full_precision(eager)
+    LIBRARY.impl(name, exact, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"normkernels::{name}", fake, lib=LIBRARY)
+    _IMPLEMENTATIONS[name] = {"eager": exact}
+
+
+def ops() -> tuple[str, ...]:
+    """Names of all ops, in order of definition."""
+    return tuple(_IMPLEMENTATIONS)
+
+
+def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run ``function`` without autocast and without reduced-precision float32 products.
+
+    Covariances and Newton's iteration lose all meaning in TF32 or bfloat16 (three decimal digits), and allowing
+    these for convolutions is not asking for that. Both switches are process-wide, so they are touched only
+    when they are set.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        with contextlib.ExitStack() as stack:
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            matmul: Any = getattr(torch.backends, "cuda" if device == "cuda" else "mkldnn").matmul
+            before = matmul.fp32_precision
+            if before not in ("none", "ieee"):
+                matmul.fp32_precision = "ieee"
+                stack.callback(setattr, matmul, "fp32_precision", before)
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def availability(backend: str) -> tuple[bool, str]:
+    """Whether a backend can run here, and why (not)."""
+    _check_backend(backend, BACKENDS)
+    if backend in _UNAVAILABLE:
+        return False, _UNAVAILABLE[backend]
+    return True, "plain PyTorch, on every device"
+
+
+def explain(op: str, tensor: Tensor) -> tuple[str, str]:
+    """(backend, reason) for ``op`` applied to a tensor like this one."""
+    if op not in _IMPLEMENTATIONS:
+        raise ValueError(f"op: expected one of {', '.join(_IMPLEMENTATIONS)}, got {op!r}")
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
+    if _chosen != "auto":
+        return _chosen, "chosen by use_backend or NORMKERNELS_BACKEND"
+    return "eager", "; ".join(f"{name}: {reason}" for name, reason in _UNAVAILABLE.items())
+
+
+def backend_of(op: str, tensor: Tensor) -> str:
+    """Name of the backend ("cuda", "triton" or "eager") that serves ``op`` on a tensor like this one.
+
+    Raises ValueError for an unknown op. ``python -m normkernels.info`` shows the reason too.
+    """
+    return explain(op, tensor)[0]
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Serve every op from one backend inside a ``with`` block; "auto" is the default order.
+
+    Ops that the backend does not implement stay with eager. It holds for the whole process (all threads),
+    like the dispatcher it changes.
+    Raises ValueError for an unknown name, RuntimeError for a backend that cannot run here.
+    """
+    global _chosen
+    _check_available(backend)
+    before, _chosen = _chosen, backend
+    overrides = torch.library.Library("normkernels", "IMPL")
+    try:
+        if backend != "auto":
+            for name, implementations in _IMPLEMENTATIONS.items():
+                for key in ("CPU", "CUDA"):
+                    overrides.impl(
+                        name, implementations.get(backend, implementations["eager"]), key, allow_override=True
+                    )
+        yield
+    finally:
+        overrides._destroy()
+        _chosen = before
+
+
+def _check_backend(backend: str, names: tuple[str, ...]) -> None:
+    if backend not in names:
+        raise ValueError(f"backend: expected one of {', '.join(names)}, got {backend!r}")
+
+
+def _check_available(backend: str) -> None:
+    _check_backend(backend, ("auto", *BACKENDS))
+    if backend != "auto":
+        available, reason = availability(backend)
+        if not available:
+            raise RuntimeError(f"backend {backend!r} is not available: {reason}")
+
+
+def apply_environment() -> None:
+    """Follow NORMKERNELS_BACKEND; called once, when all ops are defined."""
+    backend = os.environ.get("NORMKERNELS_BACKEND", "auto")
+    try:
+        _environment.enter_context(use_backend(backend))
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"NORMKERNELS_BACKEND: {error}") from None
+
+
+_environment = contextlib.ExitStack()

@@ -1,0 +1,115 @@
+"""Plain PyTorch implementation of the small matrix function W = (cov + eps I)^(-1/2) and its adjoint.
+
+Nothing here touches activations: all tensors are (G, d, d) or smaller, in float32 or float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from normkernels.ops._tiles import matmul
+
+
+def sym(a: Tensor) -> Tensor:
+    return 0.5 * (a + a.mT)
+
+
+def eye_like(a: Tensor) -> Tensor:
+    """I (d, d), to broadcast against a (G, d, d)."""
+    return torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
+
+
+def step(M: Tensor) -> Tensor:
+    """Q = (3 I - M) / 2, the factor by which an iteration multiplies P."""
+    return torch.sub(1.5 * eye_like(M), M, alpha=0.5)
+
+
+def newton(S: Tensor, num_iterations: int) -> Tensor:
+    """P_T -> S^(-1/2) for symmetric S (G, d, d) with eigenvalues in [0, 1].
+
+    Eq. 17 through its residual M_k = P_k^2 S: P_{k+1} = P_k Q_k and M_{k+1} = M_k Q_k^2. The same P_k in exact
+    arithmetic, and stable in float32 where P - P^3 S amplifies rounding errors. 3 (T - 1) products.
+    """
+    if num_iterations == 0:
+        return eye_like(S).expand_as(S)
+    M, Q = S, step(S)
+    P = Q
+    for _ in range(num_iterations - 1):
+        M = matmul(M, matmul(Q, Q))
+        Q = step(M)
+        P = matmul(P, Q)
+    return P
+
+
+def newton_adjoint(E: Tensor, S: Tensor, num_iterations: int) -> Tensor:
+    """sym dL/dS for E = sym dL/dP_T.
+
+    The Frechet derivative of a matrix function at a symmetric S is self-adjoint, so the gradient is
+    the forward derivative of the same recursion in the direction E: one sweep upward, no stored iterates.
+    """
+    if num_iterations == 0:
+        return torch.zeros_like(E)
+    M, Q, dM = S, step(S), E
+    P, dP = Q, -0.5 * dM
+    for _ in range(num_iterations - 1):
+        X = matmul(dM, M)
+        U = matmul(M, torch.add(X.mT, X, alpha=0.5))
+        Z = torch.add(0.25 * U, X, alpha=-1.5)
+        dM = torch.add(Z + Z.mT, dM, alpha=2.25)  # of M Q^2 = 2.25 M - 1.5 M^2 + .25 M^3
+        M = matmul(M, matmul(Q, Q))
+        Q = step(M)
+        dP = sym(torch.sub(matmul(dP, Q), matmul(P, dM), alpha=0.5))
+        P = matmul(P, Q)
+    return dP
+
+
+def scale_of(cov: Tensor, scaling: str) -> Tensor:
+    """The (G, 1) upper bound of the largest eigenvalue that eq. 14 divides by: trace or Frobenius norm."""
+    if scaling == "trace":
+        scale = cov.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    else:
+        scale = torch.linalg.matrix_norm(cov).unsqueeze(-1)
+    return scale.clamp(min=torch.finfo(cov.dtype).tiny)  # eps = 0 and a constant batch: W stays finite
+
+
+def add_eps(cov: Tensor, eps: float) -> Tensor:
+    return cov + eps * eye_like(cov)
+
+
+def inverse_sqrt(
+    cov: Tensor, num_iterations: int, eps: float, scaling: str, method: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """W with what its adjoint needs: (S, scale (G, 1)) for newton, (eigenvectors, s (G, d)) for eigh."""
+    if method == "newton":
+        cov = add_eps(cov, eps)
+        scale = scale_of(cov, scaling)
+        S = cov / scale.unsqueeze(-1)
+        return newton(S, num_iterations) / scale.unsqueeze(-1).sqrt(), S, scale
+
+    # LAPACK raises on NaN, and a bad batch must not stop the training: its W is NaN, as any norm's output.
+    finite = cov.isfinite().all(-1).all(-1).view(-1, 1, 1)
+    eigenvalues, U = torch.linalg.eigh(torch.where(finite, cov, eye_like(cov)))
+    # Rounding makes zero eigenvalues slightly negative. The last bound only matters for eps = 0.
+    s = (eigenvalues.clamp(min=0) + eps).clamp(min=torch.finfo(cov.dtype).tiny ** 0.5).sqrt()
+    W = matmul(U / s.unsqueeze(-2), U.mT)
+    return torch.where(finite, W, torch.nan), U.contiguous(), s
+
+
+def inverse_sqrt_adjoint(
+    grad: Tensor, W: Tensor, residual: Tensor, scale: Tensor, num_iterations: int, scaling: str, method: str
+) -> Tensor:
+    """sym dL/dcov for grad = dL/dW."""
+    E = sym(grad)
+    if method == "eigh":
+        U, s = residual, scale
+        # Daleckii-Krein with the difference quotient of t^(-1/2) written without a division by
+        # (lambda_i - lambda_j): finite where eigenvalues coincide, unlike autograd through eigh.
+        K = -1.0 / (s.unsqueeze(-1) * s.unsqueeze(-2) * (s.unsqueeze(-1) + s.unsqueeze(-2)))
+        return sym(matmul(matmul(U, K * matmul(matmul(U.mT, E), U)), U.mT))
+    # eq. 6: S = cov / scale and W = P / sqrt(scale); both depend on the scale, whose gradient is I or S.
+    S, scale = residual, scale.unsqueeze(-1)
+    dS = newton_adjoint(E / scale.sqrt(), S, num_iterations)
+    d_scale = -((dS * S).sum((1, 2), keepdim=True) + 0.5 * (E * W).sum((1, 2), keepdim=True)) / scale
+    gradient = eye_like(S) if scaling == "trace" else S
+    return dS / scale + d_scale * gradient
