@@ -2,7 +2,7 @@
 
 PyTorch's dispatcher is the only dispatcher. Every op is defined here once, with its eager implementation under
 CompositeExplicitAutograd: that is the fallback on every device. A faster backend registers its own implementation
-under its device's key and so takes precedence there; ``use_backend`` re-registers an op for the time of
+under its device's key and so takes precedence there; ``use_backend`` re-registers the ops for the time of
 a ``with`` block, which costs nothing outside of it.
 """
 
@@ -27,15 +27,31 @@ _UNAVAILABLE = {
     "triton": "this version of normkernels has no Triton kernels",
 }
 _chosen = "auto"
+_overrides: torch.library.Library | None = None
 
 
-def define(schema: str, *, eager: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define an op by its schema, with the eager implementation and the shape function (fake)."""
+def define(
+    schema: str,
+    *,
+    eager: Callable[..., Any],
+    fake: Callable[..., Any],
+    autograd: type[torch.autograd.Function] | None = None,
+) -> None:
+    """Define an op by its schema, with the eager implementation, the shape function (fake) and its gradient.
+
+    The public functions apply ``autograd`` themselves: it is cheaper than the registration, and forward-mode
+    differentiation raises where the registration would return zeros. The raw op has it registered all the same, for
+    exported programs, in which nothing but the raw op is left.
+    """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     exact = full_precision(eager)
     LIBRARY.impl(name, exact, "CompositeExplicitAutograd")
     torch.library.register_fake(f"normkernels::{name}", fake, lib=LIBRARY)
+    if autograd is not None:
+        torch.library.register_autograd(
+            f"normkernels::{name}", autograd.backward, setup_context=autograd.setup_context, lib=LIBRARY
+        )
     _IMPLEMENTATIONS[name] = {"eager": exact}
 
 
@@ -58,11 +74,13 @@ def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
         with contextlib.ExitStack() as stack:
             if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-            matmul: Any = getattr(torch.backends, "cuda" if device == "cuda" else "mkldnn").matmul
-            before = matmul.fp32_precision
-            if before not in ("none", "ieee"):
-                matmul.fp32_precision = "ieee"
-                stack.callback(setattr, matmul, "fp32_precision", before)
+            backends: Any = torch.backends
+            on_cpu = (backends.mkldnn.matmul, backends.mkldnn.conv)
+            for kind in (backends.cuda.matmul,) if device == "cuda" else on_cpu:
+                before = kind.fp32_precision
+                if before not in ("none", "ieee"):
+                    kind.fp32_precision = "ieee"
+                    stack.callback(setattr, kind, "fp32_precision", before)
             return function(*args, **kwargs)
 
     return wrapped
@@ -82,8 +100,10 @@ def explain(op: str, tensor: Tensor) -> tuple[str, str]:
         raise ValueError(f"op: expected one of {', '.join(_IMPLEMENTATIONS)}, got {op!r}")
     if not isinstance(tensor, Tensor):
         raise TypeError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
-    if _chosen != "auto":
+    if _chosen in _IMPLEMENTATIONS[op]:
         return _chosen, "chosen by use_backend or NORMKERNELS_BACKEND"
+    if _chosen != "auto":
+        return "eager", f"{_chosen} was chosen and does not implement it"
     return "eager", "; ".join(f"{name}: {reason}" for name, reason in _UNAVAILABLE.items())
 
 
@@ -103,21 +123,28 @@ def use_backend(backend: str) -> Iterator[None]:
     like the dispatcher it changes.
     Raises ValueError for an unknown name, RuntimeError for a backend that cannot run here.
     """
-    global _chosen
     _check_available(backend)
-    before, _chosen = _chosen, backend
-    overrides = torch.library.Library("normkernels", "IMPL")
+    before = _chosen
+    _choose(backend)
     try:
-        if backend != "auto":
-            for name, implementations in _IMPLEMENTATIONS.items():
-                for key in ("CPU", "CUDA"):
-                    overrides.impl(
-                        name, implementations.get(backend, implementations["eager"]), key, allow_override=True
-                    )
         yield
     finally:
-        overrides._destroy()
-        _chosen = before
+        _choose(before)
+
+
+def _choose(backend: str) -> None:
+    global _chosen, _overrides
+    if _overrides is not None:
+        # Before, not after, the next one is registered: the dispatcher warns of kernels that replace kernels.
+        _overrides._destroy()
+        _overrides = None
+    _chosen = backend
+    if backend == "auto":
+        return
+    _overrides = torch.library.Library("normkernels", "IMPL")
+    for name, implementations in _IMPLEMENTATIONS.items():
+        for key in ("CPU", "CUDA"):
+            _overrides.impl(name, implementations.get(backend, implementations["eager"]), key)
 
 
 def _check_backend(backend: str, names: tuple[str, ...]) -> None:
@@ -137,9 +164,7 @@ def apply_environment() -> None:
     """Follow NORMKERNELS_BACKEND; called once, when all ops are defined."""
     backend = os.environ.get("NORMKERNELS_BACKEND", "auto")
     try:
-        _environment.enter_context(use_backend(backend))
+        _check_available(backend)
     except (ValueError, RuntimeError) as error:
         raise type(error)(f"NORMKERNELS_BACKEND: {error}") from None
-
-
-_environment = contextlib.ExitStack()
+    _choose(backend)

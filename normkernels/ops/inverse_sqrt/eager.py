@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normkernels.ops._tiles import matmul
+from normkernels.ops._products import matmul
 
 
 def sym(a: Tensor) -> Tensor:

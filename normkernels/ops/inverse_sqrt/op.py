@@ -113,6 +113,7 @@ def _backward_fake(
 define(
     "inverse_sqrt(Tensor cov, int num_iterations, float eps, str scaling, str method) -> (Tensor, Tensor, Tensor)",
     eager=eager.inverse_sqrt,
+    autograd=_InverseSqrt,
     fake=_fake,
 )
 define(

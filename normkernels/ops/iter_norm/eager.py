@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normkernels.ops._tiles import as_groups, matmul
+from normkernels.ops._products import matmul
+from normkernels.ops._tiles import as_groups
 from normkernels.ops.inverse_sqrt.eager import inverse_sqrt, inverse_sqrt_adjoint
 from normkernels.ops.moments.eager import shifted_moments, summed_products
 from normkernels.ops.whiten.eager import affine, mix, per_group

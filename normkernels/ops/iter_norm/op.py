@@ -152,6 +152,7 @@ define(
     "iter_norm(Tensor x, Tensor? weight, Tensor? bias, int group_size, int num_iterations, float eps, str scaling, "
     "str method) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     eager=eager.iter_norm,
+    autograd=_IterNorm,
     fake=_fake,
 )
 define(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from normkernels.ops._checks import statistics_dtype
-from normkernels.ops._tiles import Scratch, as_groups, products, tiles
+from normkernels.ops._products import products
+from normkernels.ops._tiles import Scratch, as_groups, tiles
 
 
 def shifted_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,13 +50,13 @@ def summed_products(y: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor,
     cross = torch.zeros(g, d, d, dtype=dtype, device=x.device)
     sum_y = torch.zeros(g, d, dtype=torch.float64, device=x.device)
     sum_x = torch.zeros_like(sum_y)
-    scratch = Scratch(x, dtype, parts=2)
+    scratch_y, scratch_x = Scratch(x, dtype, slot=0), Scratch(x, dtype, slot=1)
     for samples, at in tiles(x):
-        both = scratch.fill((y[samples, :, :, at], None), (x[samples, :, :, at], mean))
-        sums = both.sum(-1)
-        sum_y += sums[:, :d]
-        sum_x += sums[:, d:]
-        for groups, product in products(both[:, :d], both[:, d:].mT):
+        left = scratch_y.fill((y[samples, :, :, at], None))
+        right = scratch_x.fill((x[samples, :, :, at], mean))
+        sum_y += left.sum(-1)
+        sum_x += right.sum(-1)
+        for groups, product in products(left, right.mT):
             cross[groups] += product
     return cross, sum_y, sum_x
 

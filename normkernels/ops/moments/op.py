@@ -9,6 +9,7 @@ from torch import Tensor
 
 from normkernels.ops._checks import check_data, check_like, resolve_group_size, statistics_dtype
 from normkernels.ops._library import define
+from normkernels.ops._tiles import in_layout_of
 from normkernels.ops.moments import eager
 
 
@@ -102,9 +103,9 @@ class _CrossMoments(torch.autograd.Function):
         from normkernels.ops.whiten.op import whiten
 
         y, x, mean, sum_y = ctx.saved_tensors
-        grad_y = whiten(x, mean, grad_cross, bias=grad_sum)
-        grad_x = whiten(y, torch.zeros_like(mean), grad_cross.mT)
-        grad_mean = -(grad_cross.mT @ sum_y.view(*grad_cross.shape[:2], 1)).flatten()
+        grad_y = in_layout_of(y, whiten(x, mean, grad_cross, bias=grad_sum))
+        grad_x = in_layout_of(x, whiten(y, torch.zeros_like(mean), grad_cross.mT))
+        grad_mean = -(grad_cross * sum_y.view(*grad_cross.shape[:2], 1)).sum(1).flatten()
         return grad_y, grad_x, grad_mean, None
 
 
@@ -121,9 +122,15 @@ def _cross_moments_fake(y: Tensor, x: Tensor, mean: Tensor, group_size: int) -> 
     return mean.new_empty((x.shape[1] // group_size, group_size, group_size)), torch.empty_like(mean)
 
 
-define("moments(Tensor x, int group_size) -> (Tensor, Tensor)", eager=eager.moments, fake=_moments_fake)
+define(
+    "moments(Tensor x, int group_size) -> (Tensor, Tensor)",
+    eager=eager.moments,
+    autograd=_Moments,
+    fake=_moments_fake,
+)
 define(
     "cross_moments(Tensor y, Tensor x, Tensor mean, int group_size) -> (Tensor, Tensor)",
     eager=eager.cross_moments,
+    autograd=_CrossMoments,
     fake=_cross_moments_fake,
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normkernels.ops._tiles import Scratch, as_groups, empty_output, products, tiles
+from normkernels.ops._products import products
+from normkernels.ops._tiles import Scratch, as_groups, empty_output, tiles
 
 
 def mix(sources: list[tuple[Tensor, Tensor | None]], matrix: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from normkernels.ops._checks import check_affine, check_data, check_like, check_tensor, statistics_dtype
 from normkernels.ops._library import define
-from normkernels.ops._tiles import empty_output
+from normkernels.ops._tiles import empty_output, in_layout_of
 from normkernels.ops.moments.op import cross_moments
 from normkernels.ops.whiten import eager
 
@@ -63,11 +63,11 @@ class _Whiten(torch.autograd.Function):
         x, mean, W, weight = ctx.saved_tensors
         need_x, *need_others = ctx.needs_input_grad
         A = eager.affine(W, weight)
-        grad_x = whiten(grad, torch.zeros_like(mean), A.mT) if need_x else None
+        grad_x = in_layout_of(x, whiten(grad, torch.zeros_like(mean), A.mT)) if need_x else None
         if not any(need_others):
             return grad_x, None, None, None, None
         D, f = cross_moments(grad, x, mean, W.shape[1])
-        grad_mean = -(A.mT @ f.view(*W.shape[:2], 1)).flatten()
+        grad_mean = -(A * f.view(*W.shape[:2], 1)).sum(1).flatten()  # A^T f; a matmul would follow autocast
         grad_weight = None if weight is None else (D * W).sum(2).flatten().to(weight.dtype)
         grad_bias = None if ctx.bias_dtype is None else f.to(ctx.bias_dtype)
         return grad_x, grad_mean, eager.affine(D, weight), grad_weight, grad_bias
@@ -80,5 +80,6 @@ def _whiten_fake(x: Tensor, mean: Tensor, W: Tensor, weight: Tensor | None, bias
 define(
     "whiten(Tensor x, Tensor mean, Tensor W, Tensor? weight, Tensor? bias) -> Tensor",
     eager=eager.whiten,
+    autograd=_Whiten,
     fake=_whiten_fake,
 )
