@@ -80,10 +80,17 @@ def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
                 before = kind.fp32_precision
                 if before not in ("none", "ieee"):
                     kind.fp32_precision = "ieee"
-                    stack.callback(setattr, kind, "fp32_precision", before)
+                    stack.callback(_restore_precision, kind, before)
             return function(*args, **kwargs)
 
     return wrapped
+
+
+def _restore_precision(kind: Any, before: str) -> None:
+    """Back to the precision in force before, and to inheriting it ("none") where that comes to the same."""
+    kind.fp32_precision = "none"
+    if kind.fp32_precision != before:
+        kind.fp32_precision = before
 
 
 def availability(backend: str) -> tuple[bool, str]:

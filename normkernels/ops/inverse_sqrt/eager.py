@@ -6,9 +6,7 @@ Nothing here touches activations: all tensors are (G, d, d) or smaller, in float
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
-from normkernels.ops._products import matmul
+from torch import Tensor, bmm
 
 
 def sym(a: Tensor) -> Tensor:
@@ -36,9 +34,9 @@ def newton(S: Tensor, num_iterations: int) -> Tensor:
     M, Q = S, step(S)
     P = Q
     for _ in range(num_iterations - 1):
-        M = matmul(M, matmul(Q, Q))
+        M = bmm(M, bmm(Q, Q))
         Q = step(M)
-        P = matmul(P, Q)
+        P = bmm(P, Q)
     return P
 
 
@@ -53,14 +51,14 @@ def newton_adjoint(E: Tensor, S: Tensor, num_iterations: int) -> Tensor:
     M, Q, dM = S, step(S), E
     P, dP = Q, -0.5 * dM
     for _ in range(num_iterations - 1):
-        X = matmul(dM, M)
-        U = matmul(M, torch.add(X.mT, X, alpha=0.5))
+        X = bmm(dM, M)
+        U = bmm(M, torch.add(X.mT, X, alpha=0.5))
         Z = torch.add(0.25 * U, X, alpha=-1.5)
         dM = torch.add(Z + Z.mT, dM, alpha=2.25)  # of M Q^2 = 2.25 M - 1.5 M^2 + .25 M^3
-        M = matmul(M, matmul(Q, Q))
+        M = bmm(M, bmm(Q, Q))
         Q = step(M)
-        dP = sym(torch.sub(matmul(dP, Q), matmul(P, dM), alpha=0.5))
-        P = matmul(P, Q)
+        dP = sym(torch.sub(bmm(dP, Q), bmm(P, dM), alpha=0.5))
+        P = bmm(P, Q)
     return dP
 
 
@@ -92,7 +90,7 @@ def inverse_sqrt(
     eigenvalues, U = torch.linalg.eigh(torch.where(finite, cov, eye_like(cov)))
     # Rounding makes zero eigenvalues slightly negative. The last bound only matters for eps = 0.
     s = (eigenvalues.clamp(min=0) + eps).clamp(min=torch.finfo(cov.dtype).tiny ** 0.5).sqrt()
-    W = matmul(U / s.unsqueeze(-2), U.mT)
+    W = bmm(U / s.unsqueeze(-2), U.mT)
     return torch.where(finite, W, torch.nan), U.contiguous(), s
 
 
@@ -106,7 +104,7 @@ def inverse_sqrt_adjoint(
         # Daleckii-Krein with the difference quotient of t^(-1/2) written without a division by
         # (lambda_i - lambda_j): finite where eigenvalues coincide, unlike autograd through eigh.
         K = -1.0 / (s.unsqueeze(-1) * s.unsqueeze(-2) * (s.unsqueeze(-1) + s.unsqueeze(-2)))
-        return sym(matmul(matmul(U, K * matmul(matmul(U.mT, E), U)), U.mT))
+        return sym(bmm(bmm(U, K * bmm(bmm(U.mT, E), U)), U.mT))
     # eq. 6: S = cov / scale and W = P / sqrt(scale); both depend on the scale, whose gradient is I or S.
     S, scale = residual, scale.unsqueeze(-1)
     dS = newton_adjoint(E / scale.sqrt(), S, num_iterations)

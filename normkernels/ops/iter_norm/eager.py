@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normkernels.ops._products import matmul
-from normkernels.ops._tiles import as_groups
 from normkernels.ops.inverse_sqrt.eager import inverse_sqrt, inverse_sqrt_adjoint
 from normkernels.ops.moments.eager import shifted_moments, summed_products
-from normkernels.ops.whiten.eager import affine, mix, per_group
+from normkernels.ops.whiten.eager import affine, mix
 
 
 def iter_norm(
@@ -22,17 +20,16 @@ def iter_norm(
     scaling: str,
     method: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    groups = as_groups(x, group_size)
-    exact_mean, cov = shifted_moments(groups)
+    exact_mean, cov = shifted_moments(x, group_size)
     W, residual, scale = inverse_sqrt(cov, num_iterations, eps, scaling, method)
     mean = exact_mean.to(cov.dtype)
     A = affine(W, weight)
-    # x - mean is exact to the rounding of the mean, which goes into the shift: at a mean of 1e5 standard
+    # x - mean is exact to the rounding of the mean, which goes into the bias: at a mean of 1e5 standard
     # deviations it would show in the third decimal of y.
-    shift = matmul(A, (mean - exact_mean).to(A.dtype).unsqueeze(2)).squeeze(2)
-    beta = per_group(bias, W)
-    y = mix([(groups, mean)], A, shift if beta is None else shift + beta, like=x)
-    return y, mean.flatten(), W, residual, scale
+    beta = torch.bmm(A, (mean - exact_mean).to(A.dtype).view(-1, group_size, 1)).flatten()
+    if bias is not None:
+        beta += bias
+    return mix([(x, mean)], A, beta, like=x), mean, W, residual, scale
 
 
 def iter_norm_backward(
@@ -47,17 +44,16 @@ def iter_norm_backward(
     scaling: str,
     method: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    d = W.shape[1]
+    g, d, _ = W.shape
     m = max(x.numel() // x.shape[1], 1)
-    grads, groups, centre = as_groups(grad, d), as_groups(x, d), mean.view(-1, d)
-    D, sum_grad, sum_centred = summed_products(grads, groups, centre)
+    D, sum_grad, sum_centred = summed_products(grad, x, mean, d)
     # What the rounding of the mean left in x - mean is taken out of everything linear in it.
-    offset = (sum_centred / m).to(W.dtype).unsqueeze(2)
-    f = sum_grad.to(W.dtype).unsqueeze(2)
+    offset = (sum_centred / m).to(W.dtype).view(g, d, 1)
+    f = sum_grad.to(W.dtype).view(g, d, 1)
     D = D - f * offset.mT
 
     A = affine(W, weight).mT
     B = inverse_sqrt_adjoint(affine(D, weight), W, residual, scale, num_iterations, scaling, method) * (2 / m)
-    constant = -(matmul(A, f) / m + matmul(B, offset)).squeeze(2)
-    grad_x = mix([(grads, None), (groups, centre)], torch.cat((A, B), dim=2), constant, like=x)
+    constant = -(torch.bmm(A, f) / m + torch.bmm(B, offset)).flatten()
+    grad_x = mix([(grad, None), (x, mean)], torch.cat((A, B), dim=2), constant, like=x)
     return grad_x, (D * W).sum(2).flatten(), f.flatten()
