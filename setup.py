@@ -1,0 +1,211 @@
+"""Build script: compiles the CUDA extension where that is possible and records why where it is not.
+
+NORMKERNELS_BUILD=auto|cuda|none. auto (the default) always installs, cuda fails with one message when the
+extension cannot be compiled, none never compiles. Everything else is declared in pyproject.toml; sources,
+flags and architectures are in csrc/build.json. CMakeLists.txt builds what ``describe`` tells it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import setuptools
+from setuptools import Command, Extension, setup
+from setuptools.command.build import build
+
+ROOT = Path(__file__).resolve().parent
+
+
+def load_build_module() -> ModuleType:
+    """normkernels/_build.py by its path: importing it through the package would import torch."""
+    spec = importlib.util.spec_from_file_location("normkernels_build", ROOT / "normkernels" / "_build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+_build = load_build_module()
+
+
+def build_configuration() -> dict[str, Any]:
+    """csrc/build.json."""
+    configuration: dict[str, Any] = json.loads((ROOT / "csrc" / "build.json").read_text(encoding="utf-8"))
+    return configuration
+
+
+def source_files(configuration: dict[str, Any], suffix: str = "") -> list[str]:
+    """Sources of the extension that end in ``suffix``, sorted, relative to the root as setuptools asks."""
+    found = (path for pattern in configuration["sources"] for path in (ROOT / "csrc").glob(pattern))
+    return sorted(path.relative_to(ROOT).as_posix() for path in found if path.name.endswith(suffix))
+
+
+def prepare_environment(tools: Any, configuration: dict[str, Any]) -> None:
+    """Defaults for what torch's build helper reads from the environment; the user's own settings win."""
+    import torch
+
+    # Before torch.utils.cpp_extension is imported, which looks for the toolkit only once.
+    os.environ.setdefault("CUDA_HOME", tools.nvcc.home)
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(tools.ninja).parent)])
+    if not torch.cuda.is_available():
+        # With no list and no GPU to ask, torch's helper dies with an IndexError.
+        architectures = _build.default_architectures(configuration["architectures"], tools.nvcc.version)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures)
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not POSIX
+        memory = _build.BYTES_PER_JOB
+    os.environ.setdefault("MAX_JOBS", str(_build.default_jobs(cores, memory)))
+
+
+def cuda_extension(configuration: dict[str, Any]) -> Extension:
+    """The extension module normkernels._C. No -std here: torch's helper adds what its headers need."""
+    import pybind11
+    from torch.utils.cpp_extension import CUDAExtension
+
+    defines = [f"-D{define}" for define in configuration["defines"]]
+    extension: Extension = CUDAExtension(
+        "normkernels._C",
+        source_files(configuration),
+        include_dirs=[pybind11.get_include()],  # before torch's folders, which have a copy of their own
+        depends=sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob("**/*.*h")),
+        extra_compile_args={
+            "cxx": defines + configuration["cxx_flags"],
+            "nvcc": defines + configuration["nvcc_flags"],
+        },
+    )
+    return extension
+
+
+def build_ext_command(mode: str, record: dict[str, Any]) -> type[Command]:
+    """torch's build_ext, which in mode auto turns a failed compilation into a record."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildCuda(BuildExtension):
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:
+                message = f"compiling the CUDA extension failed: {error} (pip -v shows the messages)"
+                if mode == "cuda":
+                    raise SystemExit(f"normkernels: {message}") from error
+                print(f"normkernels: {message}\nnormkernels: going on without it", file=sys.stderr)
+                record.update(built=False, reason=message)
+                self.extensions: list[Extension] = []  # later steps must not look for a file that does not exist
+
+    return BuildCuda
+
+
+def commands(record: dict[str, Any]) -> dict[str, type[Command]]:
+    """Commands that write ``record`` into the built package."""
+
+    class WriteRecord(Command):
+        """Last subcommand of build, so that it sees what build_ext made of it."""
+
+        description = "record whether the CUDA extension was built"
+        user_options: ClassVar[list[tuple[str, str | None, str | None]]] = []
+        build_lib: str
+        editable_mode = False
+
+        def initialize_options(self) -> None:
+            self.build_lib = ""
+
+        def finalize_options(self) -> None:
+            self.build_lib = self.get_finalized_command("build").build_lib
+
+        def run(self) -> None:
+            built = Path(self.build_lib) / "normkernels" / _build.RECORD_NAME
+            path = ROOT / "normkernels" / _build.RECORD_NAME if self.editable_mode else built
+            if self.editable_mode and not record["built"]:
+                for stale in path.parent.glob("_C.*"):  # of an earlier build in place: it would be imported
+                    stale.unlink()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+        def get_source_files(self) -> list[str]:
+            return []
+
+        def get_outputs(self) -> list[str]:
+            return [f"{self.build_lib}/normkernels/{_build.RECORD_NAME}"]
+
+        def get_output_mapping(self) -> dict[str, str]:
+            source = f"normkernels/{_build.RECORD_NAME}"
+            return dict.fromkeys(self.get_outputs(), source) if self.editable_mode else {}
+
+    class CleanBuild(build):
+        sub_commands: ClassVar[list[tuple[str, Any]]] = [*build.sub_commands, ("write_record", None)]
+
+        def run(self) -> None:
+            # pip builds in the source tree and setuptools packs all that lies in build_lib: without this,
+            # modules that were since renamed or removed would be installed again.
+            shutil.rmtree(Path(self.build_lib) / "normkernels", ignore_errors=True)
+            super().run()
+
+    return {"build": CleanBuild, "write_record": WriteRecord}
+
+
+def describe() -> dict[str, Any]:
+    """How setup.py would compile the extension here, or why it would not; CMakeLists.txt follows it."""
+    configuration = build_configuration()
+    probe = functools.cache(_build.probe_toolchain)
+    possible, reason = _build.decide("auto", source_files(configuration, ".cu"), probe)
+    if not possible:
+        return {"possible": possible, "reason": reason}
+    prepare_environment(probe(), configuration)
+    extension = cuda_extension(configuration)
+    from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
+
+    return {
+        "possible": possible,
+        "reason": reason,
+        "sources": extension.sources,
+        "include_dirs": extension.include_dirs,
+        "library_dirs": extension.library_dirs,
+        "libraries": extension.libraries,
+        "cxx_flags": extension.extra_compile_args["cxx"],
+        "nvcc_flags": COMMON_NVCC_FLAGS + extension.extra_compile_args["nvcc"],
+        "nvcc": os.path.join(probe().nvcc.home, "bin", "nvcc"),
+        "architectures": os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
+    }
+
+
+def main() -> None:
+    """Decide, then hand over to setuptools."""
+    configuration = build_configuration()
+    probe = functools.cache(_build.probe_toolchain)
+    try:
+        _build.check_setuptools(setuptools.__version__)
+        mode = _build.build_mode()
+        built, reason = _build.decide(mode, source_files(configuration, ".cu"), probe)
+    except _build.BuildError as error:
+        raise SystemExit(f"normkernels: {error}") from None
+    record: dict[str, Any] = {"built": built, "reason": reason, "mode": mode}
+    cmdclass = commands(record)
+    extensions: list[Extension] = []
+    if built:
+        tools = probe()
+        prepare_environment(tools, configuration)
+        record |= {
+            "torch": tools.torch,
+            "torch_cuda": tools.torch_cuda,
+            "nvcc": ".".join(map(str, tools.nvcc.version)),
+            "architectures": os.environ.get("TORCH_CUDA_ARCH_LIST", "those of the GPUs visible while building"),
+        }
+        extensions.append(cuda_extension(configuration))
+        cmdclass["build_ext"] = build_ext_command(mode, record)
+    setup(ext_modules=extensions, cmdclass=cmdclass)
+
+
+if __name__ == "__main__":  # also true under setuptools' build backend
+    main()
