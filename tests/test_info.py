@@ -1,0 +1,145 @@
+"""``python -m normkernels.info``: what it shows, and that its self-test notices a wrong op."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import normkernels as nk
+from normkernels import _selftest, info
+from normkernels.ops import _library
+
+BACKENDS = [name for name in _library.BACKENDS if _library.availability(name)[0]]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "normkernels.info", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_command_prints_json_with_a_passed_selftest():
+    done = run("--json", "--selftest")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["normkernels"] == nk.__version__
+    assert report["torch"] == str(torch.__version__)
+    assert report["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert report["passed"] is True
+    assert all(row["error"] <= row["tolerance"] for row in report["selftest"])
+
+
+def test_an_unknown_flag_is_refused():
+    done = run("--verbose")
+    assert done.returncode == 2
+    assert "--verbose" in done.stderr
+
+
+def test_the_table_has_every_op_backend_and_device_once():
+    rows = info.collect()["ops"]
+    expected = set(itertools.product(_library.ops(), info._device_types(), _library.BACKENDS))
+    assert {(row["op"], row["device"], row["backend"]) for row in rows} == expected
+    assert len(rows) == len(expected)
+    assert all(row["reason"] for row in rows)
+
+
+def test_the_table_agrees_with_the_dispatcher():
+    x = torch.empty(0)
+    for row in info.collect()["ops"]:
+        if row["device"] == "cpu":
+            assert row["serves"] == (nk.backend_of(row["op"], x) == row["backend"])
+            assert row["available"] == (row["backend"] in BACKENDS)
+
+
+def test_the_text_shows_versions_reasons_and_every_op(capsys):
+    assert info.main([]) == 0
+    text = capsys.readouterr().out
+    assert nk.__version__ in text
+    assert str(torch.__version__) in text
+    for op in _library.ops():
+        assert op in text
+    for name in _library.BACKENDS:
+        assert _library.availability(name)[1] in text
+    assert info._build.build_record()["reason"] in text
+    assert "self-test" not in text
+
+
+def test_a_device_of_each_kind_is_listed(monkeypatch):
+    properties = type("P", (), {"name": "Some GPU", "major": 9, "minor": 0, "total_memory": 1 << 30})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties)
+    devices = list(info._devices("cuda"))
+    assert [device["device"] for device in devices] == ["cuda:0", "cuda:1"]
+    assert {device["capability"] for device in devices} == {"9.0"}
+    assert list(info._devices("cpu")) == []
+
+
+def test_every_op_has_a_check():
+    assert set(_selftest.CHECKS) == set(_library.ops())
+
+
+def test_the_selftest_covers_every_op_on_every_usable_backend():
+    rows = list(_selftest.run(torch.device("cpu")))
+    assert [(row["op"], row["backend"]) for row in rows] == [(o, b) for b in BACKENDS for o in _library.ops()]
+    assert [row for row in rows if not row["passed"]] == []
+
+
+@pytest.mark.parametrize("op", _library.ops())
+@pytest.mark.parametrize("factor", [1.001, float("nan")])
+def test_a_wrong_kernel_fails_the_selftest(op, factor, monkeypatch, capsys):
+    # .1% is far below what training would show, and far above the tolerances.
+    exact = _library._IMPLEMENTATIONS[op]["eager"]
+
+    def broken(*args):
+        result = exact(*args)
+        return (result[0] * factor, *result[1:]) if isinstance(result, tuple) else result * factor
+
+    monkeypatch.setitem(_library._IMPLEMENTATIONS[op], "eager", broken)
+    assert info.main(["--selftest", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # JSON knows no NaN
+    assert report["passed"] is False
+    assert op in {row["op"] for row in report["selftest"] if not row["passed"]}
+
+
+def test_the_text_names_the_op_that_failed(monkeypatch, capsys):
+    monkeypatch.setattr(nk.ops, "whiten", lambda x, *rest: torch.zeros_like(x))
+    assert info.main(["--selftest"]) == 1
+    text = capsys.readouterr().out
+    assert "FAIL whiten" in text
+    assert "pass moments" in text
+    assert text.endswith("self-test FAILED\n")
+
+
+def test_an_op_that_raises_is_one_failure_with_its_message(monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(nk.ops, "whiten", broken)
+    assert info.main(["--selftest", "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)["selftest"]
+    failed = [row for row in rows if not row["passed"]]
+    assert [row["op"] for row in failed] == ["whiten"] * len(BACKENDS)
+    assert failed[0]["message"] == "RuntimeError: no kernel image"
+
+
+def test_a_result_of_another_shape_fails(monkeypatch):
+    monkeypatch.setattr(nk.ops, "whiten", lambda *args: torch.ones(1))
+    failed = [row for row in _selftest.run(torch.device("cpu")) if not row["passed"]]
+    assert {row["op"] for row in failed} == {"whiten"}
+    assert "expected shape" in failed[0]["message"]
+
+
+def test_an_op_without_a_check_fails_the_selftest(monkeypatch):
+    monkeypatch.delitem(_selftest.CHECKS, "whiten")
+    failed = [row for row in _selftest.run(torch.device("cpu")) if not row["passed"]]
+    assert {row["op"] for row in failed} == {"whiten"}
+
+
+@pytest.mark.gpu
+def test_the_selftest_passes_on_a_gpu():
+    rows = list(_selftest.run(torch.device("cuda")))
+    assert [row for row in rows if not row["passed"]] == []

@@ -1,0 +1,273 @@
+"""The only home of tolerances. They are derived, never tuned.
+
+The rule
+    error(ours, float64 oracle) <= 2 * error(plain same-type PyTorch path, float64 oracle) + floor
+
+The factor 2 allows another order of the same operations. The floor is what a careful path in this type may lose
+anyway, where the plain path happens to be luckier than that. A plain path whose own error exceeds LOST has no digits
+left (eq. 17 as written diverges in float32 from about T=9 on, autograd through eigh gives NaN at equal eigenvalues):
+then it is no reference, and the floor alone must hold.
+
+Glossary
+    u       unit roundoff of the type of the statistics (float32 for half types), u_out that of x's type
+    d, m, T channels per group, samples, iterations
+    k       amplification: how many times a relative error of Sigma grows in W (below)
+    |W|     the infinity norm of W, its largest absolute row sum: |W v|_max <= |W| |v|_max
+
+Derivation
+    covariance  x - mean is exact up to the rounding of the mean: two-pass and shifted sums agree with it. A mean
+                that is off by e = 2 u |x|_max shifts the covariance by e e^T, quadratically; so
+
+                    |dSigma_ij| <= u (4 + sqrt(m)) sqrt(Sigma_ii Sigma_jj) + e^2
+
+                sqrt(m) u is the probabilistic bound (Higham and Mary 2019) for a sum of m rounded terms.
+    W           The smallest eigenvalue l of Sigma loses most: W ~ l^{-1/2}, so dW / W = dl / (2 l), and a rounding
+                error u |Sigma|_2 of Sigma costs u |Sigma|_2 / (2 l) = u k / 2 with k = cond(Sigma). Newton's
+                iteration has not resolved eigenvalues that are still growing: a step multiplies an
+                eigenvalue of M_k = P_k^2 S by at most 1.5^2, so k = min(cond(Sigma), 2.25^T). The errors of its
+                products, u sqrt(d) each, enter at step j and grow 2.25^(T-j) times: a geometric sum, 1 / (1 - 1/2.25)
+                = 1.8 < 2 times the first. eigh commits u sqrt(d) |Sigma|_2 by itself. Forming W from P_T, or from
+                eigenvectors, is one more product of d terms and does not depend on k. With 4 u for the
+                additions, square roots and divisions:
+
+                    r(W) = u (1 + k/2) (4 + sqrt(d))                       for a given covariance
+                    r    = r(W) + u k/2 (4 + sqrt(m)) + d (e |W|)^2 / 2    for one estimated from x
+
+    y           y = W (x - mean): r relative to y, plus the rounding of x - mean, or of A x and c - A mean, both
+                at most 2 u |x|_max per entry: |W| 2 u |x|_max. With beta it is a sum of d + 1 terms in any
+                order, u (1 + sqrt(d)) |y|, which is rounded once, u_out |y|.
+    dx          W dy - ... + (2/m) sym(dSigma) x_c. Its scale is |W| |gamma dy|_max, which does not vanish when the
+                terms cancel (dy constant: dx = 0). f''/f' = -3/(2 l) for f = l^{-1/2}: three times the relative error
+                of W. x_c enters dSigma and multiplies it: the rounding of x_c counts twice more.
+    dgamma      sum over m of dy y^: the error of y^ against sum |dy|, and sqrt(m) u for the sum itself.
+    dbeta       sum over m of dy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tests.oracles import iternorm
+from tests.oracles.plain import stat_dtype
+from tests.oracles.run import Config, Result
+
+LOST = 0.05  # relative error above which a path has no digits left to compare with
+
+
+def unit(dtype: torch.dtype) -> float:
+    """Unit roundoff: half the distance from 1 to the next number."""
+    return torch.finfo(dtype).eps / 2
+
+
+def amplification(cov: Tensor, config: Config) -> float:
+    """k of the derivation: the worst group's condition number, or what T Newton steps can make of it."""
+    sigma = iternorm.add_eps(cov.double(), config.eps)
+    eigenvalues = torch.linalg.eigvalsh(sigma)
+    floor = torch.finfo(torch.float64).eps * eigenvalues[:, -1]
+    condition = (eigenvalues[:, -1] / eigenvalues[:, 0].clamp(min=floor)).max().item()
+    return condition if config.method == "eigh" else min(condition, 2.25**config.num_iterations)
+
+
+def largest(t: Tensor) -> float:
+    return t.abs().max().item() if t.numel() else 0.0
+
+
+def row_sum(w: Tensor) -> float:
+    """The infinity norm of W (G, d, d), the worst group's."""
+    return w.abs().sum(-1).max().item()
+
+
+def assert_within(name: str, got: Tensor, oracle: Tensor, plain: Tensor | None, floor: float, scale: float) -> None:
+    """The rule. scale is the size of the quantity, to tell when the plain path is lost."""
+    assert got.shape == oracle.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(oracle.shape)}"
+    assert got.isfinite().all(), f"{name}: not finite"
+    error = largest(got.double() - oracle)
+    allowed = 0.0 if plain is None else largest(plain.double() - oracle)
+    if not allowed <= LOST * scale:  # also when it is NaN
+        allowed = 0.0
+    assert error <= 2 * allowed + floor, (
+        f"{name}: error {error:.2e} against the float64 oracle, allowed 2 * {allowed:.2e} (plain path) + {floor:.2e}; "
+        f"size {scale:.2e}"
+    )
+
+
+@dataclass(frozen=True)
+class Floors:
+    """The floors of one problem, absolute."""
+
+    mean: float
+    w: float
+    y: float
+    dx: float
+    dweight: float
+    dbias: float
+
+
+def mean_floor(x: Tensor) -> float:
+    """Pairwise summation, the division and the rounding of the result: u (2 + log2 m) |x|_max."""
+    m = x.numel() // x.shape[1]
+    return unit(stat_dtype(x.dtype)) * (2 + torch.tensor(float(max(m, 1))).log2().item()) * largest(x.double())
+
+
+def cov_floor(x: Tensor, cov: Tensor) -> Tensor:
+    """Entry by entry, (G, d, d)."""
+    u, m = unit(stat_dtype(x.dtype)), x.numel() // x.shape[1]
+    std = cov.diagonal(dim1=-2, dim2=-1).sqrt()
+    return u * (4 + m**0.5) * std[..., :, None] * std[..., None, :] + (2 * u * largest(x.double())) ** 2
+
+
+def w_floor(cov: Tensor, w: Tensor, config: Config) -> float:
+    """inverse_sqrt of a given covariance."""
+    d = cov.shape[-1]
+    return unit(stat_dtype(cov.dtype)) * (1 + amplification(cov, config) / 2) * (4 + d**0.5) * row_sum(w)
+
+
+def dcov_floor(cov: Tensor, w: Tensor, grad: Tensor, config: Config) -> float:
+    """Gradient of inverse_sqrt: three times the relative error of W, on a gradient of size |W|^3 |dL/dW| / 2.
+
+    With an eps or a truncated T, |W| bounds l^{-1/2}. The trace terms are sums over d^2 entries: d sqrt(d) at worst.
+    """
+    d = cov.shape[-1]
+    size = row_sum(w) ** 3 * largest(grad.double()) * d / 2
+    return 3 * unit(stat_dtype(cov.dtype)) * (1 + amplification(cov, config) / 2) * (4 + d**0.5) * size
+
+
+def relative_error_of_w(x: Tensor, w: Tensor, config: Config) -> float:
+    """r of the derivation, for W (G, d, d) estimated from x."""
+    u, m, d = unit(stat_dtype(x.dtype)), x.numel() // x.shape[1], w.shape[-1]
+    _, cov = iternorm.moments(x.double(), config.group_size)
+    k = amplification(cov, config)
+    of_w, of_cov = u * (1 + k / 2) * (4 + d**0.5), u * k / 2 * (4 + m**0.5)
+    return of_w + of_cov + d * (2 * u * largest(x.double()) * row_sum(w)) ** 2 / 2
+
+
+def exactly_centered(x: Tensor, dy: Tensor, oracle: Result, config: Config) -> Floors:
+    """floors() for a path that removes the mean exactly: they are those of x - mean, in the same type.
+
+    |x - mean| takes the place of |x|, so no term grows with the mean any more.
+    """
+    centered = (x.double() - oracle.mean.view(-1, *[1] * (x.ndim - 2))).to(x.dtype)
+    return floors(centered, dy, None, oracle, config)
+
+
+def floors(x: Tensor, dy: Tensor, weight: Tensor | None, oracle: Result, config: Config) -> Floors:
+    """Everything iter_norm returns."""
+    u, u_out = unit(stat_dtype(x.dtype)), unit(x.dtype)
+    rounding_of_mean, relative = mean_floor(x), relative_error_of_w(x, oracle.w, config)
+    x, dy = x.double(), dy.double()
+    m, d = x.numel() // x.shape[1], oracle.w.shape[-1]
+    size_w, size_x = row_sum(oracle.w), 2 * u * largest(x)
+    gamma = 1.0 if weight is None else largest(weight.double())
+    y_hat = iternorm.whiten(x, iternorm.moments(x, config.group_size)[0], oracle.w)
+    y = relative * largest(y_hat) + size_w * size_x
+    dx_size = size_w * gamma * largest(dy)
+    sum_dy = dy.abs().movedim(1, 0).flatten(1).sum(1).max().item()
+    root = u * (2 + m**0.5)
+    rounded = {key: 0.0 if value is None else unit(x.dtype if weight is None else weight.dtype) * largest(value)
+               for key, value in (("dweight", oracle.dweight), ("dbias", oracle.dbias))}  # fmt: skip
+    return Floors(
+        mean=rounding_of_mean,
+        w=relative * size_w,
+        y=gamma * y + (u * (1 + d**0.5) + u_out) * largest(oracle.y),
+        dx=dx_size * (3 * relative + 4 * size_x * size_w) + u_out * largest(oracle.dx),
+        dweight=sum_dy * (y + root * largest(y_hat)) + rounded["dweight"],
+        dbias=sum_dy * root + rounded["dbias"],
+    )
+
+
+def assert_iter_norm(
+    got: Result, oracle: Result, plain: Result, x: Tensor, dy: Tensor, weight: Tensor | None, config: Config
+) -> None:
+    """The rule for every output and gradient of iter_norm."""
+    floor = floors(x, dy, weight, oracle, config)
+    gamma = 1.0 if weight is None else largest(weight.double())
+    w = row_sum(oracle.w)
+    assert_within("mean", got.mean, oracle.mean, plain.mean, floor.mean, largest(x.double()))
+    assert_within("W", got.w, oracle.w, plain.w, floor.w, w)
+    assert_within("y", got.y, oracle.y, plain.y, floor.y, largest(oracle.y))
+    assert_within("dx", got.dx, oracle.dx, plain.dx, floor.dx, w * gamma * largest(dy.double()))
+    for name, bound in (("dweight", floor.dweight), ("dbias", floor.dbias)):
+        value, reference, other = (getattr(result, name) for result in (got, oracle, plain))
+        assert (value is None) == (reference is None), name
+        if value is not None:
+            assert_within(name, value, reference, other, bound, largest(reference))
+
+
+def moments_gradient_floor(x: Tensor, dmean: Tensor, dcov: Tensor) -> float:
+    """dx = dmean / m + (dcov + dcov^T) x_c / m: a product over d terms of x_c, which is good to e = 2 u |x|_max."""
+    u, m, d = unit(stat_dtype(x.dtype)), x.numel() // x.shape[1], dcov.shape[-1]
+    centered = largest(x.double() - x.double().movedim(1, -1).flatten(0, -2).mean(0).view(-1, *[1] * (x.ndim - 2)))
+    row = row_sum((dcov + dcov.mT).double())
+    size = (row * centered + largest(dmean)) / m
+    return u * (4 + d**0.5) * size + row * 2 * u * largest(x.double()) / m + unit(x.dtype) * size
+
+
+def cross_floor(y: Tensor, x: Tensor, mean: Tensor) -> tuple[float, float]:
+    """sum y (x - mean)^T and sum y: sqrt(m) u of the sum of absolute values, and 2 u |x| for each x - mean."""
+    u, m = unit(stat_dtype(x.dtype)), x.numel() // x.shape[1]
+    sum_y = y.double().abs().movedim(1, 0).flatten(1).sum(1).max().item()
+    size = largest(x.double()) + largest(mean)
+    return u * (2 + m**0.5) * sum_y * size, u * (2 + m**0.5) * sum_y
+
+
+def whiten_floors(
+    arguments: list[Tensor | None], dy: Tensor, y: Tensor, grads: list[Tensor | None]
+) -> dict[str, float]:
+    """y = A (x - mean) + beta with A = diag(gamma) W: products of d terms of x - mean, sums of m terms backward.
+
+    Each x - mean is good to e = 2 u |x|_max, each product of d terms to u (4 + sqrt(d)); every result is rounded once
+    to its type.
+    """
+    x, mean, w, weight, _ = (None if t is None else t.double() for t in arguments)
+    assert x is not None and mean is not None and w is not None and arguments[0] is not None
+    u, dy = unit(stat_dtype(arguments[0].dtype)), dy.double()
+    m, d = x.numel() // x.shape[1], w.shape[-1]
+    gamma = 1.0 if weight is None else largest(weight)
+    centered = largest(x - mean.view(-1, *[1] * (x.ndim - 2)))
+    e = 2 * u * largest(x)
+    row, column = row_sum(w), row_sum(w.mT)
+    sum_dy = dy.abs().movedim(1, 0).flatten(1).sum(1).max().item()
+    term, total = u * (4 + d**0.5), u * (4 + d**0.5 + m**0.5)
+    of_sum = sum_dy * (total * centered + e)  # D = sum dy (x - mean)^T
+    floors = {
+        "y": gamma * row * (term * centered + e) + u * (1 + d**0.5) * largest(y),
+        "x": term * column * gamma * largest(dy),
+        "mean": total * column * gamma * sum_dy,
+        "W": gamma * of_sum,
+        "weight": row * of_sum,
+        "bias": total * sum_dy,
+    }
+    for key, value, exact in zip(("y", "x", "mean", "W", "weight", "bias"), [arguments[0], *arguments], [y, *grads],
+                                 strict=True):  # fmt: skip
+        if value is not None and exact is not None:
+            floors[key] += unit(value.dtype) * largest(exact)
+    return floors
+
+
+# Saved tensors over the input's own bytes. The input itself is 1; the matrices of a (64, 64, 32, 32) input are 2^-9 of
+# it, so 1.1 leaves room for per-channel vectors and none for a second activation, not even one in a half type.
+SAVED_FOR_BACKWARD = 1.1
+
+
+def assert_agree(got: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]) -> None:
+    """Two careful paths in one type, on a well-conditioned input of the size used in these tests.
+
+    Each is within r of the exact result, so they are within 2 r of each other, relative to the largest entry; with
+    T = 5 (k = 2.25^5), d = 8 and m = 1000, 2 r = 2400 u: 1.4e-4 in float32, 2.7e-13 in float64.
+    """
+    if isinstance(got, Tensor):
+        assert isinstance(expected, Tensor)
+        got, expected = [got], [expected]
+    k, d, m = 2.25**5, 8, 1000
+    r = (1 + k / 2) * (4 + d**0.5) + k / 2 * (4 + m**0.5)
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert a.dtype == b.dtype, f"{i}: {a.dtype}, expected {b.dtype}"
+        if not a.is_floating_point():
+            assert torch.equal(a, b), f"{i}: {a}, expected {b}"
+            continue
+        bound = 2 * r * unit(a.dtype) * largest(b.double())
+        assert_within(f"{i}", a, b.double(), None, bound, largest(b.double()))
