@@ -1,0 +1,1 @@
+"""Benchmarks and the demo: everything here may import normkernels, nothing in normkernels imports this."""

@@ -1,0 +1,113 @@
+"""What a figure needs beside it: device, versions, precision modes, commit."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_CACHE = 32 << 20
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        if match:
+            return " ".join(match.group(1).split())
+    return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    threads = torch.get_num_threads()
+    return f"{cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def device_slug(device: torch.device) -> str:
+    name = device_name(device) if device.type == "cuda" else f"cpu {device_name(device)}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+@cache
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last-level cache, which the input sets together have to exceed."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        match = re.fullmatch(r"(\d+)([KM]?)", path.read_text().strip())
+        if match:
+            sizes.append(int(match.group(1)) * {"": 1, "K": 1 << 10, "M": 1 << 20}[match.group(2)])
+    return max(sizes, default=DEFAULT_CACHE)
+
+
+def package_version() -> str:
+    try:
+        return str(importlib.import_module("normkernels").__version__)
+    except ImportError:
+        return "not importable"
+
+
+def active_backend(device: torch.device) -> str:
+    """The backend that runs the training op here, for the reader of the figures."""
+    try:
+        package = importlib.import_module("normkernels")
+    except ImportError:
+        return "none"
+    return str(package.backend_of("iter_norm", torch.empty(2, 4, 2, 2, device=device)))
+
+
+def versions(device: torch.device) -> str:
+    parts = [
+        f"normkernels {package_version()} ({active_backend(device)})",
+        f"torch {torch.__version__}",
+        f"python {platform.python_version()}",
+        f"threads {torch.get_num_threads()}",
+    ]
+    if device.type == "cuda":
+        parts += [
+            f"cuda {torch.version.cuda}",
+            f"driver {driver_version()}",
+            f"cudnn {torch.backends.cudnn.version()}",
+        ]
+    return "; ".join([*parts, precision(device)])
+
+
+def driver_version() -> str:
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def precision(device: torch.device) -> str:
+    """The float32 precision of both sides: matrix products and convolutions have separate switches."""
+    text = f"fp32 matmul {torch.get_float32_matmul_precision()}"
+    if device.type == "cuda":
+        text += f"; cuDNN TF32 {'on' if torch.backends.cudnn.allow_tf32 else 'off'}"
+    return text
+
+
+@cache
+def commit() -> str:
+    """Short hash of the checkout, with -dirty when tracked or new source files differ from it."""
+    try:
+        head = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--", ".", ":!bench/results")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head}-dirty" if changed else head
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

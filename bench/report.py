@@ -1,0 +1,178 @@
+"""Writes what a run found: records.csv, ratios.csv, failures.csv, README.md with tables, and the plots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from bench.goals import Verdict, evaluate, where_we_lose
+from bench.results import Failure, Ratio, Record, Results, write_csv
+from bench.suites import BATCHNORM, CONV, GROUPED, PLAIN, PLAIN_DBN, TRANSPOSED, VGG_ITERNORM
+
+TITLES = {
+    "table_a1": "Table A1: whitening against a 3x3 convolution of the same width",
+    "vgg_step": "One training step of the VGG of Table A2",
+    "scaling_d": "Cost against the width d (one group)",
+    "scaling_T": "Cost against the number of iterations T",
+    "scaling_m": "Cost against the number of samples m",
+    "scaling_group": "Cost against the group size, 256 channels",
+    "shapes": "Planes of an ImageNet network",
+    "layout": "Memory layout",
+    "dtype": "Type",
+    "inference_d64": "Inference, groups of 64",
+    "inference_d16": "Inference, groups of 16",
+    "memory": "Memory of one training step",
+}
+MODES = {"full": "forward + backward", "forward": "forward", "backward": "backward", "inference": "inference"}
+SHOWN_LOSSES = 25
+REFERENCES = (CONV, GROUPED, BATCHNORM, PLAIN, PLAIN_DBN, TRANSPOSED, VGG_ITERNORM)  # order of the ratio columns
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, first column left and the others right aligned, padded to read well as text too."""
+    body = [list(row) for row in rows]
+    widths = [max(len(row[i]) for row in [list(header), *body]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [("-" * w if i == 0 else "-" * (w - 1) + ":") for i, w in enumerate(widths)]
+    return "\n".join([line(header), f"| {' | '.join(rule)} |", *(line(row) for row in body)])
+
+
+def number(value: float) -> str:
+    """Three significant digits without an exponent, which is what the spread of a timing supports."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+
+
+def spread(p50: float, p20: float, p80: float) -> str:
+    return f"{number(p50)} [{number(p20)}, {number(p80)}]"
+
+
+def kernels(results: Results) -> list[str]:
+    """What was measured, in the order of TITLES."""
+    found = {r.kernel for r in results.records}
+    return [k for k in TITLES if k in found] + sorted(found - TITLES.keys())
+
+
+def time_tables(results: Results, kernel: str) -> str:
+    """One table per comparison of a suite: time, GB/s and every ratio that was formed."""
+    parts = []
+    times = results.find(kernel)
+    for where in dict.fromkeys((r.mode, r.shape, r.dtype) for r in times):
+        here = [r for r in times if (r.mode, r.shape, r.dtype) == where]
+        ratios = {
+            (r.provider, r.relative_to): r
+            for r in results.ratios
+            if r.kernel == kernel and (r.mode, r.shape, r.dtype) == where
+        }
+        others = sorted({key[1] for key in ratios}, key=REFERENCES.index)
+        rates = {r.provider: r.p50 for r in results.find(kernel, "gbytes_per_s") if (r.mode, r.shape, r.dtype) == where}
+        header = [
+            "provider",
+            "ms, median [p20, p80]",
+            *(["GB/s"] if rates else []),
+            *(f"/ {o}" for o in others),
+        ]
+        rows = []
+        for r in here:
+            cells = [r.provider, spread(r.p50, r.p20, r.p80)]
+            if rates:
+                cells.append(number(rates[r.provider]))
+            for other in others:
+                found = ratios.get((r.provider, other))
+                cells.append("1" if other == r.provider else number(found.p50) if found else "-")
+            rows.append(cells)
+        mode, shape, dtype = where
+        parts.append(f"{MODES[mode]}, {shape}, {dtype}\n\n{table(header, rows)}")
+    return "\n\n".join(parts)
+
+
+def memory_table(results: Results) -> str:
+    metrics = ("saved_MiB", "saved_over_input", "peak_MiB", "peak_over_input")
+    rows: dict[str, dict[str, float]] = {}
+    for metric in metrics:
+        for record in results.find("memory", metric):
+            rows.setdefault(record.provider, {})[metric] = record.p50
+    header = ["provider", "saved for backward, MiB", "/ input", "peak of a step, MiB", "/ input"]
+    return table(header, [[name, *(number(values[m]) for m in metrics)] for name, values in rows.items()])
+
+
+def goals_table(verdicts: Sequence[Verdict]) -> str:
+    rows = []
+    for verdict in verdicts:
+        goal, found = verdict.goal, verdict.measured
+        what = f"{goal.provider} / {goal.relative_to}"
+        measured = spread(found.p50, found.p20, found.p80) if found else "-"
+        rows.append([what, f"{goal.shape}, {MODES[goal.mode]}", number(goal.limit), measured, verdict.state])
+    return table(["ratio", "where", "goal", "measured [p20, p80]", "result"], rows)
+
+
+def losses_table(losses: Sequence[Ratio]) -> str:
+    rows = [
+        [f"{r.provider} / {r.relative_to}", r.kernel, f"{MODES[r.mode]}, {r.shape}, {r.dtype}", number(r.p50)]
+        for r in losses
+    ]
+    return table(["ratio", "suite", "where", "measured"], rows)
+
+
+def failures_table(failures: Sequence[Failure]) -> str:
+    rows = [[f.provider, f.kernel, f"{f.mode}, {f.shape}, {f.dtype}", f.error.replace("|", "/")] for f in failures]
+    return table(["provider", "suite", "where", "error"], rows)
+
+
+def markdown(results: Results, plots: Sequence[str] = ()) -> str:
+    """The whole report as Markdown."""
+    lines = [f"# Benchmark: {results.device}", "", f"{results.versions}; commit {results.commit}.", ""]
+    lines += [
+        "Providers of one table were timed interleaved: each once per round, in changing order; a ratio is",
+        "the median of the per-round ratios. Each provider was compared with float64 in this run before it",
+        "was timed. GB/s counts the bytes an ideal implementation moves (`passes` in bench/workload.py):",
+        "more GB/s is less time, not more traffic.",
+        "",
+    ]
+    for note in results.notes:
+        lines += [f"**Note:** {note}", ""]
+    verdicts = evaluate(results)
+    if any(v.measured for v in verdicts):
+        lines += ["## Goals", "", goals_table(verdicts), ""]
+    for kernel in kernels(results):
+        lines += [f"## {TITLES.get(kernel, kernel)}", ""]
+        lines += [memory_table(results) if kernel == "memory" else time_tables(results, kernel), ""]
+        lines += [f"![{TITLES.get(kernel, kernel)}]({name})\n" for name in plots if name.startswith(kernel)]
+    losses = where_we_lose(results)
+    if losses:
+        lines += [
+            "## Where we lose",
+            "",
+            f"Ratios above 1 ({len(losses)}; the full list is in ratios.csv).",
+            "",
+        ]
+        lines += [losses_table(losses[:SHOWN_LOSSES]), ""]
+    if results.failures:
+        lines += ["## Failed", "", failures_table(results.failures), ""]
+    return "\n".join(lines)
+
+
+def write_report(results: Results, out: Path) -> list[Path]:
+    """Write all files into `out` (made if missing) and return their paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    page, failures = out / "README.md", out / "failures.csv"
+    files = [page, out / "records.csv", out / "ratios.csv"]
+    write_csv(files[1], Record, results.records)
+    write_csv(files[2], Ratio, results.ratios)
+    failures.unlink(missing_ok=True)
+    if results.failures:
+        write_csv(failures, Failure, results.failures)
+        files.append(failures)
+    page.write_text(markdown(results), encoding="utf-8")
+
+    # last, so that the figures of a long run are safe whatever a plot does
+    from bench.plots import write_plots
+
+    plots = write_plots(results, out)
+    page.write_text(markdown(results, [p.name for p in plots]), encoding="utf-8")
+    return files + plots
