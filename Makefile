@@ -1,0 +1,55 @@
+# Every target makes its own .venv from requirements-dev.txt when that is missing or out of date.
+# PYTHON chooses the interpreter it is made with, ARGS goes to the program that a target runs:
+#   make test ARGS="tests/ops -k moments -n 0"
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv test lint types demo bench clean distclean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# The stamp goes first and comes back last: an interrupted or failed install is repeated, never believed.
+$(STAMP): requirements-dev.txt pyproject.toml setup.py csrc/build.json normkernels/_build.py normkernels/_version.py
+	@rm -f $@
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: expected Python 3.11 or newer for the pinned development requirements, got " + sys.version.split()[0] + "; choose one with PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	NORMKERNELS_BUILD=$${NORMKERNELS_BUILD:-auto} $(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+venv: $(STAMP) ## make the virtual environment .venv
+
+# One thread per worker: the tests are many small ones, and two workers already fill two cores. Benchmarks
+# do not run under xdist; the switch keeps pytest-benchmark from warning about that.
+test: $(STAMP) ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --benchmark-disable $(ARGS)
+
+lint: $(STAMP) ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+types: $(STAMP) ## check types
+	$(BIN)/mypy
+
+demo: $(STAMP) ## train on real digits with each layer, measure Table A1, write plots
+	$(BIN)/python -m bench.demo $(ARGS)
+
+bench: $(STAMP) ## run the benchmarks (ARGS=--quick for a short run)
+	$(BIN)/python -m bench $(ARGS)
+
+clean: ## remove build products and caches
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f normkernels/_build_record.json normkernels/_C.*
+	find normkernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv too
+	rm -rf $(VENV)
