@@ -100,7 +100,10 @@ class _Whitening(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
         if not self.training and self.running_mean is not None and self.running_whitening is not None:
-            return ops.whiten(x, self.running_mean, self.running_whitening, self.weight, self.bias)
+            mean, W = self.running_mean, self.running_whitening
+            if torch.is_grad_enabled():  # a training step may come before the backward of this one, as in BatchNorm
+                mean, W = mean.clone(), W.clone()
+            return ops.whiten(x, mean, W, self.weight, self.bias)
         if x.numel() == x.shape[1]:
             raise ValueError(
                 f"expected more than one value per channel when batch statistics are used, got input of shape "
@@ -152,11 +155,18 @@ class _Whitening(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Accept a BatchNorm checkpoint: its running variance is a diagonal whitening matrix, inference the same."""
+        state_dict = dict(state_dict)
         variance = state_dict.get(prefix + "running_var")
         if self.running_whitening is not None and variance is not None and variance.shape == (self.num_features,):
-            state_dict = {key: value for key, value in state_dict.items() if key != prefix + "running_var"}
+            del state_dict[prefix + "running_var"]
             scale = (variance.to(self.running_whitening.dtype) + self.eps).rsqrt()
             state_dict[prefix + "running_whitening"] = torch.diag_embed(scale.view(-1, self.group_size))
+            # BatchNorm's own checkpoints had no counter before its version 2.
+            state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
+        for name in ("running_mean", "running_whitening"):  # assign=True takes what it gets
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor):
+                state_dict[prefix + name] = value.to(statistics_dtype(value.dtype))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

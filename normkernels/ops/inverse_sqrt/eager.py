@@ -67,7 +67,8 @@ def scale_of(cov: Tensor, scaling: str) -> Tensor:
     if scaling == "trace":
         scale = cov.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
     else:
-        scale = torch.linalg.matrix_norm(cov).unsqueeze(-1)
+        largest = cov.abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(cov.dtype).tiny)
+        scale = (largest * torch.linalg.matrix_norm(cov / largest, keepdim=True)).squeeze(2)  # squares do not underflow
     return scale.clamp(min=torch.finfo(cov.dtype).tiny)  # eps = 0 and a constant batch: W stays finite
 
 

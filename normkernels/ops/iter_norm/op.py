@@ -59,7 +59,13 @@ def iter_norm(
     d = resolve_group_size(x.shape[1], group_size)
     check_inverse_sqrt_options(num_iterations, eps, scaling, method)
     check_affine(x, weight, bias)
-    y, mean, W, *_ = _IterNorm.apply(x, weight, bias, d, num_iterations, float(eps), scaling, method)
+    arguments = (x, weight, bias, d, num_iterations, float(eps), scaling, method)
+    # Dynamo cannot trace this Function where nothing needs a gradient; outside of it the Function must stay, for it
+    # is what refuses forward-mode differentiation.
+    plain = torch.compiler.is_compiling() and not (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    )
+    y, mean, W, *_ = (torch.ops.normkernels.iter_norm if plain else _IterNorm.apply)(*arguments)
     return y, mean, W
 
 
@@ -104,6 +110,10 @@ def _differentiable_backward(
     method: str,
 ) -> list[Tensor | None]:
     """The same gradients through the three primitives, for backward(create_graph=True)."""
+    # Through aliases, so that a graph which connects x, weight and bias with each other is not walked here, too.
+    x = x.view_as(x)
+    weight = None if weight is None else weight.view_as(weight)
+    bias = None if bias is None else bias.view_as(bias)
     _, mean, cov = moments(x, group_size)
     y = whiten(x, mean, inverse_sqrt(cov, num_iterations, eps, scaling, method), weight, bias)
     inputs = [value for value in (x, weight, bias) if value is not None and value.requires_grad]
