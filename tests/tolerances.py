@@ -253,6 +253,11 @@ def whiten_floors(
 SAVED_FOR_BACKWARD = 1.1
 
 
+def largest_stretch(eps: float, dtype: torch.dtype, d: int) -> float:
+    """|W|_2 <= 1 / sqrt(eps), as Sigma >= eps I; forming W costs u (4 + sqrt(d)) in each of d rows."""
+    return (1 + d * unit(dtype) * (4 + d**0.5)) / eps**0.5
+
+
 def assert_agree(got: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]) -> None:
     """Two careful paths in one type, on a well-conditioned input of the size used in these tests.
 
