@@ -76,7 +76,8 @@ def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
                 stack.enter_context(torch.autocast(device, enabled=False))
             backends: Any = torch.backends
             on_cpu = (backends.mkldnn.matmul, backends.mkldnn.conv)
-            for kind in (backends.cuda.matmul,) if device == "cuda" else on_cpu:
+            on_cuda = (backends.cuda.matmul, backends.cudnn.conv)  # cuDNN's convolutions are TF32 unless told otherwise
+            for kind in on_cuda if device == "cuda" else on_cpu:
                 before = kind.fp32_precision
                 if before not in ("none", "ieee"):
                     kind.fp32_precision = "ieee"
