@@ -82,6 +82,9 @@ def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
                 if before not in ("none", "ieee"):
                     kind.fp32_precision = "ieee"
                     stack.callback(_restore_precision, kind, before)
+            if device == "cuda" and not backends.cudnn.deterministic:  # sums in a fixed order
+                backends.cudnn.deterministic = True
+                stack.callback(setattr, backends.cudnn, "deterministic", False)
             return function(*args, **kwargs)
 
     return wrapped

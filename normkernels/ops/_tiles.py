@@ -7,11 +7,13 @@ through main memory, and each centred copy is a fresh allocation whose pages hav
 8 ms for 33 MB, as long as the arithmetic). So x is walked in tiles that stay in the cache: a tile is centred into one
 reused piece of memory, in x's own layout, and multiplied there, as a 1x1 convolution.
 
-Why convolutions: oneDNN's take NCHW and channels_last as they are and all groups in one call. In channels_last they do 300
-to 470 GFLOP/s where torch's float32 BLAS does 160 to 220 (2 Zen 5 cores; MKL does not use AVX-512 on every CPU that has
-it); in NCHW, which they reorder inside, about 200. Rejected: a batched product per sample on views of x, which cannot
-centre first; products on tiles transposed to (G, d, n l), by the BLAS or by torch's private oneDNN linear op. The last
-was 6 to 10 percent faster for one group in NCHW, and slower for several groups and in channels_last.
+Why convolutions: oneDNN's take NCHW and channels_last as they are and all groups in one call. In channels_last they do
+300 to 470 GFLOP/s where torch's float32 BLAS does 160 to 220 (2 Zen 5 cores; MKL does not use AVX-512 on every CPU that
+has it); in NCHW, which they reorder inside, about 200.
+
+Rejected: a batched product per sample on views of x, which cannot centre first; products on tiles transposed to
+(G, d, n l), by the BLAS or by torch's private oneDNN linear op. The last was 6 to 10 percent faster for one group in
+NCHW, and slower for several groups and in channels_last.
 """
 
 from __future__ import annotations
