@@ -5,15 +5,11 @@ Letters: n samples in a tile, C channels in G groups of d, l positions.
 Whitening reads every activation a handful of times. Done on whole tensors each of these reads is a pass
 through main memory, and each centred copy is a fresh allocation whose pages have to be faulted in (about
 8 ms for 33 MB, as long as the arithmetic). So x is walked in tiles that stay in the cache: a tile is centred into one
-reused piece of memory, in x's own layout, and multiplied there, as a 1x1 convolution.
+reused piece of memory and multiplied there.
 
-Why convolutions: oneDNN's take NCHW and channels_last as they are and all groups in one call. In channels_last they do
-300 to 470 GFLOP/s where torch's float32 BLAS does 160 to 220 (2 Zen 5 cores; MKL does not use AVX-512 on every CPU that
-has it); in NCHW, which they reorder inside, about 200.
-
-Rejected: a batched product per sample on views of x, which cannot centre first; products on tiles transposed to
-(G, d, n l), by the BLAS or by torch's private oneDNN linear op. The last was 6 to 10 percent faster for one group in
-NCHW, and slower for several groups and in channels_last.
+Rejected: a batched product per sample on views of x, which cannot centre first, and one engine for every layout and
+product. Which engine serves which is said where it is used: ``outer`` in moments/eager.py, ``product`` in
+whiten/eager.py.
 """
 
 from __future__ import annotations
@@ -41,12 +37,18 @@ def as_image(x: Tensor) -> Tensor:
     return image.unsqueeze(2)
 
 
+def of_image(image: Tensor, x: Tensor) -> Tensor:
+    """An image (like as_image(x)) in x's shape: a view where as_image(x) is one."""
+    planes = image.squeeze(2)
+    return (planes if len(planes) == len(x) else planes.transpose(0, 2)).reshape(x.shape)
+
+
 def empty_output(x: Tensor) -> Tensor:
     """Uninitialized tensor like x: channels innermost where x has them innermost, else contiguous.
 
     Not empty_like: its strides for an x with gaps need not collapse to (N, C, L), and these always do.
     """
-    if _channels_innermost(x):
+    if channels_innermost(x):
         return x.new_empty((x.shape[0], *x.shape[2:], x.shape[1])).movedim(-1, 1)
     return x.new_empty(x.shape)
 
@@ -80,17 +82,21 @@ def tiles(image: Tensor) -> Iterator[tuple[slice, slice]]:
                 yield slice(i, i + 1), slice(j, j + step)
 
 
-def stack(*sources: tuple[Tensor, Tensor | None], groups: int, dtype: torch.dtype) -> Tensor:
+def stack(
+    *sources: tuple[Tensor, Tensor | None], groups: int, dtype: torch.dtype, rows: bool = False, slot: str = ""
+) -> Tensor:
     """Tiles minus shifts, their groups stacked: (n, G * parts * d, 1, l), each group's parts side by side.
 
-    sources: pairs of a tile (n, C, 1, l) and a shift (C,) or None. The result has the first one's layout. On a CPU its
-    memory belongs to the thread and the next call overwrites it: fresh pages for every tile would cost
-    more than filling them.
+    sources: pairs of a tile (n, C, 1, l) and a shift (C,) or None. The result has the first one's layout, or with
+    ``rows`` that of (channels, n, l): all values of a channel in one row. On a CPU its memory belongs to the thread and
+    the next call with the same ``slot`` overwrites it: fresh pages for every tile would cost more than filling them.
     """
     n, channels, _, positions = sources[0][0].shape
     parts, d = len(sources), channels // groups
-    memory = _workspace(sources[0][0], n * channels * positions * parts, dtype)
-    if _channels_innermost(sources[0][0]):
+    memory = _workspace(sources[0][0], n * channels * positions * parts, dtype, slot)
+    if rows:
+        memory = memory.view(groups, parts, d, n, positions).permute(3, 0, 1, 2, 4)
+    elif channels_innermost(sources[0][0]):
         memory = memory.view(n, positions, groups, parts, d).permute(0, 2, 3, 4, 1)
     else:
         memory = memory.view(n, groups, parts, d, positions)
@@ -104,20 +110,22 @@ def stack(*sources: tuple[Tensor, Tensor | None], groups: int, dtype: torch.dtyp
     return memory.flatten(1, 3).unsqueeze(2)
 
 
-def _channels_innermost(x: Tensor) -> bool:
+def channels_innermost(x: Tensor) -> bool:
+    """Whether the channels of x (N, C, *) are next to each other in memory, as in channels_last."""
     return x.dim() > 2 and x.shape[1] > 1 and x.stride(1) == 1
 
 
 _kept = threading.local()
 
 
-def _workspace(like: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialized memory: on a CPU the thread's own, overwritten by the next call."""
+def _workspace(like: Tensor, size: int, dtype: torch.dtype, slot: str) -> Tensor:
+    """Uninitialized memory: on a CPU the thread's own, overwritten by the next call for the same slot."""
     if like.device.type != "cpu":
         return torch.empty(size, dtype=dtype, device=like.device)
-    buffer: Tensor | None = getattr(_kept, str(dtype), None)
+    key = f"{dtype} {slot}"
+    buffer: Tensor | None = getattr(_kept, key, None)
     if buffer is None or buffer.numel() < size:
         with torch.inference_mode(False):  # a later call may come from outside of inference mode
             buffer = torch.empty(size, dtype=dtype)
-        setattr(_kept, str(dtype), buffer)
+        setattr(_kept, key, buffer)
     return buffer[:size]

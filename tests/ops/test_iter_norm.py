@@ -73,6 +73,15 @@ def test_ragged_tiles(layout: str, dtype: torch.dtype, group_size: int) -> None:
     check(x, Config(group_size=group_size))
 
 
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("group_size", [16, 32, 64])
+@pytest.mark.parametrize("shape", [(5, 64, 24, 24), (1, 64, 23, 25), (64, 64, 3, 3)], ids=str)
+def test_every_product_engine(shape: tuple[int, ...], group_size: int, layout: str) -> None:
+    """Group size, number of groups and length of the planes choose the product that the eager backend runs on."""
+    x = inputs.LAYOUTS[layout][1](inputs.gaussian(shape, dtype=torch.float32, group_size=group_size, mean=3.0))
+    check(x, Config(group_size=group_size))
+
+
 @pytest.mark.usefixtures("tiny_tiles")
 @pytest.mark.parametrize("mean", [0.0, 1e5])
 def test_tiles_of_different_means(mean: float) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import normkernels as nk
+from normkernels.ops.whiten.eager import SMALL_MEAN
 from tests.oracles import inputs, iternorm, plain
 from tests.oracles.plain import stat_dtype
 from tests.oracles.run import incoming_gradient, leaf
@@ -85,6 +86,20 @@ def test_affine_is_optional(missing: set[str]) -> None:
 def test_large_means(dtype: torch.dtype, mean: float) -> None:
     """In standard deviations: A x + (beta - A mean) must not lose more than x - mean does."""
     check(arguments(inputs.gaussian((16, 8, 4, 4), dtype=dtype, mean=mean), 4, mean=mean))
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 24, 24), (4, 16, 1, 1), (40, 16)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("factor", [0.99, 1.01])
+def test_means_about_where_centring_begins(factor: float, layout: str, shape: tuple[int, ...]) -> None:
+    """Small means are folded into c = beta - A mean, larger ones subtracted first: one tolerance for both."""
+    x = inputs.gaussian(shape, dtype=torch.float32, mean=1.0)
+    if layout == "channels_last" and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    given = arguments(x, 16)
+    reach = (given[2].abs() @ given[1].abs().view(1, 16, 1)).max()
+    given[1] *= factor * SMALL_MEAN / reach
+    check(given)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)

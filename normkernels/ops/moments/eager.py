@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from normkernels.ops._checks import statistics_dtype
-from normkernels.ops._tiles import as_image, stack, tiles
+from normkernels.ops._tiles import as_image, channels_innermost, stack, tiles
 
 
 def shifted_moments(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def shifted_moments(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         tile = image[samples, :, :, at]
         if shift is None:
             shift = tile.mean((0, 2, 3), dtype=dtype)
-        centred = stack((tile, shift), groups=len(gram), dtype=dtype)
+        centred = _operand(tile, shift, gram, rows=not channels_innermost(image))
         total += centred.sum((0, 2, 3))
         gram += outer(centred, centred, gram)
     assert shift is not None
@@ -50,22 +50,43 @@ def summed_products(y: Tensor, x: Tensor, mean: Tensor, group_size: int) -> tupl
     cross = mean.new_zeros(channels // group_size, group_size, group_size)
     sum_y = torch.zeros(channels, dtype=torch.float64, device=x.device)
     sum_x = torch.zeros_like(sum_y)
+    rows = not channels_innermost(image)
     for samples, at in tiles(image):
-        tile = other[samples, :, :, at].to(mean.dtype)
-        centred = stack((image[samples, :, :, at], mean), groups=len(cross), dtype=mean.dtype)
-        sum_y += tile.sum((0, 2, 3))
-        sum_x += centred.sum((0, 2, 3))
-        cross += outer(tile, centred, cross)
+        left = _operand(other[samples, :, :, at], None, cross, rows, slot="y")
+        right = _operand(image[samples, :, :, at], mean, cross, rows)
+        sum_y += left.sum((0, 2, 3))
+        sum_x += right.sum((0, 2, 3))
+        cross += outer(left, right, cross)
     return cross, sum_y, sum_x
+
+
+def _operand(tile: Tensor, shift: Tensor | None, like: Tensor, rows: bool, slot: str = "") -> Tensor:
+    """tile - shift (n, C, 1, l) in like's type, as ``outer`` wants it: in rows, or with the channels innermost."""
+    if shift is None and not rows:
+        return tile.to(like.dtype)
+    return stack((tile, shift), groups=len(like), dtype=like.dtype, rows=rows, slot=slot)
+
+
+# oneDNN's float32 product of matrices with long rows. torch has no public function that calls it: mm and linear use
+# the BLAS, which on a CPU whose AVX-512 it does not recognise does 180 to 210 GFLOP/s where this does 320 to 430
+# (2 Zen 5 cores, d = 64 and 128; bench/experiments/products.py).
+_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 def outer(y: Tensor, x: Tensor, like: Tensor) -> Tensor:
     """sum y x^T of images (n, C, 1, l), per group (G, d, d) as ``like``.
 
-    It is the weight gradient of the 1x1 convolution that maps x to y.
+    With the channels innermost it is the weight gradient of the 1x1 convolution that maps x to y, at 350 to 400
+    GFLOP/s. Images in rows are multiplied by ``_linear`` or, for small groups, by the BLAS, whose calls are cheaper;
+    a convolution would reorder them inside, at 230 to 270.
     """
     g, d, _ = like.shape
-    return conv2d_weight(x, (g * d, d, 1, 1), y, groups=g).view(g, d, d)
+    if channels_innermost(x):
+        return conv2d_weight(x, (g * d, d, 1, 1), y, groups=g).view(g, d, d)
+    y, x = (image.transpose(0, 1).reshape(g, d, -1) for image in (y, x))
+    if _linear is None or d < 32 or x.dtype != torch.float32 or x.device.type != "cpu":
+        return torch.bmm(y, x.mT)
+    return torch.stack([_linear(left, right, None, "none", [], "") for left, right in zip(y, x, strict=True)])
 
 
 def moments(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
