@@ -56,8 +56,8 @@ def whiten(x: Tensor, mean: Tensor, W: Tensor, weight: Tensor | None, bias: Tens
     bias = None if bias is None else bias.to(A.dtype)
     if not _small(mean, W):
         return mix([(x, mean)], A, bias, like=x)
-    c = -torch.bmm(A.double(), mean.double().view(*A.shape[:2], 1)).flatten()
-    c = (c if bias is None else c + bias).to(A.dtype)
+    c = -torch.bmm(A, mean.view(*A.shape[:2], 1)).flatten()
+    c = c if bias is None else c + bias
     if x.numel() == 0 or x.dtype != A.dtype or not channels_innermost(as_image(x)):
         return mix([(x, None)], A, c, like=x)
     # The convolution itself reads and writes x's layout, and needs no memory between: one call for all of x.
