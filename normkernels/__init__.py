@@ -1,11 +1,13 @@
 """normkernels: fast, exact normalization layers for PyTorch."""
 
-from normkernels import ops
+from normkernels import analysis, ops, parametrizations, penalties
 from normkernels._version import __version__
-from normkernels.layers import DBN1d, DBN2d, DBN3d, IterNorm1d, IterNorm2d, IterNorm3d
+from normkernels.layers import ConvNorm1d, ConvNorm2d, DBN1d, DBN2d, DBN3d, IterNorm1d, IterNorm2d, IterNorm3d
 from normkernels.ops._library import backend_of, use_backend
 
 __all__ = [
+    "ConvNorm1d",
+    "ConvNorm2d",
     "DBN1d",
     "DBN2d",
     "DBN3d",
@@ -13,7 +15,10 @@ __all__ = [
     "IterNorm2d",
     "IterNorm3d",
     "__version__",
+    "analysis",
     "backend_of",
     "ops",
+    "parametrizations",
+    "penalties",
     "use_backend",
 ]

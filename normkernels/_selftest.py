@@ -150,6 +150,58 @@ def _check_iter_norm_backward(p: _Problem) -> Result:
     return got, torch.autograd.grad(_iter_norm(*exact)[0], exact, p.y), 2 * p.whole
 
 
+PLANE = (7, 34)  # a prime length and twice a prime
+
+
+def _planes(p: _Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernels (8, 2, 3, 3), planes (3, 8, 7, 34), and the spectrum of the kernels on them."""
+    weight = p.x.reshape(-1)[:144].view(8, 2, 3, 3)
+    z = torch.linspace(-3, 3, 3 * 8 * 7 * 34, dtype=torch.float64).sin().float().double().view(3, 8, *PLANE)
+    return weight, z, _spectrum(weight).float().double()
+
+
+def _spectrum(weight: Tensor) -> Tensor:
+    """ConvNorm, Algorithm 1, with eps relative to the mean power."""
+    power = torch.fft.fft2(weight, s=PLANE).abs().square().sum(1)
+    return (power + EPS * power.mean((1, 2), keepdim=True)).rsqrt()
+
+
+def _filtered(z: Tensor, v: Tensor) -> Tensor:
+    return torch.fft.ifft2(torch.fft.fft2(z) * v).real
+
+
+# The spectrum is accumulated in float64 and rounded once. A transform of n numbers is at most log2 n rounded steps,
+# or sums of the length of a row and a column, and there are two: 2 (7 + 34) roundoffs of the largest v, with room for v.
+SPECTRUM, FILTER = 2 * ROUNDOFF, 4 * sum(PLANE) * ROUNDOFF
+
+
+def _check_kernel_spectrum(p: _Problem) -> Result:
+    weight, _, _ = _planes(p)
+    return (nk.ops.kernel_spectrum(*p.here(weight), PLANE, EPS),), (_spectrum(weight),), SPECTRUM
+
+
+def _check_kernel_spectrum_backward(p: _Problem) -> Result:
+    weight, z, _ = _planes(p)
+    (leaf,) = p.here(weight, requires_grad=True)
+    exact = weight.clone().requires_grad_()
+    got = torch.autograd.grad(nk.ops.kernel_spectrum(leaf, PLANE, EPS), leaf, *p.here(z[0]))
+    return got, torch.autograd.grad(_spectrum(exact), exact, z[0]), 8 * SPECTRUM
+
+
+def _check_spectral_filter(p: _Problem) -> Result:
+    _, z, v = _planes(p)
+    scale = float(v.max() * z.abs().max() / _filtered(z, v).abs().max())
+    return (nk.ops.spectral_filter(*p.here(z, v)),), (_filtered(z, v),), FILTER * max(1.0, scale)
+
+
+def _check_cross_spectrum(p: _Problem) -> Result:
+    _, z, v = _planes(p)
+    z32, v32 = p.here(z, v, requires_grad=True)
+    got = torch.autograd.grad(nk.ops.spectral_filter(z32, v32), v32, *p.here(z.flip(0)))
+    exact = v.clone().requires_grad_()
+    return got, torch.autograd.grad(_filtered(z, exact), exact, z.flip(0)), FILTER
+
+
 CHECKS: dict[str, Callable[[_Problem], Result]] = {
     "moments": _check_moments,
     "cross_moments": _check_cross_moments,
@@ -158,6 +210,10 @@ CHECKS: dict[str, Callable[[_Problem], Result]] = {
     "whiten": _check_whiten,
     "iter_norm": _check_iter_norm,
     "iter_norm_backward": _check_iter_norm_backward,
+    "kernel_spectrum": _check_kernel_spectrum,
+    "kernel_spectrum_backward": _check_kernel_spectrum_backward,
+    "spectral_filter": _check_spectral_filter,
+    "cross_spectrum": _check_cross_spectrum,
 }
 
 

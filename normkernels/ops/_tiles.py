@@ -7,15 +7,14 @@ through main memory, and each centred copy is a fresh allocation whose pages hav
 8 ms for 33 MB, as long as the arithmetic). So x is walked in tiles that stay in the cache: a tile is centred into one
 reused piece of memory and multiplied there.
 
-Rejected: a batched product per sample on views of x, which cannot centre first, and one engine for every layout and
-product. Which engine serves which is said where it is used: ``outer`` in moments/eager.py, ``product`` in
-whiten/eager.py.
+Rejected: a batched product per sample on views of x, which cannot centre first, and one product for every layout.
+Which one serves which is said where it is used: ``outer`` in moments/eager.py, ``product`` in whiten/eager.py.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -43,14 +42,17 @@ def of_image(image: Tensor, x: Tensor) -> Tensor:
     return (planes if len(planes) == len(x) else planes.transpose(0, 2)).reshape(x.shape)
 
 
-def empty_output(x: Tensor) -> Tensor:
+def empty_output(x: Tensor, spatial: Sequence[int] | None = None) -> Tensor:
     """Uninitialized tensor like x: channels innermost where x has them innermost, else contiguous.
+
+    spatial: other spatial dimensions than x's.
 
     Not empty_like: its strides for an x with gaps need not collapse to (N, C, L), and these always do.
     """
+    spatial = x.shape[2:] if spatial is None else spatial
     if channels_innermost(x):
-        return x.new_empty((x.shape[0], *x.shape[2:], x.shape[1])).movedim(-1, 1)
-    return x.new_empty(x.shape)
+        return x.new_empty((x.shape[0], *spatial, x.shape[1])).movedim(-1, 1)
+    return x.new_empty((*x.shape[:2], *spatial))
 
 
 def in_layout_of(x: Tensor, value: Tensor) -> Tensor:
@@ -93,7 +95,7 @@ def stack(
     """
     n, channels, _, positions = sources[0][0].shape
     parts, d = len(sources), channels // groups
-    memory = _workspace(sources[0][0], n * channels * positions * parts, dtype, slot)
+    memory = workspace(sources[0][0], n * channels * positions * parts, dtype, slot)
     if rows:
         memory = memory.view(groups, parts, d, n, positions).permute(3, 0, 1, 2, 4)
     elif channels_innermost(sources[0][0]):
@@ -118,7 +120,7 @@ def channels_innermost(x: Tensor) -> bool:
 _kept = threading.local()
 
 
-def _workspace(like: Tensor, size: int, dtype: torch.dtype, slot: str) -> Tensor:
+def workspace(like: Tensor, size: int, dtype: torch.dtype, slot: str = "") -> Tensor:
     """Uninitialized memory: on a CPU the thread's own, overwritten by the next call for the same slot."""
     if like.device.type != "cpu":
         return torch.empty(size, dtype=dtype, device=like.device)

@@ -50,11 +50,45 @@ def arguments(op: str, x: Tensor, method: str = "newton", affine: bool = True) -
     }[op]
 
 
+def spectral_arguments(op: str, z: Tensor, weight_dtype: torch.dtype | None = None) -> tuple[Any, ...]:
+    """For z (N, 8, H, W): a window that leaves out a border and every other column."""
+    weight = torch.linspace(-1, 2, 8 * 2 * 3 * 2, dtype=weight_dtype or z.dtype).view(8, 2, 3, 2)
+    h, w = z.shape[2:]
+    size = [max(h, 3), max(w, 2)]
+    raw = torch.ops.normkernels
+    v = raw.kernel_spectrum(weight, size, 1e-3, [1, 1])
+    whole, target = [0, 1, 0, 1], [1, 1, size[0] - 1, 0, 2, (size[1] + 1) // 2]
+    y = torch.ones((), dtype=z.dtype).expand(*z.shape[:2], target[2], target[5])
+    return {
+        "kernel_spectrum": (weight, size, 1e-3, [1, 1]),
+        "kernel_spectrum_backward": (torch.ones_like(v), weight, v, 1e-3, [1, 1]),
+        "spectral_filter": (z, v, whole, target),
+        "cross_spectrum": (y, z, size, [*target[:2], *target[3:5]], whole),
+    }[op]
+
+
 RAW = ["moments", "cross_moments", "inverse_sqrt", "inverse_sqrt_backward", "whiten", "iter_norm", "iter_norm_backward"]
+SPECTRAL = ["kernel_spectrum", "kernel_spectrum_backward", "spectral_filter", "cross_spectrum"]
 
 
 def test_every_op_is_checked_here() -> None:
-    assert set(RAW) == set(_library.ops())
+    assert {*RAW, *SPECTRAL} == set(_library.ops())
+
+
+@pytest.mark.parametrize("op", SPECTRAL)
+@DTYPES
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NCHW-cropped", "NCHW-channel-slice"])
+def test_opcheck_of_spectral_ops(op: str, layout: str, dtype: torch.dtype) -> None:
+    given = spectral_arguments(op, data(layout, dtype))
+    torch.library.opcheck(getattr(torch.ops.normkernels, op).default, given)
+
+
+@pytest.mark.parametrize("op", ["kernel_spectrum", "spectral_filter", "cross_spectrum"])
+@pytest.mark.parametrize("shape", [(2, 8, 17, 34), (0, 8, 3, 4), (1, 8, 3, 2)], ids=str)
+def test_opcheck_of_spectral_gradients(op: str, shape: tuple[int, ...]) -> None:
+    given = spectral_arguments(op, torch.randn(shape))
+    leaves = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in given]
+    torch.library.opcheck(getattr(torch.ops.normkernels, op).default, tuple(leaves))
 
 
 @pytest.mark.parametrize("op", RAW)
@@ -101,6 +135,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "iter_norm": lambda x, w, b: nk.ops.iter_norm(x, 4, weight=w, bias=b),
     "iter_norm-eigh": lambda x, w, b: nk.ops.iter_norm(x, 4, weight=w, bias=b, method="eigh"),
     "iter_norm-bare": lambda x, w, b: nk.ops.iter_norm(x * b[0], 4),
+    "spectral": lambda x, w, b: nk.ops.spectral_filter(
+        x, nk.ops.kernel_spectrum(torch.outer(w, b).view(8, 2, 2, 2), x.shape[2:]), [slice(1, None), slice(0, None, 2)]
+    ),
 }
 
 
@@ -150,7 +187,14 @@ LAYERS = {
     "IterNorm2d-cumulative": lambda: nk.IterNorm2d(8, 4, momentum=None),
     "IterNorm2d-bare": lambda: nk.IterNorm2d(8, 4, affine=False, track_running_stats=False),
     "DBN2d": lambda: nk.DBN2d(8, 4),
+    "ConvNorm2d": lambda: seeded(lambda: nk.ConvNorm2d(8, 6, 3, stride=2, padding=1)),
+    "ConvNorm2d-full-gradient": lambda: seeded(lambda: nk.ConvNorm2d(8, 8, 2, groups=2, detach_spectrum=False)),
 }
+
+
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return build()
 
 
 def steps(layer: nn.Module, x: Tensor) -> list[Tensor]:
@@ -226,7 +270,7 @@ def test_inductor() -> None:
 # Exported.
 
 
-@pytest.mark.parametrize("layer", ["IterNorm2d", "DBN2d", "IterNorm2d-bare"])
+@pytest.mark.parametrize("layer", ["IterNorm2d", "DBN2d", "IterNorm2d-bare", "ConvNorm2d"])
 def test_export_of_evaluation(layer: str) -> None:
     """With a free batch size, saved and loaded; the file knows the op by name."""
     module = LAYERS[layer]()

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from normkernels.ops._checks import statistics_dtype
+from normkernels.ops._products import fast, times_transposed
 from normkernels.ops._tiles import as_image, channels_innermost, stack, tiles
 
 
@@ -67,26 +68,20 @@ def _operand(tile: Tensor, shift: Tensor | None, like: Tensor, rows: bool, slot:
     return stack((tile, shift), groups=len(like), dtype=like.dtype, rows=rows, slot=slot)
 
 
-# oneDNN's float32 product of matrices with long rows. torch has no public function that calls it: mm and linear use
-# the BLAS, which on a CPU whose AVX-512 it does not recognise does 180 to 210 GFLOP/s where this does 320 to 430
-# (2 Zen 5 cores, d = 64 and 128; bench/experiments/products.py).
-_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-
-
 def outer(y: Tensor, x: Tensor, like: Tensor) -> Tensor:
     """sum y x^T of images (n, C, 1, l), per group (G, d, d) as ``like``.
 
     With the channels innermost it is the weight gradient of the 1x1 convolution that maps x to y, at 350 to 400
-    GFLOP/s. Images in rows are multiplied by ``_linear`` or, for small groups, by the BLAS, whose calls are cheaper;
-    a convolution would reorder them inside, at 230 to 270.
+    GFLOP/s. Images in rows are multiplied as rows, small groups in one batch; a convolution would reorder them inside,
+    at 230 to 270.
     """
     g, d, _ = like.shape
     if channels_innermost(x):
         return conv2d_weight(x, (g * d, d, 1, 1), y, groups=g).view(g, d, d)
     y, x = (image.transpose(0, 1).reshape(g, d, -1) for image in (y, x))
-    if _linear is None or d < 32 or x.dtype != torch.float32 or x.device.type != "cpu":
+    if d < 32 or not fast(x):
         return torch.bmm(y, x.mT)
-    return torch.stack([_linear(left, right, None, "none", [], "") for left, right in zip(y, x, strict=True)])
+    return torch.stack([times_transposed(left, right) for left, right in zip(y, x, strict=True)])
 
 
 def moments(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

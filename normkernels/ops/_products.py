@@ -1,0 +1,39 @@
+"""Float32 products on a CPU that torch's own mm and matmul do at half the speed.
+
+torch hands every matrix product to its BLAS. On a CPU whose AVX-512 that BLAS does not recognise it does 180 to 210
+GFLOP/s (2 Zen 5 cores), where oneDNN, which torch uses for convolutions, does 280 to 430 on the shapes below
+(bench/experiments/products.py). Elsewhere than there these functions are a matrix product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+# torch has no public function for oneDNN's product of matrices with long rows. It must get dense rows: for any
+# other operand oneDNN has nothing but its reference implementation, which is hundreds of times slower.
+_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+def fast(x: Tensor) -> bool:
+    """Whether oneDNN serves products of tensors like x."""
+    return _linear is not None and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+def times_transposed(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T (m, n) of a (m, k) and b (n, k), both with dense rows."""
+    if _linear is None or not fast(a):
+        return torch.mm(a, b.t())
+    result: Tensor = _linear(a, b, None, "none", [], "")
+    return result
+
+
+def times_columns(matrix: Tensor, planes: Tensor, bias: Tensor | None = None) -> Tensor:
+    """matrix (d, k) times each of the planes (n, k, l), plus a bias for each row: (n, d, l).
+
+    As a convolution: planes are images of one channel, the rows of the matrix d kernels as high as the images. oneDNN
+    then reorders nothing but the output, where k channels of a 1x1 convolution are reordered as well.
+    """
+    (d, k), positions = matrix.shape, planes.shape[2]
+    return conv2d(planes.unsqueeze(1), matrix.reshape(d, 1, k, 1), bias).view(len(planes), d, positions)

@@ -1,0 +1,274 @@
+"""Plain PyTorch implementation of the spectrum of a kernel and of the filter on image planes."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from normkernels.ops._checks import statistics_dtype
+from normkernels.ops._products import fast, times_columns, times_transposed
+from normkernels.ops._tiles import empty_output, workspace
+
+# --- kernel_spectrum ----------------------------------------------------------------------------------------------
+
+CHUNK_ELEMENTS = 2**18  # float64 numbers of one chunk of channels: 2 MiB
+Waves = tuple[Tensor, Tensor]
+
+
+@functools.lru_cache(maxsize=64)
+def waves(n: int, reach: int, dilation: int, device: torch.device) -> Waves:
+    """cos and sin of 2 pi u t / n for frequencies u and lags t = -reach..reach, dilated: (n, 2 reach + 1), float64."""
+    with torch.inference_mode(False):  # a later call may come from outside of inference mode
+        lags = torch.arange(-reach, reach + 1, dtype=torch.float64, device=device) * dilation
+        # The remainder, exact in float64, keeps the argument small.
+        angle = torch.outer(torch.arange(n, dtype=torch.float64, device=device), lags).remainder(n) * (2 * math.pi / n)
+        return angle.cos(), angle.sin()
+
+
+def both_waves(weight: Tensor, size: Sequence[int], dilation: Sequence[int]) -> tuple[Waves, Waves]:
+    rows, columns = (
+        waves(n, k - 1, step, weight.device) for n, k, step in zip(size, weight.shape[2:], dilation, strict=True)
+    )
+    return rows, columns
+
+
+def autocorrelation(weight: Tensor) -> Tensor:
+    """R[t] = sum_i sum_s a_i[s] a_i[s + t] of each output channel: (C_O, 2 kh - 1, 2 kw - 1).
+
+    Through the Gram matrix of the taps, whose entries (s, s') belong to lag s' - s.
+    """
+    kh, kw = weight.shape[2:]
+    taps = weight.flatten(2)
+    gram = torch.bmm(taps.mT, taps).unflatten(2, (kh, kw))
+    shifted = [pad(gram[:, i * kw + j], (kw - 1 - j, j, kh - 1 - i, i)) for i in range(kh) for j in range(kw)]
+    return functools.reduce(torch.add, shifted)
+
+
+def inverse_root(R: Tensor, rows: Waves, columns: Waves, eps: float) -> Tensor:
+    """(power + eps E)^(-1/2) of the autocorrelation: its cosine transform is the power spectrum, R[0] the mean of that.
+
+    Rounding leaves 1e-16 E of a spectral zero, of either sign. A channel of zeros gets 1.
+    """
+    (cos_h, sin_h), (cos_w, sin_w) = rows, columns
+    power = cos_h @ R @ cos_w.T - sin_h @ R @ sin_w.T
+    energy = R[:, R.shape[1] // 2, R.shape[2] // 2, None, None]
+    floor = torch.finfo(R.dtype).eps * energy
+    v = (torch.maximum(power, floor) + eps * energy).rsqrt()
+    return torch.where(energy == 0, 1.0, v)
+
+
+def chunks(weight: Tensor, size: Sequence[int]) -> Iterator[slice]:
+    """Slices of output channels, so that float64 intermediates stay small whatever the layer."""
+    channels = weight.shape[0]
+    taps = weight.shape[2] * weight.shape[3]
+    largest = max(weight[0].numel(), size[0] * size[1], 4 * taps * taps)
+    step = max(1, CHUNK_ELEMENTS // largest)
+    return (slice(i, i + step) for i in range(0, channels, step))
+
+
+def kernel_spectrum(weight: Tensor, size: Sequence[int], eps: float, dilation: Sequence[int]) -> Tensor:
+    dtype = statistics_dtype(weight.dtype)
+    v = weight.new_empty((weight.shape[0], *size), dtype=dtype)
+    waves = both_waves(weight, size, dilation)
+    for chunk in chunks(weight, size):
+        exact = inverse_root(autocorrelation(weight[chunk].double()), *waves, eps)
+        v[chunk] = exact.clamp(max=torch.finfo(dtype).max)
+    return v
+
+
+def kernel_spectrum_backward(grad: Tensor, weight: Tensor, v: Tensor, eps: float, dilation: Sequence[int]) -> Tensor:
+    """dL/dR is the cosine transform of dL/dpower = -v^3 dv / 2, and R is quadratic in the taps (DERIVATION.md)."""
+    kh, kw = weight.shape[2:]
+    (cos_h, sin_h), (cos_w, sin_w) = both_waves(weight, v.shape[1:], dilation)
+    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for chunk in chunks(weight, v.shape[1:]):
+        taps = weight[chunk].double().flatten(2)
+        zero = (taps == 0).all(2).all(1).view(-1, 1, 1)
+        power = torch.where(zero, 0.0, -0.5 * grad[chunk].double() * v[chunk].double() ** 3)
+        R = cos_h.T @ power @ cos_w - sin_h.T @ power @ sin_w
+        R[:, kh - 1, kw - 1] += eps * power.sum((1, 2))
+        windows = [R[:, kh - 1 - i : 2 * kh - 1 - i, kw - 1 - j : 2 * kw - 1 - j] for i in range(kh) for j in range(kw)]
+        gram = torch.stack([window.flatten(1) for window in windows], 1)
+        result[chunk] = 2 * torch.bmm(taps, gram).view_as(result[chunk])
+    return result
+
+
+# --- spectral_filter ----------------------------------------------------------------------------------------------
+
+# A window is (start, step, count) of the positions of a plane along one dimension.
+Window = Sequence[int]
+TILE_ELEMENTS = 2**18  # of a tile of planes for each thread
+FFT_FACTOR = 13  # largest prime factor that torch.fft (MKL on a CPU) has its own code for
+SHORTEST_FFT, LONGEST_PRODUCT = 20, 128
+
+
+@functools.lru_cache(maxsize=64)
+def dft(n: int, window: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The columns of the real DFT matrix R_n at the positions of a window: (n, count). R_n is orthogonal.
+
+    Its rows are cosines of the frequencies 0..n//2, then sines of 1..(n-1)//2.
+    """
+    start, step, count = window
+    with torch.inference_mode(False):  # a later call may come from outside of inference mode
+        position = torch.arange(count, dtype=torch.float64) * step + start
+        frequency = torch.arange(n // 2 + 1, dtype=torch.float64)
+        angle = torch.outer(frequency, position).remainder(n) * (2 * math.pi / n)
+        cosine = angle.cos() * math.sqrt(2 / n)
+        cosine[0] = math.sqrt(1 / n)
+        if n % 2 == 0:
+            cosine[-1] /= math.sqrt(2)
+        sine = angle.sin()[1 : (n - 1) // 2 + 1] * math.sqrt(2 / n)
+        return torch.cat((cosine, sine)).to(device, dtype)
+
+
+def symmetric_half(v: Tensor) -> Tensor:
+    """(v(f) + v(-f)) / 2 at the frequencies that rfft2 keeps."""
+    half = v.shape[2] // 2 + 1
+    reversed_rows = torch.cat((v[:, :1], v[:, 1:].flip(1)), 1)
+    opposite = torch.cat((reversed_rows[..., :1], reversed_rows[..., v.shape[2] - half + 1 :].flip(2)), 2)
+    return 0.5 * (v[..., :half] + opposite)
+
+
+def coefficients(v: Tensor) -> tuple[Tensor, Tensor]:
+    """A (C, H, W) and B (C, (H-1)//2, (W-1)//2) of the filter in the basis of ``dft``.
+
+    With l+ = v(u, w) and l- = v(u, -w): A = (l+ + l-) / 2 and B = (l- - l+) / 2 (DERIVATION.md). B vanishes where
+    u or w has no sine. The real part of the result depends on v(f) + v(-f) only.
+    """
+    h, w = v.shape[1:]
+    half_h, half_w = (h - 1) // 2, (w - 1) // 2
+    plus = symmetric_half(v)
+    minus = torch.cat((plus[:, :1], plus[:, 1:].flip(1)), 1)  # v(u, -w) = v(-u, w)
+    mean, difference = 0.5 * (plus + minus), 0.5 * (minus - plus)
+    mean = torch.cat((mean[:, : h // 2 + 1], mean[:, 1 : half_h + 1]), 1)
+    both = slice(1, half_h + 1), slice(1, half_w + 1)
+    return torch.cat((mean, mean[:, :, 1 : half_w + 1]), 2), difference[:, both[0], both[1]].contiguous()
+
+
+def multiply(Z: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """The filter between the transforms, for Z (n, C, H, W): it couples cos cos with sin sin, cos sin with sin cos."""
+    h, w = Z.shape[2:]
+    result = workspace(Z, Z.numel(), Z.dtype, "spectrum").view(Z.shape)
+    torch.mul(Z, A, out=result)
+    cos_h, sin_h = slice(1, (h - 1) // 2 + 1), slice(h // 2 + 1, h)
+    cos_w, sin_w = slice(1, (w - 1) // 2 + 1), slice(w // 2 + 1, w)
+    for rows, other_rows in ((cos_h, sin_h), (sin_h, cos_h)):
+        for columns, other_columns in ((cos_w, sin_w), (sin_w, cos_w)):
+            sign = 1 if (rows is cos_h) == (columns is cos_w) else -1
+            result[..., rows, columns].addcmul_(B, Z[..., other_rows, other_columns], value=sign)
+    return result
+
+
+def rows_times(planes: Tensor, matrix: Tensor) -> Tensor:
+    """Planes (n, h, w) times matrix^T (w', w) from the right."""
+    return times_transposed(planes.reshape(-1, planes.shape[2]), matrix).view(*planes.shape[:2], -1)
+
+
+def times_rows(matrix: Tensor, planes: Tensor) -> Tensor:
+    """matrix (h', h) times planes (n, h, w) from the left."""
+    if planes.shape[1] == 1 and len(matrix) == 1:  # one-dimensional signals
+        return planes * matrix
+    return times_columns(matrix, planes)
+
+
+def by_products(z: Tensor, h: int, w: int) -> bool:
+    """Whether planes of h x w are transformed by products with the real DFT matrix rather than by torch.fft.
+
+    Time of the products / time of torch.fft (2 Zen 5 cores, float32, python -m bench.experiments.transforms): .5 to .9
+    from 7 to 18; .7 at 34 = 2 * 17, .5 at 58 = 2 * 29, .95 at 114 = 2 * 3 * 19, 1.1 to 1.8 from 194 on; without such a
+    large prime factor 1.2 to 1.6 from 32 to 130. In float64 and on other devices it is torch.fft.
+    """
+    if not fast(z) or max(h, w) > LONGEST_PRODUCT:
+        return False
+    return max(h, w) < SHORTEST_FFT or any(largest_prime_factor(n) > FFT_FACTOR for n in (h, w))
+
+
+@functools.lru_cache
+def largest_prime_factor(n: int) -> int:
+    factor = 2
+    while factor * factor <= n:
+        if n % factor:
+            factor += 1
+        else:
+            n //= factor
+    return n
+
+
+def plane_tiles(z: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of samples and channels with about TILE_ELEMENTS of work for each thread; off the CPU all at once."""
+    n, channels = z.shape[:2]
+    planes = max(1, TILE_ELEMENTS * min(torch.get_num_threads(), 8) // size)
+    if z.device.type != "cpu":
+        planes = n * channels
+    samples, step = max(1, planes // channels), min(planes, channels)
+    for i in range(0, n, samples):
+        for k in range(0, channels, step):
+            yield slice(i, i + samples), slice(k, k + step)
+
+
+def spectral_filter(z: Tensor, v: Tensor, source: Sequence[int], target: Sequence[int]) -> Tensor:
+    h, w = v.shape[1:]
+    (top, down, a), (left, right, b) = target[:3], target[3:]
+    rows, columns = (*source[:2], z.shape[2]), (*source[2:], z.shape[3])
+    y = empty_output(z, (a, b))
+    if y.numel() == 0:
+        return y
+    if z.numel() == 0:
+        return y.zero_()
+    products = by_products(v, h, w)
+    if products:
+        A, B = coefficients(v)
+        forward = [dft(n, window, v.dtype, v.device) for n, window in ((h, rows), (w, columns))]
+        inverse = [
+            dft(n, window, v.dtype, v.device).t().contiguous()
+            for n, window in ((h, (top, down, a)), (w, (left, right, b)))
+        ]
+    else:
+        half = symmetric_half(v)
+    for samples, channels in plane_tiles(z, h * w):
+        tile = z[samples, channels].to(v.dtype).contiguous()
+        if products:
+            Z = times_rows(forward[0], rows_times(tile.flatten(0, 1), forward[1]))
+            Z = multiply(Z.view(*tile.shape[:2], h, w), A[channels], B[channels]).flatten(0, 1)
+            filtered = rows_times(times_rows(inverse[0], Z), inverse[1]).view(*tile.shape[:2], a, b)
+        else:
+            Z = torch.fft.rfft2(on_plane(tile, (h, w), rows, columns))
+            Z *= half[channels]
+            filtered = torch.fft.irfft2(Z, s=(h, w))[..., top : top + down * a : down, left : left + right * b : right]
+        y[samples, channels].copy_(filtered)
+    return y
+
+
+def on_plane(z: Tensor, size: tuple[int, int], rows: Window, columns: Window) -> Tensor:
+    """z (n, C, h, w) at its window's positions of a plane of zeros."""
+    if tuple(z.shape[2:]) == size:
+        return z
+    plane = z.new_zeros((*z.shape[:2], *size))
+    (top, down, a), (left, right, b) = rows, columns
+    plane[..., top : top + down * a : down, left : left + right * b : right] = z
+    return plane
+
+
+def cross_spectrum(y: Tensor, z: Tensor, size: Sequence[int], of_y: Sequence[int], of_z: Sequence[int]) -> Tensor:
+    """sum_n Re(conj(Y) Z) / (H W) (C, H, W): the gradient of the filter in v, for dL/dy = y."""
+    h, w = size
+    dtype = statistics_dtype(z.dtype)
+    half = w // 2 + 1
+    result = z.new_zeros((z.shape[1], h, half), dtype=dtype)
+    if z.numel() and y.numel():
+        for samples, channels in plane_tiles(z, h * w):
+            Y, Z = (
+                torch.fft.rfft2(
+                    on_plane(t[samples, channels].to(dtype), (h, w), (*at[:2], t.shape[2]), (*at[2:], t.shape[3]))
+                )
+                for t, at in ((y, of_y), (z, of_z))
+            )
+            result[channels] += (Y.real * Z.real + Y.imag * Z.imag).sum(0)
+    result /= h * w
+    mirrored = result[..., 1 : (w - 1) // 2 + 1].flip(1, 2).roll(1, 1)  # the frequencies that rfft2 leaves out
+    return torch.cat((result, mirrored), 2)

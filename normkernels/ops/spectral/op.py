@@ -1,0 +1,254 @@
+"""kernel_spectrum, spectral_filter and cross_spectrum: ConvNorm in the Fourier domain. Algebra in DERIVATION.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normkernels.ops._checks import check_data, check_integer, check_like, check_number, check_tensor, statistics_dtype
+from normkernels.ops._library import define
+from normkernels.ops._tiles import channels_innermost, empty_output, in_layout_of
+from normkernels.ops.spectral import eager
+
+
+def kernel_spectrum(
+    weight: Tensor, size: int | Sequence[int], eps: float = 1e-8, dilation: int | Sequence[int] = 1
+) -> Tensor:
+    r"""Inverse square root of the power spectrum of each output channel of a convolution.
+
+    .. math:: v_k(f) = \Big( \sum_i |\hat a_{ki}(f)|^2 + \epsilon E_k \Big)^{-1/2}
+
+    (ConvNorm, eq. 6 and Algorithm 1), with the DFT of the kernels on planes of the given size and E_k the mean of the
+    sum over the frequencies, the channel's energy. eps is relative, so v scales as 1 / weight.
+
+    Args:
+        weight: (C_O, C_I / groups, kh, kw) or (C_O, C_I / groups, k), float16, bfloat16, float32 or float64.
+        size: (H, W) or L of the planes, at least the (dilated) kernel's extent.
+        eps: relative floor of the spectrum; without it a spectral zero is 1 / (1.5e-8 sqrt(E_k)).
+        dilation: of the convolution, for each dimension or one for all.
+
+    Returns:
+        v: (C_O, H, W) or (C_O, L) in float32 (float64 for float64 weight), accumulated in float64 and finite. A channel
+        whose kernels are all zero gets 1.
+
+    Differentiable in weight, once or more.
+
+    Raises:
+        TypeError: weight is not floating-point.
+        ValueError: a plane smaller than the kernel, or weight of another rank.
+    """
+    check_data("weight", weight)
+    if weight.dim() not in (3, 4):
+        raise ValueError(f"weight: expected shape (C_O, C_I, k) or (C_O, C_I, kh, kw), got {tuple(weight.shape)}")
+    dims = weight.dim() - 2
+    lengths, steps = _per_dimension("size", size, dims), _per_dimension("dilation", dilation, dims)
+    check_number("eps", eps)
+    for length, k, step in zip(lengths, weight.shape[2:], steps, strict=True):
+        if k < 1 or length < step * (k - 1) + 1:
+            raise ValueError(
+                f"size: expected at least {step * (k - 1) + 1} for a kernel of {k} taps with dilation {step}, "
+                f"got {length} (size {tuple(lengths)}, kernel {tuple(weight.shape[2:])})"
+            )
+    if dims == 1:
+        weight, lengths, steps = weight.unsqueeze(2), [1, *lengths], [1, *steps]
+    v: Tensor = _KernelSpectrum.apply(weight, lengths, float(eps), steps)
+    return v.squeeze(1) if dims == 1 else v
+
+
+def spectral_filter(
+    z: Tensor, v: Tensor, target: Sequence[slice] | None = None, source: Sequence[slice] | None = None,
+    ) -> Tensor:  # fmt: skip
+    r"""Circular filter of image planes by a real spectrum, one for each channel.
+
+    .. math:: y_{nk} = \mathrm{Re}\, F^{-1} ( v_k \odot F z_{nk} )
+
+    (ConvNorm, eq. 7 and Algorithm 1), with the two-dimensional DFT F, or the one-dimensional one for signals.
+    The map is self-adjoint: the gradient in z is the filter applied to dL/dy, with the windows exchanged.
+
+    Args:
+        z: (N, C, H, W) or (N, C, L) float16, bfloat16, float32 or float64.
+        v: (C, H, W) or (C, L) in float32 (float64 for float64 z). Of v(f) and v(-f) only the mean matters.
+        target: slices of the plane to return, such as a crop and a stride; what they leave out costs less than it would
+            to filter it and throw it away. None for the whole plane.
+        source: slices of the plane where z lies, the rest being zero; None if z is the whole plane.
+
+    Returns:
+        y: (N, C, *) of z's type and layout. Differentiable in z and v, any number of times.
+
+    Raises:
+        TypeError: z or v is not floating-point, or v is not in the type above.
+        ValueError: the shapes do not fit each other or the windows, or a slice has a negative step.
+    """
+    check_data("z", z)
+    check_tensor("v", v)
+    if z.dim() not in (3, 4) or v.dim() != z.dim() - 1:
+        raise ValueError(
+            f"expected z (N, C, H, W) with v (C, H, W), or z (N, C, L) with v (C, L), "
+            f"got z {tuple(z.shape)} and v {tuple(v.shape)}"
+        )
+    plane = tuple(v.shape[1:])
+    places, takes = _windows("source", source, plane), _windows("target", target, plane)
+    shape = tuple(count for _, _, count in places)
+    if tuple(z.shape[2:]) != shape:
+        raise ValueError(f"z: expected planes of {shape} for v {tuple(v.shape)}, got {tuple(z.shape)}")
+    check_like("v", v, (z.shape[1], *plane), (statistics_dtype(z.dtype),), z)
+    signals = z.dim() == 3
+    if signals:
+        z, v, places, takes = z.unsqueeze(2), v.unsqueeze(1), [(0, 1, 1), *places], [(0, 1, 1), *takes]
+    y: Tensor = _SpectralFilter.apply(
+        z, v, [part for start, step, _ in places for part in (start, step)], [part for take in takes for part in take]
+    )
+    return y.squeeze(2) if signals else y
+
+
+def _per_dimension(name: str, value: int | Sequence[int], dims: int) -> list[int]:
+    values = [value] * dims if isinstance(value, int | torch.SymInt) else list(value)
+    if len(values) != dims:
+        raise ValueError(f"{name}: expected {dims} number{'s' if dims > 1 else ''}, got {value!r}")
+    for entry in values:
+        check_integer(name, entry, minimum=1)
+    return values
+
+
+def _windows(name: str, slices: Sequence[slice] | None, plane: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(start, step, count) of each slice."""
+    if slices is None:
+        return [(0, 1, n) for n in plane]
+    if len(slices) != len(plane):
+        raise ValueError(f"{name}: expected {len(plane)} slices, got {len(slices)}")
+    windows = []
+    for window, n in zip(slices, plane, strict=True):
+        start = 0 if window.start is None else window.start
+        stop = n if window.stop is None else window.stop
+        step = 1 if window.step is None else window.step
+        if step < 1 or not 0 <= start <= stop <= n:
+            raise ValueError(f"{name}: expected slices within 0:{n} with a positive step, got {window}")
+        windows.append((start, step, (stop - start + step - 1) // step))
+    return windows
+
+
+class _KernelSpectrum(torch.autograd.Function):
+    @staticmethod
+    def forward(weight: Tensor, size: list[int], eps: float, dilation: list[int]) -> Tensor:
+        result: Tensor = torch.ops.normkernels.kernel_spectrum(weight, size, eps, dilation)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, _, ctx.eps, ctx.dilation = inputs
+        ctx.save_for_backward(weight, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, v = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            waves = eager.both_waves(weight, v.shape[1:], ctx.dilation)
+            with torch.autocast(weight.device.type, enabled=False):
+                alias = weight.view_as(weight)  # a graph of its own, see iter_norm
+                exact = eager.inverse_root(eager.autocorrelation(alias.double()), *waves, ctx.eps)
+                (grad_weight,) = torch.autograd.grad(exact, alias, grad.double(), create_graph=True)
+            return grad_weight, None, None, None
+        grad_weight = torch.ops.normkernels.kernel_spectrum_backward(grad, weight, v, ctx.eps, ctx.dilation)
+        return grad_weight, None, None, None
+
+
+class _SpectralFilter(torch.autograd.Function):
+    @staticmethod
+    def forward(z: Tensor, v: Tensor, source: list[int], target: list[int]) -> Tensor:
+        result: Tensor = torch.ops.normkernels.spectral_filter(z, v, source, target)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        z, v, ctx.source, ctx.target = inputs
+        ctx.extent = tuple(z.shape[2:])
+        ctx.layout = torch.channels_last if channels_innermost(z) else torch.contiguous_format
+        # The filter is linear in z: without a gradient for v nothing of z's size is kept.
+        ctx.save_for_backward(z if v.requires_grad else None, v)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        z, v = ctx.saved_tensors
+        placed, taken = _exchanged(ctx.source, ctx.target, ctx.extent)
+        need_z, need_v = ctx.needs_input_grad[:2]
+        grad = grad.contiguous(memory_format=ctx.layout)  # the gradient has z's layout, whatever that of dL/dy
+        grad_z = _SpectralFilter.apply(grad, v, placed, taken) if need_z else None
+        grad_v = _CrossSpectrum.apply(grad, z, list(v.shape[1:]), placed, ctx.source) if need_v else None
+        return grad_z, grad_v, None, None
+
+
+class _CrossSpectrum(torch.autograd.Function):
+    """sum_n Re(conj(Y) Z) / (H W), the filter's gradient in v."""
+
+    @staticmethod
+    def forward(y: Tensor, z: Tensor, size: list[int], of_y: list[int], of_z: list[int]) -> Tensor:
+        result: Tensor = torch.ops.normkernels.cross_spectrum(y, z, size, of_y, of_z)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        y, z, _, ctx.of_y, ctx.of_z = inputs
+        ctx.save_for_backward(y, z)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        y, z = ctx.saved_tensors
+        grad_y = in_layout_of(y, _SpectralFilter.apply(z, grad, ctx.of_z, _taken(ctx.of_y, y)))
+        grad_z = in_layout_of(z, _SpectralFilter.apply(y, grad, ctx.of_y, _taken(ctx.of_z, z)))
+        return grad_y, grad_z, None, None, None
+
+
+def _taken(placed: list[int], t: Tensor) -> list[int]:
+    """The target window that gives what the source window ``placed`` of t takes."""
+    return [*placed[:2], t.shape[2], *placed[2:], t.shape[3]]
+
+
+def _exchanged(source: list[int], target: list[int], extent: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The windows of the adjoint filter."""
+    return [*target[:2], *target[3:5]], [*source[:2], extent[0], *source[2:], extent[1]]
+
+
+def _kernel_spectrum_fake(weight: Tensor, size: Sequence[int], eps: float, dilation: Sequence[int]) -> Tensor:
+    return weight.new_empty((weight.shape[0], *size), dtype=statistics_dtype(weight.dtype))
+
+
+def _spectral_filter_fake(z: Tensor, v: Tensor, source: Sequence[int], target: Sequence[int]) -> Tensor:
+    return empty_output(z, (target[2], target[5]))
+
+
+def _cross_spectrum_fake(y: Tensor, z: Tensor, size: Sequence[int], of_y: Sequence[int], of_z: Sequence[int]) -> Tensor:
+    return z.new_empty((z.shape[1], *size), dtype=statistics_dtype(z.dtype))
+
+
+def _kernel_spectrum_backward_fake(
+    grad: Tensor, weight: Tensor, v: Tensor, eps: float, dilation: Sequence[int]
+) -> Tensor:
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+define(
+    "kernel_spectrum(Tensor weight, SymInt[] size, float eps, SymInt[] dilation) -> Tensor",
+    eager=eager.kernel_spectrum,
+    autograd=_KernelSpectrum,
+    fake=_kernel_spectrum_fake,
+)
+define(
+    "kernel_spectrum_backward(Tensor grad, Tensor weight, Tensor v, float eps, SymInt[] dilation) -> Tensor",
+    eager=eager.kernel_spectrum_backward,
+    fake=_kernel_spectrum_backward_fake,
+)
+define(
+    "spectral_filter(Tensor z, Tensor v, SymInt[] source, SymInt[] target) -> Tensor",
+    eager=eager.spectral_filter,
+    autograd=_SpectralFilter,
+    fake=_spectral_filter_fake,
+)
+define(
+    "cross_spectrum(Tensor y, Tensor z, SymInt[] size, SymInt[] of_y, SymInt[] of_z) -> Tensor",
+    eager=eager.cross_spectrum,
+    autograd=_CrossSpectrum,
+    fake=_cross_spectrum_fake,
+)
