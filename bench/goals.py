@@ -8,7 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench.results import Ratio, Results
-from bench.suites import BATCHNORM, CONV, GROUPED, ITERNORM, PLAIN, PLAIN_DBN, TRANSPOSED
+from bench.suites import (
+    BATCHNORM,
+    CONV,
+    CONV2D,
+    CONV_NORM,
+    GROUPED,
+    ITERNORM,
+    PADDED_FFT,
+    PLAIN,
+    PLAIN_DBN,
+    SPECTRUM,
+    TRANSPOSED,
+)
 
 NARROW, WIDE = "64x64x32x32", "64x128x32x32"
 
@@ -51,6 +63,9 @@ GOALS = (
     Goal("inference_d64", WIDE, ITERNORM, GROUPED, 1.2, mode="inference"),
     Goal("inference_d64", f"{NARROW} channels_last", ITERNORM, GROUPED, 1.2, mode="inference"),
     Goal("inference_d16", WIDE, "DBN(16)", GROUPED, 1.2, mode="inference"),
+    Goal("conv_norm", "32x64x32x32", CONV_NORM, CONV2D, 1.8),
+    Goal("conv_norm", "32x64x32x32 stride 2", CONV_NORM, CONV2D, 4.0),
+    Goal("kernel_spectrum", "512x512x3x3", SPECTRUM, PADDED_FFT, 1 / 20, mode="inference"),
     Goal("table_a1", NARROW, ITERNORM, CONV, 0.7, device_type="cuda"),
     Goal("table_a1", WIDE, ITERNORM, CONV, 0.5, device_type="cuda"),
     Goal("table_a1", NARROW, ITERNORM, PLAIN_DBN, 1 / 30, device_type="cuda"),

@@ -78,16 +78,22 @@ def reset_high_water_mark() -> None:
 
 
 def step(layer: nn.Module, x: Tensor, dy: Tensor) -> None:
-    layer(x).backward(dy)
+    """Forward and backward, or forward alone for an input without a gradient."""
+    if x.requires_grad:
+        layer(x).backward(dy)
+    else:
+        with torch.inference_mode():
+            layer(x)
 
 
 def peak_of_step(comparison: Comparison, provider: str) -> int:
     """Peak bytes of one forward and backward pass beyond what was held before it."""
     work = comparison.work
     layer = comparison.provider(provider).build(work).to(work.device)
-    x, dy = make_input(work, 0).requires_grad_(), make_gradient(work, 0)
+    differentiate = work.mode != "inference"
+    x, dy = make_input(work, 0).requires_grad_(differentiate), make_gradient(work, 0)
     # libraries and thread pools start on a two-sample batch, so that the step itself is all that is counted
-    step(layer, x.detach()[:2].clone().requires_grad_(), dy[:2].clone())
+    step(layer, x.detach()[:2].clone().requires_grad_(differentiate), dy[:2].clone())
     for parameter in layer.parameters():
         parameter.grad = None
     gc.collect()

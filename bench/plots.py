@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bench.results import Ratio, Record, Results
-from bench.suites import BATCHNORM, CONV, DBN, GROUPED, ITERNORM, PLAIN, PLAIN_DBN, TRANSPOSED
+from bench.suites import BATCHNORM, CONV, CONV2D, COPY, DBN, GROUPED, ITERNORM, PLAIN, PLAIN_DBN, TRANSPOSED
 
 BLUE, ORANGE, DARK, MID, LIGHT = "#1f6fb4", "#e07b22", "#4d4d4d", "#8c8c8c", "#bdbdbd"
 COLOURS = {BATCHNORM: DARK, CONV: MID, PLAIN: LIGHT, PLAIN_DBN: "#d9d9d9", TRANSPOSED: MID, GROUPED: LIGHT}
@@ -225,8 +225,9 @@ def family_plot(
 
 
 def memory_plot(results: Results, path: Path) -> Path | None:
-    saved = {r.provider: r.p50 for r in results.find("memory", "saved_over_input")}
-    peak = {r.provider: r.p50 for r in results.find("memory", "peak_over_input")}
+    # the spectrum has no backward pass here: its input is a weight
+    saved = {r.provider: r.p50 for r in results.find("memory", "saved_over_input", "full")}
+    peak = {r.provider: r.p50 for r in results.find("memory", "peak_over_input", "full")}
     if not saved:
         return None
     names = sorted(saved, key=lambda name: (saved[name], peak[name]))
@@ -336,6 +337,24 @@ def write_plots(results: Results, out: Path) -> list[Path]:
                 "inference",
                 out / "inference_d64.png",
                 "Inference, groups of 64",
+                plain_shape,
+            ),
+            ratio_bars(
+                results,
+                "conv_norm",
+                CONV2D,
+                "full",
+                out / "conv_norm.png",
+                "3x3 convolutions, forward + backward",
+                plain_shape,
+            ),
+            ratio_bars(
+                results,
+                "spectral_filter",
+                COPY,
+                "full",
+                out / "spectral_filter.png",
+                "Filter of image planes, forward + backward",
                 plain_shape,
             ),
             memory_plot(results, out / "memory.png"),

@@ -7,7 +7,20 @@ from pathlib import Path
 
 from bench.goals import Verdict, evaluate, where_we_lose
 from bench.results import Failure, Ratio, Record, Results, write_csv
-from bench.suites import BATCHNORM, CONV, GROUPED, PLAIN, PLAIN_DBN, TRANSPOSED, VGG_ITERNORM
+from bench.suites import (
+    BATCHNORM,
+    CONV,
+    CONV2D,
+    COPY,
+    FFT,
+    GROUPED,
+    PADDED_FFT,
+    PLAIN,
+    PLAIN_CONV_NORM,
+    PLAIN_DBN,
+    TRANSPOSED,
+    VGG_ITERNORM,
+)
 
 TITLES = {
     "table_a1": "Table A1: whitening against a 3x3 convolution of the same width",
@@ -21,11 +34,18 @@ TITLES = {
     "dtype": "Type",
     "inference_d64": "Inference, groups of 64",
     "inference_d16": "Inference, groups of 16",
+    "conv_norm": "ConvNorm and weight normalizations against the convolution, 3x3",
+    "spectral_filter": "The filter against a copy and torch.fft",
+    "kernel_spectrum": "The spectrum of a 3x3 convolution's kernels on planes of 34 x 34",
     "memory": "Memory of one training step",
 }
 MODES = {"full": "forward + backward", "forward": "forward", "backward": "backward", "inference": "inference"}
 SHOWN_LOSSES = 25
-REFERENCES = (CONV, GROUPED, BATCHNORM, PLAIN, PLAIN_DBN, TRANSPOSED, VGG_ITERNORM)  # order of the ratio columns
+# Order of the ratio columns.
+REFERENCES = (
+    CONV, GROUPED, BATCHNORM, PLAIN, PLAIN_DBN, TRANSPOSED, VGG_ITERNORM,
+    CONV2D, PLAIN_CONV_NORM, COPY, FFT, PADDED_FFT,
+)  # fmt: skip
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -93,12 +113,16 @@ def time_tables(results: Results, kernel: str) -> str:
 
 def memory_table(results: Results) -> str:
     metrics = ("saved_MiB", "saved_over_input", "peak_MiB", "peak_over_input")
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     for metric in metrics:
         for record in results.find("memory", metric):
-            rows.setdefault(record.provider, {})[metric] = record.p50
+            rows.setdefault((record.mode, record.shape), {}).setdefault(record.provider, {})[metric] = record.p50
     header = ["provider", "saved for backward, MiB", "/ input", "peak of a step, MiB", "/ input"]
-    return table(header, [[name, *(number(values[m]) for m in metrics)] for name, values in rows.items()])
+    return "\n\n".join(
+        f"{MODES[mode]}, {shape}\n\n"
+        + table(header, [[name, *(number(values[m]) for m in metrics)] for name, values in here.items()])
+        for (mode, shape), here in rows.items()
+    )
 
 
 def goals_table(verdicts: Sequence[Verdict]) -> str:

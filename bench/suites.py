@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from bench import catalogue as cat
+from bench import conv_catalogue as conv_cat
 from bench.baselines import EighDBN, PlainIterNorm
 from bench.timing import Measurement, Plan, Timed, clock_for, describe, interleave
 from bench.vgg import NormFactory, prepare_vgg
@@ -17,6 +18,8 @@ from bench.workload import CPU, Inputs, Mode, Provider, Workload, prepare_layer
 BATCHNORM, CONV, PLAIN, PLAIN_DBN = "BatchNorm2d", "conv3x3", "plain autograd Newton", "plain autograd DBN"
 TRANSPOSED, GROUPED = "transposed IterNorm", "grouped conv1x1"
 ITERNORM, DBN, VGG_ITERNORM = "IterNorm T=5", "DBN eigh", "IterNorm(64)"
+CONV2D, PLAIN_CONV_NORM, CONV_NORM = "Conv2d", "plain autograd ConvNorm", "ConvNorm2d"
+FILTER, FFT, COPY, SPECTRUM, PADDED_FFT = "spectral_filter", "torch.fft", "copy", "kernel_spectrum", "padded FFT"
 
 
 @dataclass(frozen=True)
@@ -268,6 +271,47 @@ def inference(settings: Settings) -> list[Comparison]:
     return result
 
 
+def conv_norm(settings: Settings) -> list[Comparison]:
+    """Layers against the convolution they replace, the filter against a copy, the spectrum against the padded FFT."""
+    return [*_conv_norm_layers(settings), *_filters(settings), *_spectra(settings)]
+
+
+def _conv_norm_layers(settings: Settings) -> list[Comparison]:
+    result = []
+    for shape, stride, channels_last in (
+        ((32, 64, 32, 32), 1, False),
+        ((32, 64, 32, 32), 2, False),
+        ((32, 64, 32, 32), 1, True),
+        ((16, 256, 14, 14), 1, False),
+    ):
+        n, c, h, w = shape
+        output = (n, c, -(-h // stride), -(-w // stride))
+        work = replace(workload(settings, shape), stride=stride, output=output, channels_last=channels_last)
+        plan = settings.plan(budget_s=25)
+        relative = (CONV2D, PLAIN_CONV_NORM)
+        result.append(Comparison("conv_norm", work, conv_cat.conv_norm_layers(), plan, relative))
+    return result
+
+
+def _filters(settings: Settings) -> list[Comparison]:
+    return [
+        Comparison(
+            "spectral_filter", workload(settings, (n, 64, size, size)), conv_cat.filters(), settings.plan(), (COPY, FFT)
+        )
+        for n, size in ((128, 16), (32, 34), (12, 58), (10, 66))
+    ]
+
+
+def _spectra(settings: Settings) -> list[Comparison]:
+    """Planes of 34 x 34, kernels of 3 x 3."""
+    result = []
+    for channels in (64, 128, 256, 512):
+        work = replace(workload(settings, (channels, channels, 3, 3), "inference"), output=(channels, 34, 18))
+        plan = settings.plan(budget_s=20, rounds=15)
+        result.append(Comparison("kernel_spectrum", work, conv_cat.spectra((34, 34)), plan, (PADDED_FFT,)))
+    return result
+
+
 def memory(settings: Settings) -> list[Comparison]:
     """Not timed: what is kept for the backward pass, and the peak of one step."""
     providers = (
@@ -279,4 +323,9 @@ def memory(settings: Settings) -> list[Comparison]:
         cat.batch_norm(),
         cat.conv3x3(),
     )
-    return [Comparison("memory", workload(settings, (64, 64, 32, 32)), providers, settings.plan(), (BATCHNORM,))]
+    whitening = Comparison("memory", workload(settings, (64, 64, 32, 32)), providers, settings.plan(), (BATCHNORM,))
+    layers = conv_cat.conv_norm_layers()[:4]
+    convolution = Comparison("memory", workload(settings, (32, 64, 32, 32)), layers, settings.plan(), (CONV2D,))
+    weights = replace(workload(settings, (512, 512, 3, 3), "inference"), output=(512, 34, 18))
+    spectrum = Comparison("memory", weights, conv_cat.spectra((34, 34)), settings.plan(), (PADDED_FFT,))
+    return [whitening, convolution, spectrum]

@@ -36,13 +36,22 @@ class GateError(AssertionError):
 
 @dataclass(frozen=True)
 class Workload:
-    """One input: shape (N, C, H, W), type, memory layout, and which part of the step is timed."""
+    """One input: shape (N, C, H, W), type, memory layout, and which part of the step is timed.
+
+    stride: of layers that have one. output: shape of y where it is not x's.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     mode: Mode = "full"
     channels_last: bool = False
     device: torch.device = CPU
+    stride: int = 1
+    output: tuple[int, ...] | None = None
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return self.shape if self.output is None else self.output
 
     @property
     def channels(self) -> int:
@@ -63,6 +72,7 @@ class Workload:
     @property
     def shape_name(self) -> str:
         name = "x".join(map(str, self.shape))
+        name += f" stride {self.stride}" if self.stride > 1 else ""
         return f"{name} channels_last" if self.channels_last else name
 
 
@@ -114,12 +124,12 @@ def match_layout(layer: nn.Module, work: Workload) -> nn.Module:
 
 def make_gradient(work: Workload, seed: int) -> Tensor:
     generator = torch.Generator(work.device).manual_seed(seed + 10_000)
-    return lay_out(torch.randn(work.shape, generator=generator, device=work.device), work)
+    return lay_out(torch.randn(work.output_shape, generator=generator, device=work.device), work)
 
 
 def lay_out(x: Tensor, work: Workload) -> Tensor:
     x = x.to(work.dtype)
-    return x.contiguous(memory_format=torch.channels_last) if work.channels_last else x.contiguous()
+    return x.contiguous(memory_format=torch.channels_last) if work.channels_last and x.dim() == 4 else x.contiguous()
 
 
 @dataclass
@@ -206,15 +216,17 @@ def check_layer(provider: Provider, layer: nn.Module, inputs: Inputs) -> None:
         expected = provider.reference(layer, tensors, x64)
     if y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         raise GateError(f"{provider.name}: expected a new output tensor, got a view of the input")
-    if y.dtype != work.dtype or y.shape != x.shape:
-        raise GateError(f"{provider.name}: expected {work.dtype} {tuple(x.shape)}, got {y.dtype} {tuple(y.shape)}")
+    if y.dtype != work.dtype or y.shape != expected.shape:
+        raise GateError(
+            f"{provider.name}: expected {work.dtype} {tuple(expected.shape)}, got {y.dtype} {tuple(y.shape)}"
+        )
     compare(provider.name, "y", y, expected, tolerance)
     if not differentiate:
         return
     parameters = [dict(layer.named_parameters())[name] for name in names]
     got = torch.autograd.grad(y, [x, *parameters], dy)
-    wanted = torch.autograd.grad(expected, [x64, *(tensors[name] for name in names)], dy.double())
-    for name, a, b in zip(["dx", *(f"d{name}" for name in names)], got, wanted, strict=True):
+    exact = torch.autograd.grad(expected, [x64, *(tensors[name] for name in names)], dy.double())
+    for name, a, b in zip(["dx", *(f"d{name}" for name in names)], got, exact, strict=True):
         compare(provider.name, name, a, b, tolerance)
 
 

@@ -1,1 +1,1 @@
-"""Small training runs on real data."""
+"""Small training runs on real data, and measurements behind choices and figures."""
