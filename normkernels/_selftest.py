@@ -170,8 +170,8 @@ def _filtered(z: Tensor, v: Tensor) -> Tensor:
     return torch.fft.ifft2(torch.fft.fft2(z) * v).real
 
 
-# The spectrum is accumulated in float64 and rounded once. A transform of n numbers is at most log2 n rounded steps,
-# or sums of the length of a row and a column, and there are two: 2 (7 + 34) roundoffs of the largest v, with room for v.
+# The spectrum is accumulated in float64 and rounded once. A transform is at most sums of the length of a row and of a
+# column, and there are two: 2 (7 + 34) roundoffs of the largest v, and as much for the products between them.
 SPECTRUM, FILTER = 2 * ROUNDOFF, 4 * sum(PLANE) * ROUNDOFF
 
 

@@ -90,6 +90,24 @@ def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def traceable_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``full_precision`` for functions that are no ops, so that torch.compile traces into them.
+
+    Compiled, they run only without autocast: Dynamo cannot trace the other switches.
+    """
+    exact = full_precision(function)
+
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return exact(*args)
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return wrapped
+
+
 def _restore_precision(kind: Any, before: str) -> None:
     """Back to the precision in force before, and to inheriting it ("none") where that comes to the same."""
     kind.fp32_precision = "none"

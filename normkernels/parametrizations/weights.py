@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normkernels._exact import traceable_full_precision
 from normkernels.ops._checks import DTYPES, check_integer, check_number, statistics_dtype
+from normkernels.ops._library import traceable_full_precision
 from normkernels.ops.inverse_sqrt.op import inverse_sqrt
 
 
