@@ -176,28 +176,30 @@ SPECTRUM, FILTER = 2 * ROUNDOFF, 4 * sum(PLANE) * ROUNDOFF
 
 
 def _check_kernel_spectrum(p: _Problem) -> Result:
-    weight, _, _ = _planes(p)
-    return (nk.ops.kernel_spectrum(*p.here(weight), PLANE, EPS),), (_spectrum(weight),), SPECTRUM
+    exact, _, _ = _planes(p)
+    (weight,) = p.here(exact)
+    return (nk.ops.kernel_spectrum(weight, PLANE, EPS),), (_spectrum(exact),), SPECTRUM
 
 
 def _check_kernel_spectrum_backward(p: _Problem) -> Result:
     weight, z, _ = _planes(p)
     (leaf,) = p.here(weight, requires_grad=True)
     exact = weight.clone().requires_grad_()
-    got = torch.autograd.grad(nk.ops.kernel_spectrum(leaf, PLANE, EPS), leaf, *p.here(z[0]))
+    got = torch.autograd.grad(nk.ops.kernel_spectrum(leaf, PLANE, EPS), leaf, p.here(z[0])[0])
     return got, torch.autograd.grad(_spectrum(exact), exact, z[0]), 8 * SPECTRUM
 
 
 def _check_spectral_filter(p: _Problem) -> Result:
     _, z, v = _planes(p)
     scale = float(v.max() * z.abs().max() / _filtered(z, v).abs().max())
-    return (nk.ops.spectral_filter(*p.here(z, v)),), (_filtered(z, v),), FILTER * max(1.0, scale)
+    planes, spectrum = p.here(z, v)
+    return (nk.ops.spectral_filter(planes, spectrum),), (_filtered(z, v),), FILTER * max(1.0, scale)
 
 
 def _check_cross_spectrum(p: _Problem) -> Result:
     _, z, v = _planes(p)
-    z32, v32 = p.here(z, v, requires_grad=True)
-    got = torch.autograd.grad(nk.ops.spectral_filter(z32, v32), v32, *p.here(z.flip(0)))
+    planes, spectrum = p.here(z, v, requires_grad=True)
+    got = torch.autograd.grad(nk.ops.spectral_filter(planes, spectrum), spectrum, p.here(z.flip(0))[0])
     exact = v.clone().requires_grad_()
     return got, torch.autograd.grad(_filtered(z, exact), exact, z.flip(0)), FILTER
 
