@@ -10,7 +10,7 @@ from bench.goals import Goal, evaluate, where_we_lose
 from bench.report import goals_table, markdown, number, table, write_report
 from bench.results import Ratio, Record, Results, write_csv
 from bench.session import ReplayClock
-from bench.suites import Comparison, Settings, inference, memory, scaling, table_a1, vgg
+from bench.suites import Comparison, Settings, conv_norm, inference, memory, scaling, table_a1, vgg
 from bench.timing import Measurement, Plan
 from bench.workload import Workload
 
@@ -154,7 +154,7 @@ def test_goals_name_things_that_the_suites_measure():
         settings = Settings(torch.device(device_type))
         known = {
             (c.kernel, c.work.mode, c.work.shape_name, c.work.dtype_name): c
-            for suite in (table_a1, vgg, scaling, inference, memory)
+            for suite in (table_a1, vgg, scaling, inference, conv_norm, memory)
             for c in suite(settings)
         }
         for goal in (g for g in GOALS if g.device_type == device_type):
@@ -165,7 +165,7 @@ def test_goals_name_things_that_the_suites_measure():
 
 
 def test_keys_of_comparisons_are_unique():
-    for suite in (table_a1, vgg, scaling, inference, memory):
+    for suite in (table_a1, vgg, scaling, inference, conv_norm, memory):
         keys = [c.key for c in suite(Settings())]
         assert len(keys) == len(set(keys))
 
