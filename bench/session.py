@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from bench.memory import measure_memory
 from bench.results import Results
 from bench.suites import Comparison, Settings
@@ -40,6 +42,17 @@ class ReplayClock:
 CLOCK = ReplayClock()
 
 
+def settle_allocator() -> None:
+    """Free one block of just under 32 MiB, the largest that moves glibc's thresholds for mmap and trim.
+
+    They follow the largest block freed so far, and below them memory is kept instead of being given back and faulted
+    in again, at about 1 us a page. A training process has freed such a block after its first step; here it would depend
+    on which suites ran before.
+    """
+    large = torch.empty(2**23 - 2**14)
+    del large
+
+
 @dataclass
 class Session:
     settings: Settings
@@ -50,6 +63,7 @@ class Session:
     @classmethod
     def start(cls, settings: Settings) -> Session:
         session = cls(settings, Results.start(settings.device))
+        settle_allocator()
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         if load > 0.5:
             session.results.notes.append(

@@ -326,6 +326,5 @@ def memory(settings: Settings) -> list[Comparison]:
     whitening = Comparison("memory", workload(settings, (64, 64, 32, 32)), providers, settings.plan(), (BATCHNORM,))
     layers = conv_cat.conv_norm_layers()[:4]
     convolution = Comparison("memory", workload(settings, (32, 64, 32, 32)), layers, settings.plan(), (CONV2D,))
-    weights = replace(workload(settings, (512, 512, 3, 3), "inference"), output=(512, 34, 18))
-    spectrum = Comparison("memory", weights, conv_cat.spectra((34, 34)), settings.plan(), (PADDED_FFT,))
-    return [whitening, convolution, spectrum]
+    spectra = [replace(comparison, kernel="memory") for comparison in _spectra(settings)]
+    return [whitening, convolution, *spectra]

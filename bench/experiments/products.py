@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 from torch.nn.grad import conv2d_weight
 
+from bench.session import settle_allocator
+
 ROUNDS = 25
 
 
@@ -55,10 +57,7 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=16)
     options = parser.parse_args()
-    # glibc raises its thresholds for mmap and trim when a large block is freed, as training does in its first step.
-    # Before, every result would be made of pages to fault in, and that would be what is measured.
-    large = torch.empty(2**23 - 2**16)
-    del large
+    settle_allocator()  # otherwise every result is made of pages to fault in, and that is what would be measured
     for c in options.channels:
         x = torch.randn(options.samples, c, options.positions)
         d = options.group_size or c

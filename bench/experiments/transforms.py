@@ -14,6 +14,7 @@ from statistics import median
 import torch
 
 import normkernels as nk
+from bench.session import settle_allocator
 from normkernels.ops.spectral import eager
 
 SIZES = (7, 9, 16, 18, 32, 34, 58, 64, 66, 98, 114, 128, 130, 194, 226, 256, 258, 514)
@@ -24,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     options = parser.parse_args()
+    settle_allocator()
     rule = eager.by_products
     print(f"{torch.get_num_threads()} threads, float32; the rule's choice is marked")
     for n in options.sizes:
