@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -45,8 +44,9 @@ class _ConvNorm(_ConvNd):
     State: weight and bias as in nn.Conv2d, and affine_weight (C_O, 1, k, k). A convolution's state_dict loads as it is,
     with the identity for affine_weight. No buffer depends on the planes, so any resolution follows any checkpoint.
 
-    In evaluation the spectrum is kept from call to call. It is computed anew whenever the weight has changed; on other
-    devices than a CPU a change through ``weight.data`` is not seen before the next ``train()`` or ``eval()``.
+    In evaluation on a CPU the spectrum is kept from call to call, beside a copy of the weight that it belongs to, and
+    computed anew when the weight holds other values, however they came there. On other devices, where the host would
+    have to wait for that comparison, and in compiled code it is computed in every call.
 
     Raises:
         ValueError: an option that nn.Conv2d refuses, a wrong number of dimensions or channels, or planes that are
@@ -77,8 +77,9 @@ class _ConvNorm(_ConvNd):
         detach_spectrum: bool = True,
     ) -> None:
         check_number("eps", eps)
-        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
-            check_integer(name, value, minimum=1)
+        in_channels = check_integer("in_channels", in_channels, minimum=1)
+        out_channels = check_integer("out_channels", out_channels, minimum=1)
+        groups = check_integer("groups", groups, minimum=1)
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
             if value % groups:
                 raise ValueError(f"groups: expected a divisor of {name} = {value}, got {groups}")
@@ -104,17 +105,11 @@ class _ConvNorm(_ConvNd):
         self._sides = [(sides[i], sides[i + 1]) for i in range(len(sides) - 2, -1, -2)]
         self._spectra = _Spectra()
 
-    def _per_dimension(self, name: str, value: object, minimum: int = 1) -> tuple[int, ...]:
-        values = (value,) * self._dims if isinstance(value, int) else value
-        if (
-            not isinstance(values, tuple | list)
-            or len(values) != self._dims
-            or not all(isinstance(entry, int) and entry >= minimum for entry in values)
-        ):
-            raise ValueError(
-                f"{name}: expected an integer of at least {minimum}, or {self._dims} of them, got {value!r}"
-            )
-        return tuple(values)
+    def _per_dimension(self, name: str, value: Any, minimum: int = 1) -> tuple[int, ...]:
+        values = tuple(value) if isinstance(value, Sequence) else (value,) * self._dims
+        if len(values) != self._dims:
+            raise ValueError(f"{name}: expected an int or {self._dims} of them, got {value!r}")
+        return tuple(check_integer(name, entry, minimum) for entry in values)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -127,8 +122,8 @@ class _ConvNorm(_ConvNd):
             self.affine_weight.copy_(self._identity(self.affine_weight))
 
     def _identity(self, like: Tensor) -> Tensor:
-        """Kernels with a one where their zero-padded cross-correlation leaves everything in place."""
-        identity = torch.zeros_like(like)
+        """Kernels that leave everything in place, of a weight's type and on its device."""
+        identity = like.new_zeros((self.out_channels, 1, *self.kernel_size))
         center: Any = (..., *((k - 1) // 2 for k in self.kernel_size))
         identity[center] = 1
         return identity
@@ -185,9 +180,9 @@ class _ConvNorm(_ConvNd):
         if not self.detach_spectrum and torch.is_grad_enabled() and weight.requires_grad:
             return compute()
         constant = weight.detach()
-        if self.training or torch.compiler.is_compiling():
+        if self.training or not _Spectra.can_keep(constant):
             return compute(constant)
-        return self._spectra.get(weight, size, lambda: compute(constant))
+        return self._spectra.get(constant, (*size, *self.dilation, self.eps), lambda: compute(constant))
 
     def train(self, mode: bool = True) -> _ConvNorm:
         self._spectra.clear()
@@ -217,16 +212,16 @@ class _ConvNorm(_ConvNd):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Accept the checkpoint of a convolution, which is one with the identity for the affine transform."""
         if self.affine_weight is not None and prefix + "weight" in state_dict:
-            state_dict = {prefix + "affine_weight": self._identity(self.affine_weight), **state_dict}
+            identity = self._identity(state_dict[prefix + "weight"])
+            state_dict = {prefix + "affine_weight": identity, **state_dict}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _Spectra:
     """Spectra of one state of a weight, for a few sizes of planes.
 
-    The weight is still in that state if it is the same tensor with the same memory, type and version, and on a CPU if
-    it holds the same values: ``weight.data`` is written to without a new version. Comparing reads the weight once;
-    on other devices the host would have to wait for it.
+    That state is recognized by comparing values, an exact test that reads the weight once. Rejected: versions and
+    addresses, which ``weight.data.copy_(...)`` does not change.
     """
 
     def __init__(self) -> None:
@@ -235,30 +230,31 @@ class _Spectra:
     def __reduce__(self) -> tuple[type[_Spectra], tuple[()]]:
         return _Spectra, ()  # copies and pickles of a layer start without
 
+    @staticmethod
+    def can_keep(weight: Tensor) -> bool:
+        if torch.compiler.is_compiling() or weight.device.type != "cpu":
+            return False
+        try:
+            weight.data_ptr()
+        except RuntimeError:  # torch.func's wrappers, fake tensors
+            return False
+        return True
+
     def clear(self) -> None:
-        self._tensor: weakref.ref[Tensor] | None = None
-        self._state: tuple[Any, ...] = ()
-        self._values: Tensor | None = None
-        self._found: dict[tuple[int, ...], Tensor] = {}
+        # One tuple, replaced as a whole: threads and replicas that share it see a consistent state.
+        self._kept: tuple[Tensor | None, dict[tuple[float, ...], Tensor]] = (None, {})
 
-    def get(self, weight: Tensor, size: tuple[int, ...], compute: Callable[[], Tensor]) -> Tensor:
-        state = (
-            weight.data_ptr(), weight.dtype, weight.device, None if weight.is_inference() else weight._version,
-        )  # fmt: skip
-        with torch.no_grad(), torch.inference_mode(False):  # a later call may come from outside of inference mode
-            if self._tensor is None or self._tensor() is not weight or state != self._state or not self._same(weight):
-                self.clear()
-                self._tensor = weakref.ref(weight)
-                self._state = state
-                self._values = weight.detach().clone() if weight.device.type == "cpu" else None
-            if size not in self._found:
-                while len(self._found) >= CACHED_SIZES:
-                    del self._found[next(iter(self._found))]
-                self._found[size] = compute()
-            return self._found[size]
-
-    def _same(self, weight: Tensor) -> bool:
-        return self._values is None or torch.equal(weight.detach(), self._values)
+    def get(self, weight: Tensor, key: tuple[float, ...], compute: Callable[[], Tensor]) -> Tensor:
+        values, found = self._kept
+        if values is None or values.dtype != weight.dtype or not torch.equal(values, weight):
+            values, found = None, {}
+        if key in found:
+            return found[key]
+        with torch.inference_mode(False):  # a later call may come from outside of inference mode
+            v = compute()
+            recent = list(found.items())[1 - CACHED_SIZES :]
+            self._kept = (weight.clone() if values is None else values, {**dict(recent), key: v})
+        return v
 
 
 class ConvNorm1d(_ConvNorm):

@@ -46,7 +46,7 @@ class _Whitening(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        check_integer("num_features", num_features, minimum=1)
+        num_features = check_integer("num_features", num_features, minimum=1)
         check_number("eps", eps)
         if momentum is not None:
             check_number("momentum", momentum, maximum=1.0)
@@ -215,7 +215,7 @@ class _IterNorm(_Whitening):
         *,
         scaling: str = "trace",
     ) -> None:
-        check_integer("num_iterations", num_iterations, minimum=0)
+        num_iterations = check_integer("num_iterations", num_iterations, minimum=0)
         check_choice("scaling", scaling, SCALINGS)
         super().__init__(num_features, group_size, eps, momentum, affine, track_running_stats, device, dtype)
         self.num_iterations = num_iterations

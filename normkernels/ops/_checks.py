@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,7 +60,7 @@ def resolve_group_size(channels: int, group_size: int) -> int:
 
     Shrinking to a divisor silently, as other implementations do, changes the model; so it is refused.
     """
-    check_integer("group_size", group_size, minimum=1)
+    group_size = check_integer("group_size", group_size, minimum=1)
     if group_size >= channels:
         return channels
     if channels % group_size:
@@ -69,11 +72,15 @@ def resolve_group_size(channels: int, group_size: int) -> int:
     return group_size
 
 
-def check_integer(name: str, value: object, minimum: int) -> None:
+def check_integer(name: str, value: Any, minimum: int) -> int:
+    """value as an int (or SymInt): NumPy's integers are accepted, bools and floats are not."""
+    if not isinstance(value, int | torch.SymInt) and hasattr(value, "__index__") and not isinstance(value, Tensor):
+        value = operator.index(value)
     if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+    return value  # type: ignore[return-value]
 
 
 def check_number(name: str, value: object, minimum: float = 0.0, maximum: float = float("inf")) -> None:

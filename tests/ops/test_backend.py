@@ -16,7 +16,10 @@ from tests.oracles import inputs
 from tests.oracles.run import Config, incoming_gradient, oracle, plain_path, run
 from tests.tolerances import assert_iter_norm
 
-OPS = ["moments", "cross_moments", "inverse_sqrt", "inverse_sqrt_backward", "whiten", "iter_norm", "iter_norm_backward"]
+OPS = [
+    *("moments", "cross_moments", "inverse_sqrt", "inverse_sqrt_backward", "whiten", "iter_norm", "iter_norm_backward"),
+    *("kernel_spectrum", "kernel_spectrum_backward", "spectral_filter", "cross_spectrum"),
+]
 MISSING = [name for name in _library.BACKENDS if not _library.availability(name)[0]]
 
 

@@ -61,7 +61,7 @@ def spectral_arguments(op: str, z: Tensor, weight_dtype: torch.dtype | None = No
     y = torch.ones((), dtype=z.dtype).expand(*z.shape[:2], target[2], target[5])
     return {
         "kernel_spectrum": (weight, size, 1e-3, [1, 1]),
-        "kernel_spectrum_backward": (torch.ones_like(v), weight, v, 1e-3, [1, 1]),
+        "kernel_spectrum_backward": (torch.ones_like(v), weight, 1e-3, [1, 1]),
         "spectral_filter": (z, v, whole, target),
         "cross_spectrum": (y, z, size, [*target[:2], *target[3:5]], whole),
     }[op]

@@ -49,17 +49,41 @@ def autocorrelation(weight: Tensor) -> Tensor:
     return functools.reduce(torch.add, shifted)
 
 
-def inverse_root(R: Tensor, rows: Waves, columns: Waves, eps: float) -> Tensor:
-    """(power + eps E)^(-1/2) of the autocorrelation: its cosine transform is the power spectrum, R[0] the mean of that.
-
-    Rounding leaves 1e-16 E of a spectral zero, of either sign. A channel of zeros gets 1.
-    """
+def power_spectrum(R: Tensor, rows: Waves, columns: Waves) -> tuple[Tensor, Tensor]:
+    """The cosine transform of the autocorrelation (C_O, H, W), and its mean E = R[0] (C_O, 1, 1)."""
     (cos_h, sin_h), (cos_w, sin_w) = rows, columns
     power = cos_h @ R @ cos_w.T - sin_h @ R @ sin_w.T
-    energy = R[:, R.shape[1] // 2, R.shape[2] // 2, None, None]
-    floor = torch.finfo(R.dtype).eps * energy
-    v = (torch.maximum(power, floor) + eps * energy).rsqrt()
-    return torch.where(energy == 0, 1.0, v)
+    return power, R[:, R.shape[1] // 2, R.shape[2] // 2, None, None]
+
+
+def floor(energy: Tensor) -> Tensor:
+    """What rounding leaves of a spectral zero, of either sign: below it the power is not believed."""
+    return torch.finfo(energy.dtype).eps * energy
+
+
+def inverse_root(R: Tensor, rows: Waves, columns: Waves, eps: float) -> Tensor:
+    """(power + eps E)^(-1/2); 1 for a channel of zeros."""
+    power, energy = power_spectrum(R, rows, columns)
+    square = torch.maximum(power, floor(energy)) + eps * energy
+    return torch.where(energy == 0, 1.0, square).rsqrt()  # masked before, or the gradient would be 0 times infinity
+
+
+def scaled(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Kernels in float64 over the largest tap of their output channel, and that tap (C_O, 1, 1).
+
+    v is homogeneous, v(w) = v(w / s) / s, and with this s no square over- or underflows. Its gradient may treat s as a
+    constant for the same reason.
+    """
+    exact = weight.double()
+    largest = exact.detach().abs().amax((1, 2, 3)).view(-1, 1, 1)
+    largest = torch.where(largest == 0, 1.0, largest)
+    return exact / largest.unsqueeze(-1), largest
+
+
+def spectrum(weight: Tensor, waves: tuple[Waves, Waves], eps: float) -> Tensor:
+    """v in float64, differentiable."""
+    kernels, scale = scaled(weight)
+    return inverse_root(autocorrelation(kernels), *waves, eps) / scale
 
 
 def chunks(weight: Tensor, size: Sequence[int]) -> Iterator[slice]:
@@ -76,25 +100,30 @@ def kernel_spectrum(weight: Tensor, size: Sequence[int], eps: float, dilation: S
     v = weight.new_empty((weight.shape[0], *size), dtype=dtype)
     waves = both_waves(weight, size, dilation)
     for chunk in chunks(weight, size):
-        exact = inverse_root(autocorrelation(weight[chunk].double()), *waves, eps)
-        v[chunk] = exact.clamp(max=torch.finfo(dtype).max)
+        v[chunk] = spectrum(weight[chunk], waves, eps).clamp(max=torch.finfo(dtype).max)
     return v
 
 
-def kernel_spectrum_backward(grad: Tensor, weight: Tensor, v: Tensor, eps: float, dilation: Sequence[int]) -> Tensor:
+def kernel_spectrum_backward(grad: Tensor, weight: Tensor, eps: float, dilation: Sequence[int]) -> Tensor:
     """dL/dR is the cosine transform of dL/dpower = -v^3 dv / 2, and R is quadratic in the taps (DERIVATION.md)."""
     kh, kw = weight.shape[2:]
-    (cos_h, sin_h), (cos_w, sin_w) = both_waves(weight, v.shape[1:], dilation)
+    waves = both_waves(weight, grad.shape[1:], dilation)
+    (cos_h, sin_h), (cos_w, sin_w) = waves
     result = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for chunk in chunks(weight, v.shape[1:]):
-        taps = weight[chunk].double().flatten(2)
-        zero = (taps == 0).all(2).all(1).view(-1, 1, 1)
-        power = torch.where(zero, 0.0, -0.5 * grad[chunk].double() * v[chunk].double() ** 3)
-        R = cos_h.T @ power @ cos_w - sin_h.T @ power @ sin_w
-        R[:, kh - 1, kw - 1] += eps * power.sum((1, 2))
-        windows = [R[:, kh - 1 - i : 2 * kh - 1 - i, kw - 1 - j : 2 * kw - 1 - j] for i in range(kh) for j in range(kw)]
+    for chunk in chunks(weight, grad.shape[1:]):
+        kernels, scale = scaled(weight[chunk])
+        R = autocorrelation(kernels)
+        power, energy = power_spectrum(R, *waves)
+        v = inverse_root(R, *waves, eps)
+        d_square = -0.5 * (grad[chunk].double() / scale) * v**3
+        d_power = torch.where(power > floor(energy), d_square, 0.0)
+        dR = cos_h.T @ d_power @ cos_w - sin_h.T @ d_power @ sin_w
+        dR[:, kh - 1, kw - 1] += eps * d_square.sum((1, 2))
+        windows = [
+            dR[:, kh - 1 - i : 2 * kh - 1 - i, kw - 1 - j : 2 * kw - 1 - j] for i in range(kh) for j in range(kw)
+        ]
         gram = torch.stack([window.flatten(1) for window in windows], 1)
-        result[chunk] = 2 * torch.bmm(taps, gram).view_as(result[chunk])
+        result[chunk] = (2 * torch.bmm(kernels.flatten(2), gram) / scale).view_as(result[chunk])
     return result
 
 

@@ -27,7 +27,8 @@ def kernel_spectrum(
     Args:
         weight: (C_O, C_I / groups, kh, kw) or (C_O, C_I / groups, k), float16, bfloat16, float32 or float64.
         size: (H, W) or L of the planes, at least the (dilated) kernel's extent.
-        eps: relative floor of the spectrum; without it a spectral zero is 1 / (1.5e-8 sqrt(E_k)).
+        eps: relative floor of the spectrum; without it a spectral zero is 1 / (1.5e-8 sqrt(E_k)). Below about 1e-12 the
+            gradient at a spectral zero is rounding.
         dilation: of the convolution, for each dimension or one for all.
 
     Returns:
@@ -105,12 +106,10 @@ def spectral_filter(
 
 
 def _per_dimension(name: str, value: int | Sequence[int], dims: int) -> list[int]:
-    values = [value] * dims if isinstance(value, int | torch.SymInt) else list(value)
+    values = list(value) if isinstance(value, Sequence) else [value] * dims
     if len(values) != dims:
         raise ValueError(f"{name}: expected {dims} number{'s' if dims > 1 else ''}, got {value!r}")
-    for entry in values:
-        check_integer(name, entry, minimum=1)
-    return values
+    return [check_integer(name, entry, minimum=1) for entry in values]
 
 
 def _windows(name: str, slices: Sequence[slice] | None, plane: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -118,12 +117,16 @@ def _windows(name: str, slices: Sequence[slice] | None, plane: Sequence[int]) ->
     if slices is None:
         return [(0, 1, n) for n in plane]
     if len(slices) != len(plane):
-        raise ValueError(f"{name}: expected {len(plane)} slices, got {len(slices)}")
+        raise ValueError(f"{name}: expected {len(plane)} slice{'s' if len(plane) > 1 else ''}, got {len(slices)}")
     windows = []
     for window, n in zip(slices, plane, strict=True):
+        if not isinstance(window, slice):
+            raise TypeError(f"{name}: expected slices, got {window!r}")
         start = 0 if window.start is None else window.start
         stop = n if window.stop is None else window.stop
         step = 1 if window.step is None else window.step
+        for bound in (start, stop, step):
+            check_integer(name, bound, minimum=0)
         if step < 1 or not 0 <= start <= stop <= n:
             raise ValueError(f"{name}: expected slices within 0:{n} with a positive step, got {window}")
         windows.append((start, step, (stop - start + step - 1) // step))
@@ -139,19 +142,19 @@ class _KernelSpectrum(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         weight, _, ctx.eps, ctx.dilation = inputs
-        ctx.save_for_backward(weight, output)
+        ctx.save_for_backward(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        weight, v = ctx.saved_tensors
+        (weight,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            waves = eager.both_waves(weight, v.shape[1:], ctx.dilation)
+            waves = eager.both_waves(weight, grad.shape[1:], ctx.dilation)
             with torch.autocast(weight.device.type, enabled=False):
                 alias = weight.view_as(weight)  # a graph of its own, see iter_norm
-                exact = eager.inverse_root(eager.autocorrelation(alias.double()), *waves, ctx.eps)
+                exact = eager.spectrum(alias, waves, ctx.eps)
                 (grad_weight,) = torch.autograd.grad(exact, alias, grad.double(), create_graph=True)
             return grad_weight, None, None, None
-        grad_weight = torch.ops.normkernels.kernel_spectrum_backward(grad, weight, v, ctx.eps, ctx.dilation)
+        grad_weight = torch.ops.normkernels.kernel_spectrum_backward(grad, weight, ctx.eps, ctx.dilation)
         return grad_weight, None, None, None
 
 
@@ -223,9 +226,7 @@ def _cross_spectrum_fake(y: Tensor, z: Tensor, size: Sequence[int], of_y: Sequen
     return z.new_empty((z.shape[1], *size), dtype=statistics_dtype(z.dtype))
 
 
-def _kernel_spectrum_backward_fake(
-    grad: Tensor, weight: Tensor, v: Tensor, eps: float, dilation: Sequence[int]
-) -> Tensor:
+def _kernel_spectrum_backward_fake(grad: Tensor, weight: Tensor, eps: float, dilation: Sequence[int]) -> Tensor:
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
@@ -236,7 +237,7 @@ define(
     fake=_kernel_spectrum_fake,
 )
 define(
-    "kernel_spectrum_backward(Tensor grad, Tensor weight, Tensor v, float eps, SymInt[] dilation) -> Tensor",
+    "kernel_spectrum_backward(Tensor grad, Tensor weight, float eps, SymInt[] dilation) -> Tensor",
     eager=eager.kernel_spectrum_backward,
     fake=_kernel_spectrum_backward_fake,
 )
