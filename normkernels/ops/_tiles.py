@@ -42,23 +42,29 @@ def of_image(image: Tensor, x: Tensor) -> Tensor:
     return (planes if len(planes) == len(x) else planes.transpose(0, 2)).reshape(x.shape)
 
 
-def empty_output(x: Tensor, spatial: Sequence[int] | None = None) -> Tensor:
-    """Uninitialized tensor like x: channels innermost where x has them innermost, else contiguous.
+def output_layout(x: Tensor, spatial: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
+    """Shape and strides of an output like x: channels innermost where x has them innermost, else contiguous.
 
+    Not those of empty_like: for an x with gaps they need not collapse to (N, C, L), and these always do.
     spatial: other spatial dimensions than x's.
-
-    Not empty_like: its strides for an x with gaps need not collapse to (N, C, L), and these always do.
     """
-    spatial = x.shape[2:] if spatial is None else spatial
-    if channels_innermost(x):
-        return x.new_empty((x.shape[0], *spatial, x.shape[1])).movedim(-1, 1)
-    return x.new_empty((*x.shape[:2], *spatial))
+    shape = [*x.shape[:2], *(x.shape[2:] if spatial is None else spatial)]
+    outermost_first = [0, *range(2, len(shape)), 1] if channels_innermost(x) else range(len(shape))
+    strides, step = [0] * len(shape), 1
+    for dim in reversed(outermost_first):
+        strides[dim] = step
+        step *= max(shape[dim], 1)
+    return shape, strides
+
+
+def empty_output(x: Tensor, spatial: Sequence[int] | None = None) -> Tensor:
+    """Uninitialized tensor of output_layout(x, spatial)."""
+    return x.new_empty_strided(*output_layout(x, spatial))
 
 
 def in_layout_of(x: Tensor, value: Tensor) -> Tensor:
     """value, of x's shape, with the strides of empty_output(x)."""
-    result = empty_output(x)
-    return value if value.stride() == result.stride() else result.copy_(value)
+    return value if list(value.stride()) == output_layout(x)[1] else empty_output(x).copy_(value)
 
 
 def tiles(image: Tensor) -> Iterator[tuple[slice, slice]]:

@@ -303,3 +303,47 @@ def test_wrong_arguments(change: dict[str, object], error: type[Exception], expe
     with pytest.raises(error) as raised:
         nk.ops.kernel_spectrum(**({"weight": WEIGHT, "size": (9, 9)} | change))  # type: ignore[arg-type]
     assert expected in str(raised.value) and got in str(raised.value) and next(iter(change)) in str(raised.value)
+
+
+# Found by a hostile reading.
+
+KERNEL_WITH_ZEROS = SOBEL.double()[None, None]
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1e-30, 1e30, 1e160])
+def test_float64_kernels_of_any_scale(scale: float) -> None:
+    """Their squares over- and underflow; v is homogeneous of degree -1 all the same, and its gradient of degree -2."""
+    weight = torch.randn(3, 2, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    one, other = weight.clone().requires_grad_(), (weight * scale).requires_grad_()
+    v, scaled = (nk.ops.kernel_spectrum(w, (7, 8)) for w in (one, other))
+    torch.testing.assert_close(scaled * scale, v, rtol=1e-12, atol=0)
+    (expected,) = torch.autograd.grad(v.sum(), one)
+    (got,) = torch.autograd.grad((scaled * scale).sum(), other)
+    torch.testing.assert_close(got * scale, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+
+
+def test_the_floor_without_eps() -> None:
+    """At a spectral zero v is 1 / sqrt(2.2e-16 E): rounding of the power, of either sign, is not believed."""
+    v = nk.ops.kernel_spectrum(KERNEL_WITH_ZEROS, (8, 9), eps=0.0)
+    energy = KERNEL_WITH_ZEROS.square().sum()
+    torch.testing.assert_close(v[0, 0, 0], (torch.finfo(torch.float64).eps * energy).rsqrt(), rtol=1e-9, atol=0.0)
+    assert v.isfinite().all()
+
+
+def test_denormal_kernels_have_a_finite_spectrum() -> None:
+    v = nk.ops.kernel_spectrum(torch.full((2, 1, 3, 3), 1e-40), (5, 5))
+    assert v.isfinite().all() and (v > 1e37).all()
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-18, 1e-8, 1e-2])
+def test_both_backward_paths_agree(eps: float) -> None:
+    """With and without create_graph, at a spectral zero and for a channel of zeros, which has no gradient."""
+    weight = torch.cat(
+        (KERNEL_WITH_ZEROS, torch.zeros_like(KERNEL_WITH_ZEROS), KERNEL_WITH_ZEROS.mT + 1)
+    ).requires_grad_()
+    v = nk.ops.kernel_spectrum(weight, (9, 8), eps=eps)
+    dv = torch.randn(v.shape, dtype=v.dtype, generator=torch.Generator().manual_seed(2))
+    (plain,) = torch.autograd.grad(v, weight, dv, retain_graph=True)
+    (graph,) = torch.autograd.grad(v, weight, dv, create_graph=True)
+    torch.testing.assert_close(plain, graph.detach(), rtol=1e-6, atol=1e-9 * plain.abs().max().item())
+    assert not plain[1].any() and not graph[1].any()

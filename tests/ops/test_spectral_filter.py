@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import normkernels as nk
+from normkernels.ops._products import fast
+from normkernels.ops.spectral.eager import by_products
 from tests.oracles import convnorm, inputs
 from tests.oracles.plain import stat_dtype
 from tests.oracles.run import incoming_gradient, leaf
@@ -266,3 +269,46 @@ def test_wrong_arguments(change: dict[str, object], error: type[Exception], expe
     with pytest.raises(error) as raised:
         nk.ops.spectral_filter(**({"z": Z, "v": V} | change))  # type: ignore[arg-type]
     assert expected in str(raised.value) and got in str(raised.value) and next(iter(change)) in str(raised.value)
+
+
+# Found by a hostile reading.
+
+
+@pytest.mark.parametrize(
+    ("size", "products"),
+    [((7, 9), True), ((16, 18), True), ((20, 20), False), ((34, 34), True), ((32, 34), True), ((64, 66), False),
+     ((58, 64), True), ((128, 127), True), ((130, 127), False), ((514, 514), False)],
+    ids=str,
+)  # fmt: skip
+def test_the_rule(size: tuple[int, int], products: bool) -> None:
+    """Products for short planes and for those with a prime factor above 13, up to 128; torch.fft for the rest."""
+    if not fast(torch.ones(1)):
+        pytest.skip("needs oneDNN")
+    assert by_products(torch.ones(1), *size) is products
+    assert not by_products(torch.ones(1, dtype=torch.float64), *size)
+
+
+def test_nothing_placed_on_the_plane_gives_zeros() -> None:
+    empty = slice(2, 2)
+    y = nk.ops.spectral_filter(torch.empty(2, 3, 0, 5), torch.ones(3, 6, 5), source=(empty, slice(None)))
+    assert torch.equal(y, torch.zeros(2, 3, 6, 5))
+
+
+def test_windows_that_are_no_slices() -> None:
+    z, v = torch.ones(1, 2, 5, 6), torch.ones(2, 5, 6)
+    with pytest.raises(TypeError, match=r"target: expected slices, got 1"):
+        nk.ops.spectral_filter(z, v, (1, 2))
+    with pytest.raises(TypeError, match=r"target: expected an int, got 0.0"):
+        nk.ops.spectral_filter(z, v, (slice(0.0, 3.0), slice(None)))
+    with pytest.raises(ValueError, match=r"target: expected 2 slices, got 1"):
+        nk.ops.spectral_filter(z, v, (slice(None),))
+
+
+def test_numpys_integers_are_integers() -> None:
+    weight = torch.ones(2, 1, 3)
+    assert torch.equal(nk.ops.kernel_spectrum(weight, np.int64(7)), nk.ops.kernel_spectrum(weight, 7))
+    layer = nk.ConvNorm1d(np.int64(2), 4, np.int32(3), groups=np.int64(2))
+    assert layer(torch.ones(1, 2, np.int64(9))).shape == (1, 4, 7)
+    assert nk.IterNorm1d(np.int64(8), group_size=np.int64(4)).running_whitening.shape == (2, 4, 4)
+    with pytest.raises(TypeError, match="expected an int, got True"):
+        nk.ConvNorm1d(2, 4, True)

@@ -57,7 +57,7 @@ def power_spectrum(R: Tensor, rows: Waves, columns: Waves) -> tuple[Tensor, Tens
 
 
 def floor(energy: Tensor) -> Tensor:
-    """What rounding leaves of a spectral zero, of either sign: below it the power is not believed."""
+    """2.2e-16 E: what rounding leaves of a spectral zero, of either sign: below it the power is not believed."""
     return torch.finfo(energy.dtype).eps * energy
 
 
@@ -118,7 +118,7 @@ def kernel_spectrum_backward(grad: Tensor, weight: Tensor, eps: float, dilation:
         d_square = -0.5 * (grad[chunk].double() / scale) * v**3
         d_power = torch.where(power > floor(energy), d_square, 0.0)
         dR = cos_h.T @ d_power @ cos_w - sin_h.T @ d_power @ sin_w
-        dR[:, kh - 1, kw - 1] += eps * d_square.sum((1, 2))
+        dR[:, kh - 1, kw - 1] += (eps * d_square + floor(d_square - d_power)).sum((1, 2))
         windows = [
             dR[:, kh - 1 - i : 2 * kh - 1 - i, kw - 1 - j : 2 * kw - 1 - j] for i in range(kh) for j in range(kw)
         ]

@@ -23,11 +23,8 @@ def mix(sources: list[tuple[Tensor, Tensor | None]], matrix: Tensor, bias: Tenso
     out = as_image(result)
     images = [(as_image(source), shift) for source, shift in sources]
     for samples, at in tiles(out):
-        parts = [(image[samples, :, :, at], shift) for image, shift in images]
-        tile, shift = parts[0]
-        if len(parts) > 1 or shift is not None or tile.dtype != matrix.dtype:
-            tile = stack(*parts, groups=len(matrix), dtype=matrix.dtype)
-        out[samples, :, :, at].copy_(product(matrix, tile, bias))
+        parts = ((image[samples, :, :, at], shift) for image, shift in images)
+        out[samples, :, :, at].copy_(product(matrix, stack(*parts, groups=len(matrix), dtype=matrix.dtype), bias))
     return result
 
 
@@ -52,14 +49,12 @@ def affine(W: Tensor, weight: Tensor | None) -> Tensor:
 def whiten(x: Tensor, mean: Tensor, W: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     A = affine(W, weight)
     bias = None if bias is None else bias.to(A.dtype)
-    if not _small(mean, W):
+    if x.dtype != A.dtype or x.numel() == 0 or not _small(mean, W):
         return mix([(x, mean)], A, bias, like=x)
+    # Nothing has to be prepared for the product, so it is one call for all of x, whose result is y.
     c = -torch.bmm(A, mean.view(*A.shape[:2], 1)).flatten()
-    c = c if bias is None else c + bias
-    if x.numel() == 0 or x.dtype != A.dtype or not channels_innermost(as_image(x)):
-        return mix([(x, None)], A, c, like=x)
-    # The convolution itself reads and writes x's layout, and needs no memory between: one call for all of x.
-    return in_layout_of(x, of_image(product(A, as_image(x), c), x))
+    y = product(A, as_image(x), c if bias is None else c + bias)
+    return in_layout_of(x, of_image(y, x))
 
 
 def _small(mean: Tensor, W: Tensor) -> bool:
@@ -70,6 +65,6 @@ def _small(mean: Tensor, W: Tensor) -> bool:
     always: there one group's values must not decide how another one's are rounded. Never on other devices than a CPU,
     where the question would make the host wait.
     """
-    if W.device.type != "cpu" or mean.numel() == 0:
+    if W.device.type != "cpu":
         return False
-    return bool(torch.bmm(W.abs(), mean.abs().view(*W.shape[:2], 1)).max() <= SMALL_MEAN)
+    return torch.bmm(W.abs(), mean.abs().view(*W.shape[:2], 1)).max().item() <= SMALL_MEAN
