@@ -16,7 +16,7 @@ _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
 def orthogonality(conv: nn.Module) -> Tensor:
-    r"""How far a layer is from preserving lengths (OCNN; Wang et al., 2020, eq. 7, 9 and 11), to be added to the loss.
+    r"""How far a layer is from preserving lengths (OCNN; Wang et al., 2020), to be added to the loss.
 
     With A the layer as a matrix from inputs to outputs, in the interior of a large plane and for one output position,
 
@@ -27,7 +27,7 @@ def orthogonality(conv: nn.Module) -> Tensor:
 
     where s is the stride and S the product of its strides: rows, the responses to all inputs of one output, are
     orthonormal. Where C_O > C_I S they cannot be, and it is columns, :math:`\lVert A^\top A - I \rVert_F^2`: for s = 1
-    the paper's eq. 11, on K transposed. The two differ by the constant C_O - C_I S, so they have the same
+    the same on K transposed. The two differ by the constant C_O - C_I S, so they have the same
     gradient, but only the one that is taken here can be zero. Inputs that a stride greater than the kernel leaves
     unread do not count: S is the product of min(s, k).
 

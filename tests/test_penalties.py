@@ -79,7 +79,7 @@ def test_is_that_of_the_dense_operator(make: Callable[[], nn.Module], size: tupl
 @pytest.mark.parametrize("channels", [(2, 3), (3, 2)])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_sides_differ_by_a_constant(channels: tuple[int, int], stride: int) -> None:
-    """Wang et al., Lemma 1: |A A^T - I|^2 - |A^T A - I|^2 = C_O - C_I S, so the choice changes no gradient."""
+    """|A A^T - I|^2 - |A^T A - I|^2 = C_O - C_I S, so the choice changes no gradient."""
     conv = nn.Conv2d(*channels, 3, stride=stride, dtype=D)
     size = (5 + stride - 1,) * 2
     rows, columns = (dense_penalty(conv, size, columns=c) for c in (False, True))

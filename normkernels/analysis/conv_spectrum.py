@@ -30,7 +30,7 @@ def conv_singular_values(
     dilation: int | tuple[int, ...] = 1,
     spectrum: Tensor | None = None,
 ) -> Tensor:
-    r"""All singular values of a circular convolution (Sedghi et al., 2018, Theorem 6).
+    r"""All singular values of a circular convolution (Sedghi et al., 2018).
 
     .. math:: \sigma(u, v) = \mathrm{svd}\left(\mathrm{diag}(s(u, v)) \, \hat K(u, v)\right), \quad
         \hat K(u, v) = \sum_{a, b} K_{ab} e^{-2 \pi i (u a / H + v b / W)}

@@ -18,7 +18,7 @@ from normkernels.ops.inverse_sqrt.op import inverse_sqrt
 
 
 def oni(module: nn.Module, name: str = "weight", num_iterations: int = 5, scale: float = 1.0) -> nn.Module:
-    r"""Orthogonal rows, or columns, by Newton's iteration (ONI; Huang et al., 2020, Algorithm 2).
+    r"""Orthogonal rows, or columns, by Newton's iteration (ONI; Huang et al., 2020).
 
     .. math::
         W = a B_T V, \quad V = Z_c / \sqrt{\lVert Z_c Z_c^\top \rVert_F}, \quad
@@ -57,7 +57,7 @@ def oni(module: nn.Module, name: str = "weight", num_iterations: int = 5, scale:
 
 
 def weight_standardization(module: nn.Module, name: str = "weight", eps: float = 1e-10) -> nn.Module:
-    r"""Mean 0 and variance 1 for the weights of each output channel (Qiao et al., 2019, eq. 7).
+    r"""Mean 0 and variance 1 for the weights of each output channel (Qiao et al., 2019).
 
     .. math:: w = (z - \mathrm{mean}(z)) / \sqrt{\mathrm{var}(z) + \epsilon}
 
@@ -77,7 +77,7 @@ def weight_standardization(module: nn.Module, name: str = "weight", eps: float =
 
 
 def centered_weight_norm(module: nn.Module, name: str = "weight") -> nn.Module:
-    r"""Filters of mean 0 and learned length (centered weight normalization; Huang et al., 2017, eq. 4 and 5).
+    r"""Filters of mean 0 and learned length (centered weight normalization; Huang et al., 2017).
 
     .. math:: w = g \, (v - \mathrm{mean}(v)) / \lVert v - \mathrm{mean}(v) \rVert
 

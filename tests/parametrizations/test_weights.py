@@ -50,7 +50,7 @@ def rows(module: Any, weight: Tensor) -> Tensor:
 
 
 def oni_oracle(Z: Tensor, num_iterations: int) -> Tensor:
-    """Algorithm 2 as it is written, on the (n, n) Gram matrix whatever n, in float64."""
+    """ONI's recursion as it is written, on the (n, n) Gram matrix whatever n, in float64."""
     n, d = Z.shape
     Z = Z.double()
     if n != d:
