@@ -88,9 +88,14 @@ def dbn(group_size: int = WHOLE_WIDTH, name: str = "DBN eigh") -> Provider:
     return Provider(name, build, whitening_reference(group_size, None, DBN_EPS), NORM_PASSES, ours=True)
 
 
-def plain_iter_norm(num_iterations: int = 5, group_size: int = 64, name: str = "plain autograd Newton") -> Provider:
+def plain_iter_norm(
+    num_iterations: int = 5,
+    group_size: int = 64,
+    name: str = "plain autograd Newton",
+    layer_type: type[PlainIterNorm] = PlainIterNorm,
+) -> Provider:
     def build(work: Workload) -> nn.Module:
-        return PlainIterNorm(
+        return layer_type(
             work.channels,
             group_size,
             num_iterations,
@@ -103,18 +108,7 @@ def plain_iter_norm(num_iterations: int = 5, group_size: int = 64, name: str = "
 
 
 def transposed_iter_norm(num_iterations: int = 5, group_size: int = 64) -> Provider:
-    def build(work: Workload) -> nn.Module:
-        return TransposedIterNorm(
-            work.channels,
-            group_size,
-            num_iterations,
-            ITERNORM_EPS,
-            device=work.device,
-            dtype=parameter_dtype(work),
-        )
-
-    reference = whitening_reference(group_size, num_iterations, ITERNORM_EPS)
-    return Provider("transposed IterNorm", build, reference, NORM_PASSES)
+    return plain_iter_norm(num_iterations, group_size, "transposed IterNorm", TransposedIterNorm)
 
 
 def eigh_dbn(group_size: int = WHOLE_WIDTH, name: str = "plain autograd DBN") -> Provider:

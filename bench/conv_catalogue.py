@@ -64,18 +64,21 @@ def conv_norm_reference(layer: nn.Module, tensors: Tensors, x: Tensor) -> Tensor
 
 
 def same_layer(layer: nn.Module, tensors: Tensors, x: Tensor) -> Tensor:
-    """The layer's own function in float64: for torch's layers, which are not what is being checked."""
+    """The layer's own function in float64, a check of its precision.
+
+    What it computes is torch's business or, for the weight normalizations, that of tests/parametrizations.
+    """
     result: Tensor = functional_call(copy.deepcopy(layer).double(), dict(tensors), (x,))
     return result
 
 
 def layer_provider(
-    name: str, make: Callable[[Workload], nn.Module], reference: Reference, ours: bool = False, passes: bool = True
+    name: str, make: Callable[[Workload], nn.Module], reference: Reference, ours: bool = False
 ) -> Provider:
     def build(work: Workload) -> nn.Module:
         return match_layout(make(work).to(work.device, parameter_dtype(work)), work)
 
-    return Provider(name, build, reference, CONV_PASSES if passes else {}, ours=ours, check_samples=2, tf32=True)
+    return Provider(name, build, reference, CONV_PASSES, ours=ours, check_samples=2, tf32=True)
 
 
 def conv(work: Workload) -> nn.Conv2d:
@@ -116,44 +119,42 @@ def conv_norm_layers() -> tuple[Provider, ...]:
 
 
 class Filter(nn.Module):
-    """A filter of planes by a fixed spectrum; ``function`` gets the planes and what ``prepare`` made of it."""
+    """A filter of planes by the fixed spectrum of a random weight, whole or as the half that rfft2 keeps."""
 
     def __init__(self, channels: int, size: tuple[int, int], function: Callable[[Tensor, Tensor], Tensor], half: bool):
         super().__init__()
         generator = torch.Generator().manual_seed(3)
         weight = torch.randn(channels, channels, 3, 3, generator=generator, dtype=torch.float64)
-        spectrum = padded_spectrum(weight, size)
-        self.register_buffer("half_spectrum", spectrum)
-        full = (
-            torch.fft.fft2(weight, s=size).abs().square().sum(1) + EPS * weight.square().sum((1, 2, 3))[:, None, None]
-        )
-        self.register_buffer("full_spectrum", full.rsqrt())
-        self.function, self.use_half = function, half
+        power = torch.fft.fft2(weight, s=size).abs().square().sum(1)
+        v = (power + EPS * power.mean((1, 2), keepdim=True)).rsqrt()
+        self.v: Tensor
+        self.register_buffer("v", v[..., : size[1] // 2 + 1].contiguous() if half else v)
+        self.function = function
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.function(z, self.half_spectrum if self.use_half else self.full_spectrum)  # type: ignore[arg-type]
+        return self.function(z, self.v)
 
 
 def filters() -> tuple[Provider, ...]:
     """spectral_filter, torch.fft with its spectrum, and the floor: a copy of the planes."""
 
-    def build(function: Callable[[Tensor, Tensor], Tensor], half: bool) -> Callable[[Workload], nn.Module]:
+    def build(function: Callable[[Tensor, Tensor], Tensor], half: bool = False) -> Callable[[Workload], nn.Module]:
         def make(work: Workload) -> nn.Module:
             return Filter(work.channels, (work.shape[2], work.shape[3]), function, half).to(parameter_dtype(work))
 
         return make
 
     def reference(layer: nn.Module, tensors: Tensors, z: Tensor) -> Tensor:
-        return fft_filter(z, tensors["half_spectrum"])
+        return fft_filter(z, tensors["v"][..., : z.shape[3] // 2 + 1])
 
     def filtered(z: Tensor, v: Tensor) -> Tensor:
         y: Tensor = package().ops.spectral_filter(z, v)
         return y
 
     return (
-        Provider("spectral_filter", build(filtered, False), reference, FILTER_PASSES, ours=True),
-        Provider("torch.fft", build(fft_filter, True), reference, FILTER_PASSES),
-        Provider("copy", build(lambda z, _: z.clone(), True), lambda layer, tensors, z: z.clone(), FILTER_PASSES),
+        Provider("spectral_filter", build(filtered), reference, FILTER_PASSES, ours=True),
+        Provider("torch.fft", build(fft_filter, half=True), reference, FILTER_PASSES),
+        Provider("copy", build(lambda z, _: z.clone()), lambda layer, tensors, z: z.clone(), FILTER_PASSES),
     )
 
 

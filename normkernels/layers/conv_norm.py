@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from normkernels import ops
-from normkernels.ops._checks import check_data, check_integer, check_number, check_tensor
+from normkernels.ops._checks import check_data, check_flag, check_integer, check_number, check_tensor
 
 CACHED_SIZES = 8  # spectra kept in evaluation, for as many sizes of planes
 
@@ -51,7 +51,7 @@ class _ConvNorm(_ConvNd):
     Raises:
         ValueError: an option that nn.Conv2d refuses, a wrong number of dimensions or channels, or planes that are
             smaller than the kernel.
-        TypeError: the input is not floating-point.
+        TypeError: the input is not floating-point or not of the weight's type, or an option has the wrong type.
     """
 
     affine_weight: nn.Parameter | None
@@ -77,6 +77,8 @@ class _ConvNorm(_ConvNd):
         detach_spectrum: bool = True,
     ) -> None:
         check_number("eps", eps)
+        for name, flag in (("bias", bias), ("affine", affine), ("detach_spectrum", detach_spectrum)):
+            check_flag(name, flag)
         in_channels = check_integer("in_channels", in_channels, minimum=1)
         out_channels = check_integer("out_channels", out_channels, minimum=1)
         groups = check_integer("groups", groups, minimum=1)
@@ -174,18 +176,18 @@ class _ConvNorm(_ConvNd):
         return self._conv(y, kernels, self.bias, 1, own, 1, self.out_channels)
 
     def _spectrum(self, weight: Tensor, size: tuple[int, ...]) -> Tensor:
-        def compute(weight: Tensor = weight) -> Tensor:
+        if self.detach_spectrum or not (torch.is_grad_enabled() and weight.requires_grad):
+            weight = weight.detach()
+
+        def compute() -> Tensor:
             return ops.kernel_spectrum(weight, size, self.eps, self.dilation)
 
-        if not self.detach_spectrum and torch.is_grad_enabled() and weight.requires_grad:
+        if self.training or weight.requires_grad or not _Spectra.can_keep(weight):
             return compute()
-        constant = weight.detach()
-        if self.training or not _Spectra.can_keep(constant):
-            return compute(constant)
-        return self._spectra.get(constant, (*size, *self.dilation, self.eps), lambda: compute(constant))
+        return self._spectra.get(weight, (*size, *self.dilation, self.eps), compute)
 
     def train(self, mode: bool = True) -> _ConvNorm:
-        self._spectra.clear()
+        self._spectra.clear()  # for the memory: training does not need the copy of the weight
         super().train(mode)
         return self
 

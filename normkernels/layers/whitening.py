@@ -13,6 +13,7 @@ from normkernels.ops._checks import (
     SCALINGS,
     check_choice,
     check_data,
+    check_flag,
     check_integer,
     check_like,
     check_number,
@@ -50,6 +51,8 @@ class _Whitening(nn.Module):
         check_number("eps", eps)
         if momentum is not None:
             check_number("momentum", momentum, maximum=1.0)
+        check_flag("affine", affine)
+        check_flag("track_running_stats", track_running_stats)
         self.num_features = num_features
         self.group_size = resolve_group_size(num_features, group_size)
         self.eps = eps

@@ -91,6 +91,12 @@ def check_number(name: str, value: object, minimum: float = 0.0, maximum: float 
         raise ValueError(f"{name}: expected a finite number {bounds}, got {value}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """True or False, also as 1 or 0 or NumPy's: any other value is true or not by accident ("no" is true)."""
+    if isinstance(value, Tensor | str) or value not in (True, False):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

@@ -2,10 +2,12 @@
 
 torch hands every matrix product to its BLAS. On a CPU whose AVX-512 that BLAS does not recognise it does 180 to 210
 GFLOP/s (2 Zen 5 cores), where oneDNN, which torch uses for convolutions, does 280 to 430 on the shapes below
-(bench/experiments/products.py). Elsewhere than there these functions are a matrix product.
+(bench/experiments/products.py).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch.nn.functional import conv2d
 
 # torch has no public function for oneDNN's product of matrices with long rows. It must get dense rows: for any
 # other operand oneDNN has nothing but its reference implementation, which is hundreds of times slower.
-_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 def fast(x: Tensor) -> bool:
@@ -22,9 +24,7 @@ def fast(x: Tensor) -> bool:
 
 
 def times_transposed(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T (m, n) of a (m, k) and b (n, k), both with dense rows."""
-    if _linear is None or not fast(a):
-        return torch.mm(a, b.t())
+    """a b^T (m, n) of a (m, k) and b (n, k), both with dense rows. Only for tensors that are ``fast``."""
     result: Tensor = _linear(a, b, None, "none", [], "")
     return result
 

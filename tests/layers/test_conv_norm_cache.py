@@ -1,17 +1,196 @@
-"""ConvNorm's cache of spectra in evaluation, where threads, replicas, transforms and options meet it."""
+"""ConvNorm in evaluation: the spectrum is remembered, and never stale."""
 
 from __future__ import annotations
 
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import normkernels as nk
 from normkernels.layers.conv_norm import CACHED_SIZES, _Spectra
+from tests.layers.conv_norm_checks import (
+    DETACH,
+    NAMES,
+    build,
+    check,
+    edit_data,
+    edit_in_place,
+    plane,
+    result,
+)
+from tests.oracles.convnorm import Config
+from tests.oracles.run import incoming_gradient
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
+
+
+class Spectra(TorchDispatchMode):
+    """Counts the calls of kernel_spectrum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+    def count(self) -> int:
+        return sum(n for name, n in self.calls.items() if "kernel_spectrum" in name and "backward" not in name)
+
+
+def test_spectrum_is_cached_in_evaluation() -> None:
+    layer, x = build(3, 4, 3, Config(padding=1)), plane(2, 3, 9, 8)
+
+    def spectra() -> int:
+        with torch.no_grad(), Spectra() as seen:
+            layer(x)
+        return seen.count()
+
+    assert [spectra(), spectra()] == [1, 1]
+    layer.eval()
+    spectra()
+    assert spectra() == spectra() == 0
+    with torch.no_grad():
+        layer.weight[0, 0, 0, 0] += 1
+    assert spectra() == 1 and spectra() == 0
+    assert not layer.train()(x).isnan().any() and spectra() == 1
+
+
+def edit_numpy(layer: Any) -> None:
+    layer.weight.detach().numpy()[1, 0] += 2
+
+
+def replace_data(layer: Any) -> None:
+    layer.weight.data = torch.randn_like(layer.weight)
+
+
+def replace_parameter(layer: Any) -> None:
+    layer.weight = nn.Parameter(torch.randn_like(layer.weight))
+
+
+def edit_in_inference_mode(layer: Any) -> None:
+    with torch.inference_mode():
+        layer.weight[:, 1].mul_(-3).add_(1)
+
+
+def optimizer_step(layer: Any) -> None:
+    layer(plane(2, 3, 9, 8)).square().sum().backward()
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+
+
+def fused_step(layer: Any) -> None:
+    layer(plane(2, 3, 9, 8)).square().sum().backward()
+    torch.optim.Adam(layer.parameters(), lr=0.1, fused=True).step()
+
+
+def load(layer: Any, assign: bool = False) -> None:
+    layer.load_state_dict({k: torch.randn_like(v) for k, v in layer.state_dict().items()}, assign=assign)
+
+
+class Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.ones(1, 3, 1, 1))
+
+    def forward(self, w: Tensor) -> Tensor:
+        return w + self.shift
+
+
+def parametrization(layer: Any) -> None:
+    parametrize.register_parametrization(layer, "weight", Shifted())
+
+
+def edit_parametrization(layer: Any) -> None:
+    parametrization(layer)
+    layer(plane(2, 3, 9, 8))
+    with torch.no_grad():
+        layer.parametrizations.weight[0].shift[0, 1] = 5
+
+
+def reset(layer: Any) -> None:
+    layer.reset_parameters()
+
+
+EDITS: dict[str, Callable[[Any], None]] = {
+    f.__name__: f
+    for f in (edit_numpy, edit_data, replace_data, replace_parameter, edit_in_place, edit_in_inference_mode,
+              optimizer_step, fused_step, load, parametrization, edit_parametrization, reset)
+}  # fmt: skip
+EDITS["load-assign"] = lambda layer: load(layer, assign=True)
+
+
+@pytest.mark.parametrize("mode", ["grad", "no_grad", "inference_mode"])
+@pytest.mark.parametrize("edit", EDITS)
+def test_cache_is_never_stale(edit: str, mode: str) -> None:
+    """Every way to change a weight between two evaluations, two of which autograd's version counter does not see."""
+    config = Config(padding=1)
+    layer, x = build(3, 4, 3, config).eval(), plane(2, 3, 9, 8)
+    context = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[mode]
+    with context():
+        before = layer(x), layer(x)
+    EDITS[edit](layer)
+    with context():
+        after = layer(x)
+    assert torch.equal(*before) and not torch.allclose(before[0], after)
+    fresh = nk.ConvNorm2d(3, 4, 3, padding=1)
+    fresh.load_state_dict({name: getattr(layer, name).detach() for name in NAMES})
+    assert torch.equal(fresh(x), after)
+
+
+def test_cache_follows_the_type_and_the_plane() -> None:
+    config = Config(padding=1)
+    layer = build(3, 4, 3, config).eval()
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float32):
+        layer.to(dtype)
+        for size in ((9, 8), (8, 9)):
+            check(layer, plane(2, 3, *size, dtype=dtype), config)
+
+
+@DETACH
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=lambda c: c.__name__)
+def test_gradients_in_evaluation(context: Any, detach: bool) -> None:
+    """The same as in training, also after the spectrum was remembered without a graph, and twice in a row."""
+    config = Config(stride=2, padding=1, detach_spectrum=detach)
+    layer, x = build(3, 4, 3, config), plane(2, 3, 9, 8)
+    dy = incoming_gradient(layer(x))
+    expected = result(layer, x, dy)
+    layer.eval()
+    with context():
+        layer(x)
+    for _ in range(2):
+        got = result(layer, x, dy)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_frozen_in_evaluation() -> None:
+    """Fine-tuning through a frozen layer: x still gets its gradient."""
+    config = Config(padding=1)
+    layer = build(3, 4, 3, config).eval().requires_grad_(False)
+    x = plane(2, 3, 9, 8).requires_grad_()
+    y = layer(x)
+    y.backward(torch.ones_like(y))
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+def test_functional_call_in_evaluation() -> None:
+    """Model averaging: weights from elsewhere are not the remembered ones."""
+    layer, other = build(3, 4, 3).eval(), nk.ConvNorm2d(3, 4, 3)
+    x = plane(2, 3, 9, 8)
+    own = layer(x)
+    assert torch.equal(torch.func.functional_call(layer, dict(other.named_parameters()), (x,)), other(x))
+    assert torch.equal(layer(x), own)
+
+
+# Where threads, replicas, transforms and options meet the cache.
 
 
 @pytest.fixture
@@ -111,21 +290,6 @@ def test_a_few_sizes_are_kept() -> None:
         for n in range(3, 3 + 2 * CACHED_SIZES):
             module(torch.randn(1, 3, n, n))
     assert len(module._spectra._kept[1]) == CACHED_SIZES
-
-
-def test_the_second_call_computes_no_spectrum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache is used at all, and only in evaluation."""
-    calls: list[object] = []
-    right = nk.ops.kernel_spectrum
-    monkeypatch.setattr(nk.ops, "kernel_spectrum", lambda *args: calls.append(args) or right(*args))
-    module, x = layer(), torch.randn(1, 3, 6, 6)
-    for _ in range(3):
-        module(x)
-    assert len(calls) == 1
-    module.train()
-    for _ in range(3):
-        module(x)
-    assert len(calls) == 4
 
 
 @pytest.mark.parametrize(("option", "value"), [("eps", 1.0), ("dilation", (2, 2))])

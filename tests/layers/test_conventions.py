@@ -329,3 +329,12 @@ def test_mismatched_parameters(layer_type: type) -> None:
                 layer(x)
             assert "weight" in str(raised.value) and expected in str(raised.value) and got in str(raised.value)
             assert all(torch.equal(v, before[k]) for k, v in layer.named_buffers())
+
+
+@EVERY_LAYER
+@pytest.mark.parametrize("name", ["affine", "track_running_stats"])
+def test_flags_are_true_or_false(layer_type: type, name: str) -> None:
+    """Any string is true, "no" as well."""
+    with pytest.raises(TypeError, match=f"{name}: expected True or False, got 'no'"):
+        layer_type(8, group_size=4, **{name: "no"})
+    assert getattr(layer_type(8, group_size=4, **{name: 0}), name) == 0
