@@ -4,6 +4,7 @@ from normkernels import analysis, ops, parametrizations, penalties
 from normkernels._version import __version__
 from normkernels.layers import ConvNorm1d, ConvNorm2d, DBN1d, DBN2d, DBN3d, IterNorm1d, IterNorm2d, IterNorm3d
 from normkernels.ops._library import backend_of, use_backend
+from normkernels.ops._triton import use_tf32
 
 __all__ = [
     "ConvNorm1d",
@@ -21,4 +22,5 @@ __all__ = [
     "parametrizations",
     "penalties",
     "use_backend",
+    "use_tf32",
 ]

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from unittest.mock import MagicMock
 
-import hypothesis
 import pytest
 import torch
+
+# Triton's kernels are tested everywhere: without a GPU its interpreter runs them. Triton reads this on import.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+try:
+    import hypothesis
+except ImportError:  # as on a machine that is there for the GPU tests only: property tests are skipped, nothing else
+    hypothesis = sys.modules["hypothesis"] = MagicMock(__spec__=ModuleSpec("hypothesis", None))
+    hypothesis.given = lambda *_, **__: pytest.mark.skip(reason="needs hypothesis")
+    hypothesis.settings = MagicMock(return_value=lambda test: test)
 
 # Derandomized and without a database: a failure in CI is a failure on every machine. A CPU without
 # a warm cache may need seconds for an example, so there is no deadline.
@@ -21,14 +35,46 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("normkernels")
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    from tests.interpreter import round_bfloat16_as_gpus_do
+
+    round_bfloat16_as_gpus_do()
+
+
+def cannot_run(item: pytest.Item) -> bool:
+    """Tests marked gpu where there is no CUDA device, and Triton kernels where there is a device but no interpreter.
+
+    And float64 for the kernels: they do not serve it, and a test of the fallback has nothing to add.
+    """
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    backend = str(parameters.get("backend", ""))
+    return (
+        (item.get_closest_marker("gpu") is not None and not torch.cuda.is_available())
+        or (backend == "triton" and not INTERPRETED)
+        or (backend.startswith("triton") and torch.float64 in parameters.values())
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked gpu leave the run where there is no CUDA device."""
-    if torch.cuda.is_available():
-        return
-    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if on_gpu:
-        config.hook.pytest_deselected(items=on_gpu)
-        items[:] = [item for item in items if item not in on_gpu]
+    left_out = {item for item in items if cannot_run(item)}
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(
+    params=["eager", "triton", *(pytest.param(f"{name}-cuda", marks=pytest.mark.gpu) for name in ("eager", "triton"))]
+)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs a test once for every backend, on a CPU (the kernels in Triton's interpreter) and on a GPU."""
+    from normkernels import use_backend
+    from tests.oracles import run
+
+    name, _, device = request.param.partition("-")
+    monkeypatch.setattr(run, "device", torch.device(device, 0) if device else torch.device("cpu"))
+    with use_backend(name):
+        yield name
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 """The one torch.library.Library, and which backend serves an op.
 
 PyTorch's dispatcher is the only dispatcher. Every op is defined here once, with its eager implementation under
-CompositeExplicitAutograd: that is the fallback on every device. A faster backend registers its own implementation
-under its device's key and so takes precedence there; ``use_backend`` re-registers the ops for the time of
+CompositeExplicitAutograd: that is the fallback on every device. The faster backends' implementations are registered
+under their device's key and so take precedence there; ``use_backend`` replaces these registrations for the time of
 a ``with`` block, which costs nothing outside of it.
 """
 
@@ -11,21 +11,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from normkernels.ops import _triton
+from normkernels.ops._triton import Unsupported
 
 LIBRARY = torch.library.Library("normkernels", "DEF")
 BACKENDS = ("cuda", "triton", "eager")  # fastest first
 
 # op -> backend -> implementation.
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
-_UNAVAILABLE = {
-    "cuda": "this version of normkernels has no compiled CUDA kernels",
-    "triton": "this version of normkernels has no Triton kernels",
-}
+_warned: set[str] = set()
 _chosen = "auto"
 _overrides: torch.library.Library | None = None
 
@@ -36,8 +37,12 @@ def define(
     eager: Callable[..., Any],
     fake: Callable[..., Any],
     autograd: type[torch.autograd.Function] | None = None,
+    triton: str | None = None,
 ) -> None:
     """Define an op by its schema, with the eager implementation, the shape function (fake) and its gradient.
+
+    triton: the module whose function of the op's name is the Triton implementation; it serves CUDA tensors, and
+    what it does not support falls back to eager, with one warning for each reason.
 
     The public functions apply ``autograd`` themselves: it is cheaper than the registration, and forward-mode
     differentiation raises where the registration would return zeros. The raw op has it registered all the same, for
@@ -53,11 +58,29 @@ def define(
             f"normkernels::{name}", autograd.backward, setup_context=autograd.setup_context, lib=LIBRARY
         )
     _IMPLEMENTATIONS[name] = {"eager": exact}
+    if triton is not None:
+        _IMPLEMENTATIONS[name]["triton"] = falling_back(name, _triton.implementation(triton, name), exact)
 
 
 def ops() -> tuple[str, ...]:
     """Names of all ops, in order of definition."""
     return tuple(_IMPLEMENTATIONS)
+
+
+def falling_back(op: str, kernels: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
+    """``kernels``, or ``eager`` where they raise Unsupported."""
+
+    def call(*args: Any) -> Any:
+        try:
+            return kernels(*args)
+        except Unsupported as reason:
+            message = f"{op}: plain PyTorch instead of the Triton kernels: {reason}"
+        if message not in _warned:
+            _warned.add(message)
+            warnings.warn(message, stacklevel=2)
+        return eager(*args)
+
+    return call
 
 
 def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,30 +141,55 @@ def _restore_precision(kind: Any, before: str) -> None:
 def availability(backend: str) -> tuple[bool, str]:
     """Whether a backend can run here, and why (not)."""
     _check_backend(backend, BACKENDS)
-    if backend in _UNAVAILABLE:
-        return False, _UNAVAILABLE[backend]
-    return True, "plain PyTorch, on every device"
+    if backend == "cuda":
+        return False, "this version of normkernels has no compiled CUDA kernels"
+    if backend == "eager":
+        return True, "plain PyTorch, on every device"
+    if not _triton.installed():
+        return False, "the package triton is not installed"
+    if _triton.interpreted():
+        return True, "Triton kernels in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors"
+    if torch.cuda.is_available():
+        return True, "Triton kernels, on NVIDIA GPUs of compute capability 8.0 or newer"
+    return False, "no CUDA device (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly, to test them)"
 
 
-def explain(op: str, tensor: Tensor) -> tuple[str, str]:
-    """(backend, reason) for ``op`` applied to a tensor like this one."""
+def explain(
+    op: str, tensor: Tensor, *, group_size: int | None = None, plane: Sequence[int] | None = None
+) -> tuple[str, str]:
+    """(backend, reason) for ``op`` applied to a tensor like this one; see backend_of for the options."""
     if op not in _IMPLEMENTATIONS:
         raise ValueError(f"op: expected one of {', '.join(_IMPLEMENTATIONS)}, got {op!r}")
     if not isinstance(tensor, Tensor):
         raise TypeError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
-    if _chosen in _IMPLEMENTATIONS[op]:
-        return _chosen, "chosen by use_backend or NORMKERNELS_BACKEND"
-    if _chosen != "auto":
+    implementations = _IMPLEMENTATIONS[op]
+    if _chosen == "eager":
+        return "eager", "chosen by use_backend or NORMKERNELS_BACKEND"
+    if _chosen not in ("auto", *implementations):
         return "eager", f"{_chosen} was chosen and does not implement it"
-    return "eager", "; ".join(f"{name}: {reason}" for name, reason in _UNAVAILABLE.items())
+    passed_over = [f"cuda: {availability('cuda')[1]}"]
+    available, reason = availability("triton")
+    if "triton" not in implementations:
+        reason = "does not implement it"
+    elif available and (_chosen == "triton" or tensor.is_cuda):
+        try:
+            _triton.check_supported(tensor, group_size=group_size, plane=plane)
+            return "triton", "chosen by use_backend or NORMKERNELS_BACKEND" if _chosen == "triton" else reason
+        except Unsupported as unsupported:
+            reason = str(unsupported)
+    elif available:
+        reason = "serves CUDA tensors only, unless use_backend chooses it"
+    return "eager", "; ".join([*passed_over, f"triton: {reason}"])
 
 
-def backend_of(op: str, tensor: Tensor) -> str:
+def backend_of(op: str, tensor: Tensor, *, group_size: int | None = None, plane: Sequence[int] | None = None) -> str:
     """Name of the backend ("cuda", "triton" or "eager") that serves ``op`` on a tensor like this one.
 
+    Whether kernels serve a call may also depend on group_size, the channels whitened together, or on plane, the size
+    (H, W) of the spectrum of a filter; None leaves that out of the answer.
     Raises ValueError for an unknown op. ``python -m normkernels.info`` shows the reason too.
     """
-    return explain(op, tensor)[0]
+    return explain(op, tensor, group_size=group_size, plane=plane)[0]
 
 
 @contextlib.contextmanager
@@ -168,11 +216,12 @@ def _choose(backend: str) -> None:
         _overrides._destroy()
         _overrides = None
     _chosen = backend
+    keys = ("CUDA",) if backend == "auto" else ("CPU", "CUDA")
     if backend == "auto":
-        return
+        backend = "triton" if _triton.installed() else "eager"
     _overrides = torch.library.Library("normkernels", "IMPL")
     for name, implementations in _IMPLEMENTATIONS.items():
-        for key in ("CPU", "CUDA"):
+        for key in keys:
             _overrides.impl(name, implementations.get(backend, implementations["eager"]), key)
 
 

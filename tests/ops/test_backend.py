@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import normkernels as nk
-from normkernels.ops import _library
+from normkernels.ops import _library, _triton
 from tests.oracles import inputs
 from tests.oracles.run import Config, incoming_gradient, oracle, plain_path, run
 from tests.tolerances import assert_iter_norm
@@ -89,7 +89,8 @@ def test_backend_that_cannot_run_here(name: str) -> None:
 def served_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Makes a backend available that notes which ops it served, and gives eager's results."""
     calls: list[str] = []
-    monkeypatch.setattr(_library, "_UNAVAILABLE", {})
+    monkeypatch.setattr(_triton, "installed", lambda: True)
+    monkeypatch.setattr(_triton, "interpreted", lambda: True)
     implementations = _library._IMPLEMENTATIONS["iter_norm"]
 
     def noting(*args: object) -> object:
@@ -117,6 +118,7 @@ def test_another_backend_takes_over_inside_the_block_only(monkeypatch: pytest.Mo
 def test_backend_without_an_op_leaves_it_to_eager(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> None:
     """A backend may implement one op only; backend_of must say who really serves the others."""
     served_by(monkeypatch)
+    monkeypatch.delitem(_library._IMPLEMENTATIONS["moments"], "triton")
     with nk.use_backend("triton"):
         count, mean, _ = nk.ops.moments(x, 8)
         assert nk.backend_of("moments", x) == "eager"

@@ -9,8 +9,15 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import normkernels as nk
 from tests.oracles import dbn, highprec, inputs, iternorm, plain
-from tests.oracles.run import STABLE, Config
+from tests.oracles.run import STABLE, Config, back, leaf, moved
 from tests.tolerances import assert_within, dcov_floor, row_sum, w_floor
+
+# The kernels leave float64 and the second derivatives' small products to plain PyTorch, and say so once.
+pytestmark = [
+    pytest.mark.usefixtures("backend"),
+    pytest.mark.filterwarnings("ignore:.*plain PyTorch instead of the Triton kernels"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # NumPy's, from the interpreter
+]
 
 OPTIONS = {"newton-trace": ("trace", "newton"), "newton-frobenius": ("frobenius", "newton"), "eigh": ("trace", "eigh")}
 METHODS = pytest.mark.parametrize(("scaling", "method"), OPTIONS.values(), ids=OPTIONS.keys())
@@ -28,10 +35,10 @@ def check(cov: Tensor, config: Config, dtype: torch.dtype) -> None:
     options = (config.num_iterations, config.eps, config.scaling)
 
     def run(path, cov: Tensor, method: str) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-        leaf = cov.detach().requires_grad_()
-        w = path(leaf, *options, method)
-        (dcov,) = torch.autograd.grad(w, leaf, grad.to(w.dtype), allow_unused=True, materialize_grads=True)
-        return w.detach(), dcov
+        given = leaf(cov)
+        w = path(given, *options, method)
+        (dcov,) = torch.autograd.grad(w, given, moved(grad).to(w.dtype), allow_unused=True, materialize_grads=True)
+        return back(w), back(dcov)
 
     w, dcov = run(nk.ops.inverse_sqrt, cov, config.method)
     assert w.dtype == dcov.dtype == dtype

@@ -15,6 +15,13 @@ from tests.oracles import inputs
 from tests.oracles.run import Config, incoming_gradient, oracle, plain_path, run
 from tests.tolerances import assert_iter_norm, relative_error_of_w
 
+# The kernels leave float64 and the second derivatives' small products to plain PyTorch, and say so once.
+pytestmark = [
+    pytest.mark.usefixtures("backend"),
+    pytest.mark.filterwarnings("ignore:.*plain PyTorch instead of the Triton kernels"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # NumPy's, from the interpreter
+]
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FULL = [torch.float64, torch.float32]  # float64 shows wrong formulas, float32 shows wrong numerics
 

@@ -11,8 +11,15 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import normkernels as nk
 from tests.oracles import inputs, iternorm
-from tests.oracles.run import incoming_gradient
+from tests.oracles.run import back, incoming_gradient, leaf, moved
 from tests.tolerances import SAVED_FOR_BACKWARD, assert_agree, largest_stretch
+
+# The kernels leave float64 and the second derivatives' small products to plain PyTorch, and say so once.
+pytestmark = [
+    pytest.mark.usefixtures("backend"),
+    pytest.mark.filterwarnings("ignore:.*plain PyTorch instead of the Triton kernels"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # NumPy's, from the interpreter
+]
 
 OPTIONS = {
     "newton-trace": {"num_iterations": 5, "scaling": "trace"},
@@ -25,10 +32,10 @@ NEWTON = pytest.mark.parametrize("options", list(OPTIONS.values())[:2], ids=list
 
 def everything(x: Tensor, options: dict[str, object], group_size: int = 8) -> tuple[Tensor, ...]:
     """y, mean, W, dx, dweight, dbias of one forward and backward."""
-    leaves = [x.detach().requires_grad_(), *(torch.linspace(-1, 2, x.shape[1]).requires_grad_() for _ in range(2))]
+    leaves = [leaf(x), *(leaf(torch.linspace(-1, 2, x.shape[1])) for _ in range(2))]
     y, mean, w = nk.ops.iter_norm(leaves[0], group_size, weight=leaves[1], bias=leaves[2], **options)  # type: ignore[arg-type]
-    grads = torch.autograd.grad(y, leaves, incoming_gradient(y.detach()))
-    return y.detach(), mean, w, *grads
+    grads = torch.autograd.grad(y, leaves, moved(incoming_gradient(back(y))))  # type: ignore[arg-type]
+    return tuple(map(back, (y, mean, w, *grads)))  # type: ignore[arg-type]
 
 
 # Bad batches.

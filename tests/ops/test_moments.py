@@ -10,8 +10,15 @@ from torch.autograd import gradcheck, gradgradcheck
 import normkernels as nk
 from tests.oracles import inputs, iternorm
 from tests.oracles.plain import stat_dtype
-from tests.oracles.run import incoming_gradient
+from tests.oracles.run import back, incoming_gradient, leaf, moved
 from tests.tolerances import assert_within, cov_floor, cross_floor, largest, mean_floor, moments_gradient_floor
+
+# The kernels leave float64 and the second derivatives' small products to plain PyTorch, and say so once.
+pytestmark = [
+    pytest.mark.usefixtures("backend"),
+    pytest.mark.filterwarnings("ignore:.*plain PyTorch instead of the Triton kernels"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # NumPy's, from the interpreter
+]
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -27,12 +34,13 @@ def check(x: Tensor, group_size: int = 8) -> None:
     dmean = torch.randn(x.shape[1], dtype=torch.float64, generator=g).to(stat_dtype(x.dtype))
     dcov = torch.randn(x.shape[1] // d, d, d, dtype=torch.float64, generator=g).to(stat_dtype(x.dtype))
 
-    leaf = x.detach().requires_grad_()
-    count, mean, cov = nk.ops.moments(leaf, group_size)
+    given = leaf(x)
+    count, mean, cov = nk.ops.moments(given, group_size)  # type: ignore[arg-type]
     assert count == x.numel() // x.shape[1] and type(count) is int
     assert mean.dtype == cov.dtype == stat_dtype(x.dtype)
     assert torch.equal(cov, cov.mT)
-    (dx,) = torch.autograd.grad((mean, cov), leaf, (dmean, dcov))
+    (dx,) = torch.autograd.grad((mean, cov), given, (moved(dmean), moved(dcov)))
+    mean, cov, dx = map(back, (mean, cov, dx))
     assert dx.dtype == x.dtype
 
     exact = x.detach().double().requires_grad_()

@@ -11,8 +11,15 @@ import normkernels as nk
 from normkernels.ops.whiten.eager import SMALL_MEAN
 from tests.oracles import inputs, iternorm, plain
 from tests.oracles.plain import stat_dtype
-from tests.oracles.run import incoming_gradient, leaf
+from tests.oracles.run import back, incoming_gradient, leaf, moved
 from tests.tolerances import assert_within, largest, whiten_floors
+
+# The kernels leave float64 and the second derivatives' small products to plain PyTorch, and say so once.
+pytestmark = [
+    pytest.mark.usefixtures("backend"),
+    pytest.mark.filterwarnings("ignore:.*plain PyTorch instead of the Triton kernels"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # NumPy's, from the interpreter
+]
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("x", "mean", "W", "weight", "bias")
@@ -33,8 +40,8 @@ def arguments(x: Tensor, d: int, *, mean: float = 1.0, weight_dtype: torch.dtype
 def run(path, arguments: list[Tensor | None], dy: Tensor) -> tuple[Tensor, list[Tensor | None]]:  # type: ignore[no-untyped-def]
     leaves = [leaf(t) for t in arguments]
     y = path(*leaves)
-    y.backward(dy.to(y.dtype))
-    return y.detach(), [None if t is None else t.grad for t in leaves]
+    y.backward(moved(dy).to(y.dtype))
+    return back(y), [None if t is None else back(t.grad) for t in leaves]
 
 
 def check(arguments: list[Tensor | None], dy: Tensor | None = None) -> None:

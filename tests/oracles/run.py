@@ -34,9 +34,25 @@ class Result:
     dbias: Tensor | None = None
 
 
+device = torch.device("cpu")  # where the tests of every backend compute; the fixture ``backend`` sets it
+
+
+def moved(t: Tensor) -> Tensor:
+    """The same values, strides and alignment on that device."""
+    if t.device == device:
+        return t.detach()
+    whole = torch.empty(0, dtype=t.dtype).set_(t.detach().untyped_storage()).to(device)  # type: ignore[call-overload]
+    return whole.as_strided(t.shape, t.stride(), t.storage_offset())
+
+
 def leaf(t: Tensor | None) -> Tensor | None:
     """The same values and strides as a leaf that asks for a gradient."""
-    return None if t is None else t.detach().requires_grad_()
+    return None if t is None else moved(t).requires_grad_()
+
+
+def back(t: Tensor | None) -> Tensor | None:
+    """A result, where the tests compare."""
+    return None if t is None else t.detach().cpu()
 
 
 IterNorm = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -45,17 +61,15 @@ IterNorm = Callable[..., tuple[Tensor, Tensor, Tensor]]
 def run(path: IterNorm, config: Config, x: Tensor, dy: Tensor, weight: Tensor | None = None,
         bias: Tensor | None = None) -> Result:  # fmt: skip
     """Forward, then backward from dy (in y's type)."""
-    x, weight, bias = leaf(x), leaf(weight), leaf(bias)
+    x, weight, bias, dy = leaf(x), leaf(weight), leaf(bias), moved(dy)
     y, mean, w = path(
         x, config.group_size, config.num_iterations, config.eps, weight=weight, bias=bias,
         scaling=config.scaling, method=config.method,
     )  # fmt: skip
     y.backward(dy if dy.dtype == y.dtype else dy.to(y.dtype))
     assert x is not None and x.grad is not None
-    return Result(
-        y.detach(), mean.detach(), w.detach(), x.grad,
-        None if weight is None else weight.grad, None if bias is None else bias.grad,
-    )  # fmt: skip
+    grads = (None if value is None else value.grad for value in (x, weight, bias))
+    return Result(*map(back, (y, mean, w, *grads)))  # type: ignore[arg-type]
 
 
 STABLE = {"newton": "eigenbasis", "eigh": "inverses"}

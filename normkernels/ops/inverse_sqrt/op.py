@@ -113,6 +113,7 @@ def _backward_fake(
 define(
     "inverse_sqrt(Tensor cov, int num_iterations, float eps, str scaling, str method) -> (Tensor, Tensor, Tensor)",
     eager=eager.inverse_sqrt,
+    triton="normkernels.ops.inverse_sqrt.triton",
     autograd=_InverseSqrt,
     fake=_fake,
 )
@@ -120,5 +121,6 @@ define(
     "inverse_sqrt_backward(Tensor grad, Tensor W, Tensor residual, Tensor scale, int num_iterations, str scaling, "
     "str method) -> Tensor",
     eager=eager.inverse_sqrt_adjoint,
+    triton="normkernels.ops.inverse_sqrt.triton",
     fake=_backward_fake,
 )

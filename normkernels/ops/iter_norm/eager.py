@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from normkernels.ops.inverse_sqrt.eager import inverse_sqrt, inverse_sqrt_adjoint
 from normkernels.ops.moments.eager import shifted_moments, summed_products
-from normkernels.ops.whiten.eager import affine, mix
+from normkernels.ops.whiten.eager import affine
+from normkernels.ops.whiten.eager import mix as eager_mix
+
+# The passes over the data; other backends bring their own, for method="eigh".
+Pass = Callable[..., Any]
 
 
 def iter_norm(
@@ -19,8 +26,11 @@ def iter_norm(
     eps: float,
     scaling: str,
     method: str,
+    *,
+    reduce: Pass = shifted_moments,
+    mix: Pass = eager_mix,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    exact_mean, cov = shifted_moments(x, group_size)
+    exact_mean, cov = reduce(x, group_size)
     W, residual, scale = inverse_sqrt(cov, num_iterations, eps, scaling, method)
     mean = exact_mean.to(cov.dtype)
     A = affine(W, weight)
@@ -43,10 +53,13 @@ def iter_norm_backward(
     num_iterations: int,
     scaling: str,
     method: str,
+    *,
+    reduce: Pass = summed_products,
+    mix: Pass = eager_mix,
 ) -> tuple[Tensor, Tensor, Tensor]:
     g, d, _ = W.shape
     m = max(x.numel() // x.shape[1], 1)
-    D, sum_grad, sum_centred = summed_products(grad, x, mean, d)
+    D, sum_grad, sum_centred = reduce(grad, x, mean, d)
     # What the rounding of the mean left in x - mean is taken out of everything linear in it.
     offset = (sum_centred / m).to(W.dtype).view(g, d, 1)
     f = sum_grad.to(W.dtype).view(g, d, 1)

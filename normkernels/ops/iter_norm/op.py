@@ -162,6 +162,7 @@ define(
     "iter_norm(Tensor x, Tensor? weight, Tensor? bias, int group_size, int num_iterations, float eps, str scaling, "
     "str method) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     eager=eager.iter_norm,
+    triton="normkernels.ops.iter_norm.triton",
     autograd=_IterNorm,
     fake=_fake,
 )
@@ -169,5 +170,6 @@ define(
     "iter_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor W, Tensor residual, Tensor scale, "
     "int num_iterations, str scaling, str method) -> (Tensor, Tensor, Tensor)",
     eager=eager.iter_norm_backward,
+    triton="normkernels.ops.iter_norm.triton",
     fake=_backward_fake,
 )

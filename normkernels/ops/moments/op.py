@@ -125,12 +125,14 @@ def _cross_moments_fake(y: Tensor, x: Tensor, mean: Tensor, group_size: int) -> 
 define(
     "moments(Tensor x, int group_size) -> (Tensor, Tensor)",
     eager=eager.moments,
+    triton="normkernels.ops.moments.triton",
     autograd=_Moments,
     fake=_moments_fake,
 )
 define(
     "cross_moments(Tensor y, Tensor x, Tensor mean, int group_size) -> (Tensor, Tensor)",
     eager=eager.cross_moments,
+    triton="normkernels.ops.moments.triton",
     autograd=_CrossMoments,
     fake=_cross_moments_fake,
 )

@@ -80,6 +80,7 @@ def _whiten_fake(x: Tensor, mean: Tensor, W: Tensor, weight: Tensor | None, bias
 define(
     "whiten(Tensor x, Tensor mean, Tensor W, Tensor? weight, Tensor? bias) -> Tensor",
     eager=eager.whiten,
+    triton="normkernels.ops.whiten.triton",
     autograd=_Whiten,
     fake=_whiten_fake,
 )

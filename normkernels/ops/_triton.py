@@ -1,0 +1,290 @@
+"""What the Triton backend can serve, its configurations, and the one place that launches a kernel.
+
+Importing this does not import triton: that takes half a second and triton may be missing. The kernels are in the
+triton.py of each primitive's folder, imported when one is first used.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normkernels.ops._tiles import as_image
+
+LARGEST_GROUP, LARGEST_PLANE = 128, 64
+OLDEST_ARCHITECTURE = 80
+TABLE = Path(__file__).with_name("triton_configs.json")
+
+
+class Unsupported(Exception):  # noqa: N818 -- no error: it never leaves the package
+    """A reason, in words, why a call is left to the eager backend. Nothing that was launched before it counts."""
+
+
+# --- what runs here -----------------------------------------------------------------------------------------------
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors: TRITON_INTERPRET=1 before triton is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+class Device(NamedTuple):
+    """Compute capability, as in sm_90, and multiprocessors, by which a pass is cut into parts."""
+
+    architecture: int
+    processors: int
+
+
+@functools.cache
+def properties(device: torch.device) -> Device:
+    if device.type != "cuda":  # the interpreter gets few parts, but several
+        return Device(OLDEST_ARCHITECTURE, 3)
+    found = torch.cuda.get_device_properties(device)
+    return Device(10 * found.major + found.minor, found.multi_processor_count)
+
+
+def architecture(device: torch.device) -> int:
+    return properties(device).architecture if _recording is None else _recording.architecture
+
+
+def check_supported(tensor: Tensor, *, group_size: int | None = None, plane: Sequence[int] | None = None) -> None:
+    """Raise Unsupported, with the reason, for what the kernels were not written for."""
+    device = tensor.device
+    if _recording is None and device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        raise Unsupported(f"expected a CUDA tensor, got one on {device}")
+    if architecture(device) < OLDEST_ARCHITECTURE or torch.version.hip is not None:
+        name = torch.cuda.get_device_name(device)
+        raise Unsupported(f"expected an NVIDIA GPU of compute capability 8.0 or newer, got {name}")
+    if tensor.dtype == torch.float64:
+        raise Unsupported("expected float32 or a half type, got float64")
+    if group_size is not None and group_size > LARGEST_GROUP:
+        raise Unsupported(f"expected groups of at most {LARGEST_GROUP} channels, got {group_size}")
+    if plane is not None and max(plane) > LARGEST_PLANE:
+        raise Unsupported(f"expected planes of at most {LARGEST_PLANE} x {LARGEST_PLANE}, got {tuple(plane)}")
+
+
+# --- TF32, the opt-in -----------------------------------------------------------------------------------------------
+
+_tf32 = False
+
+
+class use_tf32:  # noqa: N801 -- used like a function
+    """Inside the ``with`` block, let the Triton kernels mix float32 data by single TF32 products.
+
+    Only where torch's own setting allows it too: ``torch.backends.cuda.matmul.fp32_precision`` is "tf32", as after
+    ``torch.set_float32_matmul_precision("high")``. It concerns the products with activations that give y and dx, whose
+    error relative to their largest value becomes about 1e-3 instead of 1e-6 (docs/triton.md); statistics and Newton's
+    iteration never run in TF32. Process-wide, like torch's setting.
+    """
+
+    def __enter__(self) -> None:
+        global _tf32
+        self.before, _tf32 = _tf32, True
+
+    def __exit__(self, *_: object) -> None:
+        global _tf32
+        _tf32 = self.before
+
+
+def tf32_allowed() -> bool:
+    """Whether both the user of this package and torch's setting ask for TF32."""
+    return _tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# --- configurations -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is compiled.
+
+    block: columns of a tile, or the step of a product of small matrices. rows: of a result that one program computes,
+    at most. precision: of the products, as Triton calls it.
+    """
+
+    block: int
+    warps: int
+    stages: int
+    precision: str
+    rows: int = 64
+
+
+Key = tuple[str, int, str, str, int]
+
+
+def read_table(path: Path) -> dict[Key, Config]:
+    rows = json.loads(path.read_text())
+    return {
+        tuple(row.pop(name) for name in ("kernel", "size", "layout", "type", "arch")): Config(**row) for row in rows
+    }
+
+
+@functools.cache
+def table() -> dict[Key, Config]:
+    """The package's table, and over it the one that NORMKERNELS_TRITON_CONFIGS names (see bench/tune.py)."""
+    chosen = read_table(TABLE)
+    if extra := os.environ.get("NORMKERNELS_TRITON_CONFIGS"):
+        chosen |= read_table(Path(extra))
+    return chosen
+
+
+@functools.cache
+def configuration(kernel: str, size: int, layout: str, dtype: torch.dtype, arch: int) -> Config:
+    """The entry for this architecture, or for the newest one that is older.
+
+    size: the padded group size or plane; layout as Columns.layout, "" where a kernel does not read activations or does
+    not care.
+    """
+    kind = "float32" if dtype == torch.float32 else "half"
+    older = [
+        (key[4], config)
+        for key, config in table().items()
+        if key[:4] == (kernel, size, layout, kind) and key[4] <= arch
+    ]
+    if not older:
+        entry = f"{kernel}, size {size}, {layout or 'any layout'}, {kind}, sm_{arch}"
+        raise Unsupported(f"expected an entry for {entry} in {TABLE.name}, got none")
+    config = max(older, key=lambda entry: entry[0])[1]
+    if interpreted() and _recording is None:
+        # It knows no split products. Small tiles, so that the small tensors of tests are cut, too.
+        return replace(config, block=min(config.block, 16), precision="ieee")
+    return config
+
+
+def padded(size: int) -> int:
+    """The side of a tile: a power of two, at least 16, the smallest that tensor cores multiply."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+# --- activations as the kernels see them ----------------------------------------------------------------------------
+
+
+class Columns(NamedTuple):
+    """A tensor (N, C, *) as columns: C values for each of N * L samples, with the strides to find them.
+
+    run: columns that are next to each other in memory and start at multiples of it; a power of two up to 16.
+    """
+
+    data: Tensor
+    positions: int
+    sample_stride: int
+    channel_stride: int
+    position_stride: int
+    run: int
+
+    @property
+    def total(self) -> int:
+        return self.data.shape[0] * self.data.shape[2] * self.data.shape[3]
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """As kernels take it."""
+        return (self.data, self.sample_stride, self.channel_stride, self.position_stride, self.positions)
+
+    @property
+    def wide(self) -> bool:
+        """Whether 32 bits may not hold the number of a column."""
+        return self.total >= 2**31 - 2**16
+
+    @property
+    def layout(self) -> str:
+        """What is next to each other in memory; "odd" where positions are, in planes whose size is odd or nearly so."""
+        if self.position_stride != 1:
+            return "channels"
+        return "positions" if self.run >= 4 else "odd"
+
+
+def columns(x: Tensor) -> Columns:
+    """x in place; a copy only where its spatial dimensions do not collapse into one."""
+    image = as_image(x)
+    n, _, _, positions = image.shape
+    sample_stride, channel_stride, _, position_stride = image.stride()
+    if n == 1 or sample_stride == positions * position_stride:  # one long plane
+        positions, sample_stride = n * positions, 0
+    run = 1
+    if position_stride == 1:
+        while run < 16 and all(part % (2 * run) == 0 for part in (positions, sample_stride, channel_stride)):
+            run *= 2
+    return Columns(image, positions, sample_stride, channel_stride, position_stride, run)
+
+
+class Split(NamedTuple):
+    """How a pass over ``columns`` is cut: ``parts`` programs for each group, each with ``chunk`` columns."""
+
+    parts: int
+    chunk: int
+
+
+WAVES = 2  # programs for each multiprocessor
+
+
+def split(total: int, groups: int, block: int, device: torch.device) -> Split:
+    wanted = max(1, WAVES * properties(device).processors // groups)
+    blocks = -(-total // block)
+    chunk = -(-blocks // min(wanted, blocks)) * block
+    return Split(-(-total // chunk), chunk)
+
+
+# --- launching ------------------------------------------------------------------------------------------------------
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, config: Config, device: torch.device, **meta: Any
+) -> None:
+    """Run a kernel on the device's current stream. Every launch of the package is this one."""
+    if _recording is not None:
+        _recording.record(kernel, grid, arguments, config, meta)
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **meta, num_warps=config.warps, num_stages=config.stages)
+
+
+class recording:  # noqa: N801 -- used like a function
+    """Inside the ``with`` block kernels are not run: ``record(kernel, grid, arguments, config, meta)`` gets them.
+
+    For a GPU of the given architecture, on tensors of any device: what a launch would be can be compiled, counted and
+    tested where there is no such GPU.
+    """
+
+    def __init__(self, architecture: int, record: Callable[..., None]) -> None:
+        self.architecture, self.record = architecture, record
+
+    def __enter__(self) -> None:
+        global _recording
+        _recording = self
+        configuration.cache_clear()
+
+    def __exit__(self, *_: object) -> None:
+        global _recording
+        _recording = None
+        configuration.cache_clear()
+
+
+_recording: recording | None = None
+
+
+def implementation(module: str, name: str) -> Callable[..., Any]:
+    """The function ``name`` of a triton.py, imported when it is first called."""
+
+    @functools.cache
+    def resolve() -> Callable[..., Any]:
+        return getattr(importlib.import_module(module), name)
+
+    def call(*arguments: Any) -> Any:
+        return resolve()(*arguments)
+
+    return call
