@@ -1,4 +1,4 @@
-# Every target makes its own .venv from requirements-dev.txt when that is missing or out of date.
+# Every target but those for a GPU makes its own .venv from requirements-dev.txt when that is missing or out of date.
 # PYTHON chooses the interpreter it is made with, ARGS goes to the program that a target runs:
 #   make test ARGS="tests/ops -k moments -n 0"
 
@@ -11,10 +11,10 @@ STAMP := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test lint types demo bench clean distclean
+.PHONY: help venv test lint types demo bench gpu-check gpu-sanitize gpu-tune clean distclean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The stamp goes first and comes back last: an interrupted or failed install is repeated, never believed.
 $(STAMP): requirements-dev.txt pyproject.toml setup.py csrc/build.json normkernels/_build.py normkernels/_version.py
@@ -45,6 +45,18 @@ demo: $(STAMP) ## train on real digits with each layer, measure Table A1, write 
 
 bench: $(STAMP) ## run the benchmarks (ARGS=--quick for a short run)
 	$(BIN)/python -m bench $(ARGS)
+
+# The GPU targets use $(PYTHON) with what it has instead of .venv: they run on machines that have no network.
+gpu-check: ## install, test and measure on a machine with a GPU, the report in OUT=dir
+	@test -n "$(OUT)" || { echo "make gpu-check: expected OUT=dir, the folder for the report, got none" >&2; exit 2; }
+	$(PYTHON) -m bench.gpu_check --out "$(OUT)" $(ARGS)
+
+gpu-sanitize: ## run the GPU tests of the ops under compute-sanitizer (ARGS="-k moments" for others)
+	PYTHON="$(PYTHON)" bench/sanitize.sh $(ARGS)
+
+gpu-tune: ## find the fastest Triton configurations on this GPU, written to OUT=file
+	@test -n "$(OUT)" || { echo "make gpu-tune: expected OUT=file, the table to write, got none" >&2; exit 2; }
+	$(PYTHON) -m bench.tune --out "$(OUT)" $(ARGS)
 
 clean: ## remove build products and caches
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -10,10 +10,10 @@ import argparse
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tqdm import tqdm
 
 from bench.environment import ROOT, device_name, device_slug, versions
 from bench.goals import evaluate, where_we_lose
@@ -23,14 +23,22 @@ from bench.session import Session
 
 HERE = Path(__file__).resolve().parent
 SUITES = ("table_a1", "vgg", "inference", "scaling", "conv_norm", "memory")
+GPU_SUITE = "gpu"
+
+try:
+    from tqdm import tqdm
+except ImportError:  # plain lines do
+    tqdm = None
 
 
 class ProgressBar:
-    """A pytest plugin: one step per comparison, with the round that is being measured."""
+    """A pytest plugin: one step per comparison, with the round that is being measured; a log file gets lines."""
 
     def __init__(self) -> None:
-        self.bar: tqdm | None = None
+        self.bar: Any = None
+        self.total = 0
         self.session: Session | None = None
+        self.begun: set[str] = set()
         self.seen: set[str] = set()
         self.messages: list[str] = []
 
@@ -40,8 +48,9 @@ class ProgressBar:
 
         self.session = session.config.stash[SESSION]
         self.session.progress = self.on_round
-        total = len({self.unit(item.nodeid) for item in session.items})
-        self.bar = tqdm(total=total, unit="comparison", file=sys.stderr, dynamic_ncols=True)
+        self.total = len({self.unit(item.nodeid) for item in session.items})
+        if tqdm is not None and sys.stderr.isatty():
+            self.bar = tqdm(total=self.total, unit="comparison", file=sys.stderr, dynamic_ncols=True)
 
     @staticmethod
     def unit(nodeid: str) -> str:
@@ -50,17 +59,19 @@ class ProgressBar:
 
     def on_round(self, key: str, index: int, rounds: int) -> None:
         if self.bar is not None:
-            text = f"{key} round {index + 1}/{rounds}" if rounds > 1 else key
-            # a terminal shows every round; a log file gets one line per comparison
-            self.bar.set_postfix_str(text, refresh=index == 0 or sys.stderr.isatty())
+            self.bar.set_postfix_str(f"{key} round {index + 1}/{rounds}" if rounds > 1 else key)
+        elif key not in self.begun:
+            self.begun.add(key)
+            print(f"[{len(self.begun)}/{self.total}] {key}", file=sys.stderr, flush=True)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             self.messages.append(f"{report.nodeid}\n{report.longreprtext}")
         unit = self.unit(report.nodeid)
-        if report.when == "teardown" and unit not in self.seen and self.bar is not None:
+        if report.when == "teardown" and unit not in self.seen:
             self.seen.add(unit)
-            self.bar.update()
+            if self.bar is not None:
+                self.bar.update()
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -83,6 +94,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "-k", metavar="EXPR", default="", help="only suites and comparisons that match, as in pytest -k"
     )
+    parser.add_argument(
+        "--suite", action="append", choices=(*SUITES, GPU_SUITE), help="only this one (default: all for the device)"
+    )
+    parser.add_argument("--add", action="store_true", help="add to the CSV files in --out, and write no report")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--vgg-batch", type=int, help="batch of the VGG step (the paper's is 256; default 32 on a CPU)")
     options = parser.parse_args(arguments)
@@ -95,7 +110,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def default_folder(options: argparse.Namespace, device: torch.device) -> Path:
     """bench/results/<device>, which is committed; a quick or partial run must not replace a full one there."""
-    part = options.quick or bool(options.k)
+    part = options.quick or bool(options.k) or bool(options.suite)
     return (ROOT / "out" / "bench" if part else HERE / "results") / device_slug(device)
 
 
@@ -121,7 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     out = (options.out or default_folder(options, device)).resolve()
     print(f"{device_name(device)}\n{versions(device)}")
-    suites = [str(HERE / f"bench_{suite}.py") for suite in SUITES]
+    selected = options.suite or (*SUITES, *([GPU_SUITE] if options.device == "cuda" else []))
+    suites = [str(HERE / f"bench_{suite}.py") for suite in selected]
     command = [
         *suites,
         "-s",
@@ -143,6 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     if options.quick:
         command.append("--bench-quick")
+    if options.add:
+        command.append("--bench-add")
     if options.vgg_batch:
         command.append(f"--bench-vgg-batch={options.vgg_batch}")
     progress = ProgressBar()
@@ -152,11 +170,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\n{message}", file=sys.stderr)
     if progress.session is None:
         return 2
-    if not progress.seen:
+    if not progress.total:
         print(f"-k {options.k!r}: expected to select something, it matches no comparison", file=sys.stderr)
         return 2
     print_tables(progress.session.results)
-    print(f"\nReport: {out / 'README.md'}")
+    print(f"\nReport: {out / ('records.csv' if options.add else 'README.md')}")
     return 1 if code or progress.session.results.failures else 0
 
 

@@ -7,6 +7,9 @@ the baselines are still measured.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ from bench.baselines import (
     EighDBN,
     PlainIterNorm,
     TransposedIterNorm,
+    eigh_inverse_sqrt,
+    newton_inverse_sqrt,
     per_channel,
     plain_whitening,
     to_groups,
@@ -149,3 +154,145 @@ def grouped_conv1x1(group_size: int) -> Provider:
         return F.conv2d(x, tensors["weight"], tensors["bias"], groups=groups)
 
     return Provider("grouped conv1x1", build, reference, CONV_PASSES, check_samples=2, tf32=True)
+
+
+# --- for a GPU ----------------------------------------------------------------------------------------------------
+
+
+class _Passes(torch.autograd.Function):
+    """y = x, with the eight passes of a norm over whole tensors: one copy forward, three backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        scratch = ctx.saved_tensors[0].clone()
+        scratch.copy_(dy)
+        return dy.clone()
+
+
+class Floor(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Passes.apply(x)
+        return y
+
+
+def byte_floor() -> Provider:
+    """The bytes that a norm has to move, moved by copies: its GB/s are the bandwidth of the device."""
+    passes = {"full": NORM_PASSES["full"]}
+    return Provider("byte floor", lambda work: Floor(), lambda layer, tensors, x: x.clone(), passes)
+
+
+def compiled_plain_iter_norm(group_size: int = 64) -> Provider:
+    """The plain path by torch.compile, for this very shape."""
+    provider = plain_iter_norm(group_size=group_size, name="torch.compile plain")
+
+    def build(work: Workload) -> nn.Module:
+        torch.compiler.reset()  # else Dynamo takes the shapes of the comparison before into account
+        layer = provider.build(work)
+        layer.compile(dynamic=False)
+        return layer
+
+    return replace(provider, build=build)
+
+
+def backends(device: torch.device) -> tuple[str, ...]:
+    """Those that can run here; on a CPU only eager, because Triton's interpreter is for tests."""
+    try:
+        library = importlib.import_module("normkernels.ops._library")
+    except ImportError:
+        return ()
+    if device.type != "cuda":
+        return ("eager",)
+    return tuple(name for name in library.BACKENDS if library.availability(name)[0])
+
+
+def on_backend(provider: Provider, backend: str) -> Provider:
+    """Not counted as ours: what a user gets is the automatic choice."""
+    return replace(
+        provider, name=f"{provider.name} ({backend})", ours=False, context=lambda: package().use_backend(backend)
+    )
+
+
+def as_channels_last(provider: Provider) -> Provider:
+    return replace(provider, name=f"{provider.name} channels_last", channels_last=True)
+
+
+def as_graph(provider: Provider) -> Provider:
+    return replace(provider, name=f"{provider.name} (graph)", graph=True)
+
+
+@contextmanager
+def own_tf32() -> Iterator[None]:
+    """Both switches that the package asks for."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    try:
+        with importlib.import_module("normkernels.ops._triton").use_tf32():
+            yield
+    finally:
+        matmul.allow_tf32 = before
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, conv.fp32_precision = conv.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
+
+
+def in_tf32(provider: Provider) -> Provider:
+    """A layer of ours in the opt-in mode. Not counted as ours: a user gets the exact one."""
+    return replace(provider, name=f"{provider.name} (TF32)", ours=False, tf32=True, context=own_tf32)
+
+
+def without_tf32(provider: Provider) -> Provider:
+    """A convolution in full float32, which is not the default."""
+    return replace(provider, name=f"{provider.name} (no TF32)", context=exact_convolutions)
+
+
+class RootOfCovariance(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, cov: Tensor) -> Tensor:
+        return self.function(cov)
+
+
+def roots() -> tuple[Provider, ...]:
+    """The small matrix function alone, of covariances (G, d, d): ours, the plain recursion, torch.linalg.eigh."""
+
+    def ours(cov: Tensor) -> Tensor:
+        w: Tensor = package().ops.inverse_sqrt(cov, 5, ITERNORM_EPS)
+        return w
+
+    def shifted(cov: Tensor) -> Tensor:
+        return (cov + cov.mT) / 2 + ITERNORM_EPS * torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+
+    def newton(cov: Tensor) -> Tensor:
+        return newton_inverse_sqrt(shifted(cov), 5)
+
+    def eigh(cov: Tensor) -> Tensor:
+        return eigh_inverse_sqrt(shifted(cov))
+
+    def provider(name: str, function: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor]) -> Provider:
+        return Provider(
+            name,
+            lambda work: RootOfCovariance(function),
+            lambda layer, tensors, cov: reference(cov),
+            {},
+            ours=function is ours,
+        )
+
+    return (
+        provider("inverse_sqrt", ours, newton),
+        provider("plain autograd Newton", newton, newton),
+        provider("torch.linalg.eigh", eigh, eigh),
+    )

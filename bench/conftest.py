@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.report import write_report
 from bench.session import CLOCK, Session
 from bench.suites import Comparison, Settings
 
@@ -24,12 +25,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-device", default="cpu", help="cpu or cuda")
     group.addoption("--bench-vgg-batch", type=int, default=None, help="batch of the VGG step; the paper's is 256")
     group.addoption("--bench-out", default=None, help="folder of the report; without it only the table is printed")
+    group.addoption("--bench-add", action="store_true", help="add to the CSV files there, and write no report")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     device = torch.device(config.getoption("--bench-device"))
     settings = Settings(device, config.getoption("--bench-quick"), config.getoption("--bench-vgg-batch"))
-    config.stash[SESSION] = Session.start(settings)
+    out = config.getoption("--bench-out")
+    config.stash[SESSION] = Session.start(settings, Path(out) if out else None, config.getoption("--bench-add"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -69,9 +72,8 @@ def replay(session: Session, benchmark) -> Replay:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    out = session.config.getoption("--bench-out")
     run = session.config.stash[SESSION]
-    if out is not None and (run.results.records or run.results.failures):
-        from bench.report import write_report  # matplotlib is needed only here
-
-        write_report(run.results, Path(out))
+    if run.out is None or session.config.getoption("--bench-add"):
+        return
+    if run.results.records or run.results.failures:
+        write_report(run.results, run.out)

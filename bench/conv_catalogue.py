@@ -118,13 +118,17 @@ def conv_norm_layers() -> tuple[Provider, ...]:
     )
 
 
+def random_weight(channels: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(channels, channels, 3, 3, generator=generator, dtype=torch.float64)
+
+
 class Filter(nn.Module):
     """A filter of planes by the fixed spectrum of a random weight, whole or as the half that rfft2 keeps."""
 
     def __init__(self, channels: int, size: tuple[int, int], function: Callable[[Tensor, Tensor], Tensor], half: bool):
         super().__init__()
-        generator = torch.Generator().manual_seed(3)
-        weight = torch.randn(channels, channels, 3, 3, generator=generator, dtype=torch.float64)
+        weight = random_weight(channels)
         power = torch.fft.fft2(weight, s=size).abs().square().sum(1)
         v = (power + EPS * power.mean((1, 2), keepdim=True)).rsqrt()
         self.v: Tensor
@@ -155,6 +159,42 @@ def filters() -> tuple[Provider, ...]:
         Provider("spectral_filter", build(filtered), reference, FILTER_PASSES, ours=True),
         Provider("torch.fft", build(fft_filter, half=True), reference, FILTER_PASSES),
         Provider("copy", build(lambda z, _: z.clone()), lambda layer, tensors, z: z.clone(), FILTER_PASSES),
+    )
+
+
+class SpectrumAndFilter(nn.Module):
+    """The same with the spectrum computed on the way, as ConvNorm does in every step."""
+
+    def __init__(self, channels: int, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.kernels: Tensor
+        self.register_buffer("kernels", random_weight(channels))
+        self.function = function
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.function(z, self.kernels)
+
+
+def filters_with_spectrum() -> tuple[Provider, ...]:
+    """spectral_filter by kernel_spectrum, and torch.fft by the padded FFT. The spectrum's gradient is not in it."""
+
+    def build(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Workload], nn.Module]:
+        return lambda work: SpectrumAndFilter(work.channels, function).to(parameter_dtype(work))
+
+    def ours(z: Tensor, weight: Tensor) -> Tensor:
+        ops = package().ops
+        y: Tensor = ops.spectral_filter(z, ops.kernel_spectrum(weight, tuple(z.shape[2:]), EPS))
+        return y
+
+    def plain(z: Tensor, weight: Tensor) -> Tensor:
+        return fft_filter(z, padded_spectrum(weight, (z.shape[2], z.shape[3])))
+
+    def reference(layer: nn.Module, tensors: Tensors, z: Tensor) -> Tensor:
+        return plain(z, tensors["kernels"])
+
+    return (
+        Provider("spectral_filter with spectrum", build(ours), reference, FILTER_PASSES, ours=True),
+        Provider("torch.fft with spectrum", build(plain), reference, FILTER_PASSES),
     )
 
 

@@ -1,13 +1,20 @@
-"""What a figure needs beside it: device, versions, precision modes, commit."""
+"""What a figure needs beside it: device, versions, precision modes, commit.
+
+`python -m bench.environment --device cuda` prints it, with the state of the GPU.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import importlib.util
 import platform
 import re
+import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,11 +81,19 @@ def versions(device: torch.device) -> str:
     ]
     if device.type == "cuda":
         parts += [
+            f"triton {triton_version()}",
             f"cuda {torch.version.cuda}",
             f"driver {driver_version()}",
             f"cudnn {torch.backends.cudnn.version()}",
         ]
     return "; ".join([*parts, precision(device)])
+
+
+def triton_version() -> str:
+    try:
+        return str(importlib.import_module("triton").__version__)
+    except ImportError:
+        return "missing"
 
 
 def driver_version() -> str:
@@ -90,11 +105,29 @@ def driver_version() -> str:
 
 
 def precision(device: torch.device) -> str:
-    """The float32 precision of both sides: matrix products and convolutions have separate switches."""
+    """The float32 precision of both sides: matrix products, convolutions and this package have separate switches."""
     text = f"fp32 matmul {torch.get_float32_matmul_precision()}"
     if device.type == "cuda":
-        text += f"; cuDNN TF32 {'on' if torch.backends.cudnn.allow_tf32 else 'off'}"
+        text += f"; cuDNN TF32 {on_or_off(convolutions_in_tf32())}; normkernels TF32 {on_or_off(own_tf32())}"
     return text
+
+
+def convolutions_in_tf32() -> bool:
+    """cuDNN's default. cudnn.allow_tf32 raises where this newer switch has been used."""
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return bool(conv.fp32_precision == "tf32")
+
+
+def on_or_off(state: bool) -> str:
+    return "on" if state else "off"
+
+
+def own_tf32() -> bool:
+    """Whether the package's own products may run in TF32, which is off unless it is asked for."""
+    try:
+        return bool(importlib.import_module("normkernels.ops._triton").tf32_allowed())
+    except ImportError:
+        return False
 
 
 @cache
@@ -111,3 +144,19 @@ def commit() -> str:
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(ROOT), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Device, versions and precision modes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    device = torch.device(parser.parse_args().device)
+    print(device_name(device), versions(device), f"commit {commit()}", sep="\n")
+    for name in ("triton", "numpy", "scipy", "hypothesis", "pytest", "pytest_benchmark", "matplotlib", "tqdm"):
+        module = importlib.import_module(name) if importlib.util.find_spec(name) else None
+        print(f"{name} {getattr(module, '__version__', 'without a version') if module else 'missing'}")
+    if device.type == "cuda" and shutil.which("nvidia-smi"):
+        print(subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,12 +15,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from bench.gpu_suite import BATCHNORM_CL, COMPILED, CONV_CL, FFT_SPECTRUM, FLOOR, ITERNORM_CL
 from bench.results import Ratio, Record, Results
-from bench.suites import BATCHNORM, CONV, CONV2D, COPY, DBN, GROUPED, ITERNORM, PLAIN, PLAIN_DBN, TRANSPOSED
+from bench.suites import BATCHNORM, CONV, CONV2D, COPY, DBN, FFT, GROUPED, ITERNORM, PLAIN, PLAIN_DBN, TRANSPOSED
 
 BLUE, ORANGE, DARK, MID, LIGHT = "#1f6fb4", "#e07b22", "#4d4d4d", "#8c8c8c", "#bdbdbd"
-COLOURS = {BATCHNORM: DARK, CONV: MID, PLAIN: LIGHT, PLAIN_DBN: "#d9d9d9", TRANSPOSED: MID, GROUPED: LIGHT}
-MARKERS = {ITERNORM: "o", DBN: "s", BATCHNORM: "^", CONV: "D", PLAIN: "v", TRANSPOSED: "P"}
+COLOURS = dict.fromkeys((CONV, TRANSPOSED, FLOOR, COMPILED, COPY, FFT, FFT_SPECTRUM), MID) | {
+    BATCHNORM: DARK,
+    PLAIN: LIGHT,
+    PLAIN_DBN: "#d9d9d9",
+    GROUPED: LIGHT,
+}
+MARKERS = {ITERNORM: "o", DBN: "s", BATCHNORM: "^", CONV: "D", PLAIN: "v", TRANSPOSED: "P", FLOOR: "|", COMPILED: "v"}
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -41,6 +47,8 @@ STYLE: dict[Any, Any] = {
 def colour(provider: str) -> str:
     if provider in COLOURS:
         return COLOURS[provider]
+    if provider.endswith(" channels_last"):
+        return colour(provider.removesuffix(" channels_last"))
     if provider.startswith("plain"):
         return LIGHT
     return ORANGE if provider.startswith("DBN") else BLUE
@@ -224,6 +232,84 @@ def family_plot(
     return save(figure, path)
 
 
+def dot_plot(
+    results: Results,
+    kernel: str,
+    providers: Sequence[str],
+    values: Callable[[str, str, str], Ratio | Record | None],
+    path: Path,
+    title: str,
+    xlabel: str,
+    line: float | None = None,
+) -> Path | None:
+    """One row for each shape and type, one marker for each provider, a whisker from p20 to p80."""
+    rows = list(dict.fromkeys((r.shape, r.dtype) for r in results.find(kernel)))
+    found = {name: [(row, v) for row, where in enumerate(rows) if (v := values(name, *where))] for name in providers}
+    if not any(found.values()):
+        return None
+    figure, axes = plt.subplots(figsize=(8.4, 1.8 + 0.45 * len(rows)), layout="constrained")
+    for name, points in found.items():
+        if not points:
+            continue
+        middle = [v.p50 for _, v in points]
+        spread = [[max(v.p50 - v.p20, 0) for _, v in points], [max(v.p80 - v.p50, 0) for _, v in points]]
+        axes.errorbar(
+            middle,
+            [row for row, _ in points],
+            xerr=spread,
+            fmt=MARKERS.get(name.removesuffix(" channels_last"), "X"),
+            color=colour(name),
+            markerfacecolor="white" if name.endswith("channels_last") else colour(name),
+            capsize=2,
+            label=name,
+        )
+    if line is not None:
+        axes.axvline(line, color="#222222", linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    axes.set_yticks(range(len(rows)), [f"{plain_shape(shape)}, {dtype}" for shape, dtype in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    axes.set_xlabel(xlabel)
+    axes.set_title(title)
+    axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    return save(figure, path)
+
+
+def gpu_plots(results: Results, out: Path) -> list[Path | None]:
+    def to_batchnorm(name: str, shape: str, dtype: str) -> Ratio | None:
+        return results.ratio("gpu_norm", name, BATCHNORM, "full", shape, dtype)
+
+    def rate(name: str, shape: str, dtype: str) -> Record | None:
+        found = results.find("gpu_norm", "gbytes_per_s")
+        return next((r for r in found if (r.provider, r.shape, r.dtype) == (name, shape, dtype)), None)
+
+    layers = (ITERNORM, ITERNORM_CL, BATCHNORM, BATCHNORM_CL)
+    return [
+        dot_plot(
+            results,
+            "gpu_norm",
+            (ITERNORM, ITERNORM_CL, BATCHNORM_CL, CONV, CONV_CL, FLOOR, COMPILED, PLAIN_DBN),
+            to_batchnorm,
+            out / "gpu_norm_ratio.png",
+            "Forward + backward, device time",
+            f"time / time of {BATCHNORM}",
+            line=1,
+        ),
+        dot_plot(
+            results,
+            "gpu_norm",
+            (*layers, FLOOR),
+            rate,
+            out / "gpu_norm_bandwidth.png",
+            "Counted bytes: 8 passes",
+            "GB/s",
+        ),
+        ratio_bars(results, "gpu_filter", COPY, "full", out / "gpu_filter.png", "Filter of image planes", plain_shape),
+    ]
+
+
 def memory_plot(results: Results, path: Path) -> Path | None:
     # the spectrum has no backward pass here: its input is a weight
     saved = {r.provider: r.p50 for r in results.find("memory", "saved_over_input", "full")}
@@ -358,5 +444,6 @@ def write_plots(results: Results, out: Path) -> list[Path]:
                 plain_shape,
             ),
             memory_plot(results, out / "memory.png"),
+            *gpu_plots(results, out),
         ]
     return [path for path in drawn if path is not None]

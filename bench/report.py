@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench.goals import Verdict, evaluate, where_we_lose
-from bench.results import Failure, Ratio, Record, Results, write_csv
+from bench.gpu_suite import BATCHNORM_CL, COMPILED, CONV_CL, FFT_SPECTRUM, FLOOR
+from bench.results import Failure, Ratio, Results
 from bench.suites import (
     BATCHNORM,
     CONV,
@@ -38,13 +39,17 @@ TITLES = {
     "spectral_filter": "The filter against a copy and torch.fft",
     "kernel_spectrum": "The spectrum of a 3x3 convolution's kernels on planes of 34 x 34",
     "memory": "Memory of one training step",
+    "gpu_norm": "IterNorm on a GPU",
+    "gpu_newton": "Newton's iteration alone, G x d x d, forward and backward",
+    "gpu_filter": "ConvNorm's filter on a GPU, against copy and torch.fft",
+    "gpu_spectrum": "ConvNorm's spectrum on a GPU, planes of 34 x 34",
 }
 MODES = {"full": "forward + backward", "forward": "forward", "backward": "backward", "inference": "inference"}
 SHOWN_LOSSES = 25
 # Order of the ratio columns.
 REFERENCES = (
-    CONV, GROUPED, BATCHNORM, PLAIN, PLAIN_DBN, TRANSPOSED, VGG_ITERNORM,
-    CONV2D, PLAIN_CONV_NORM, COPY, FFT, PADDED_FFT,
+    FLOOR, CONV, CONV_CL, GROUPED, BATCHNORM, BATCHNORM_CL, COMPILED, PLAIN, PLAIN_DBN, TRANSPOSED, VGG_ITERNORM,
+    CONV2D, PLAIN_CONV_NORM, COPY, FFT, PADDED_FFT, FFT_SPECTRUM,
 )  # fmt: skip
 
 
@@ -81,6 +86,7 @@ def kernels(results: Results) -> list[str]:
 def time_tables(results: Results, kernel: str) -> str:
     """One table per comparison of a suite: time, GB/s and every ratio that was formed."""
     parts = []
+    unit, scale = ("us", 1e3) if results.device_type == "cuda" else ("ms", 1.0)
     times = results.find(kernel)
     for where in dict.fromkeys((r.mode, r.shape, r.dtype) for r in times):
         here = [r for r in times if (r.mode, r.shape, r.dtype) == where]
@@ -93,13 +99,13 @@ def time_tables(results: Results, kernel: str) -> str:
         rates = {r.provider: r.p50 for r in results.find(kernel, "gbytes_per_s") if (r.mode, r.shape, r.dtype) == where}
         header = [
             "provider",
-            "ms, median [p20, p80]",
+            f"{unit}, median [p20, p80]",
             *(["GB/s"] if rates else []),
             *(f"/ {o}" for o in others),
         ]
         rows = []
         for r in here:
-            cells = [r.provider, spread(r.p50, r.p20, r.p80)]
+            cells = [r.provider, spread(r.p50 * scale, r.p20 * scale, r.p80 * scale)]
             if rates:
                 cells.append(number(rates[r.provider]))
             for other in others:
@@ -129,9 +135,14 @@ def goals_table(verdicts: Sequence[Verdict]) -> str:
     rows = []
     for verdict in verdicts:
         goal, found = verdict.goal, verdict.measured
-        what = f"{goal.provider} / {goal.relative_to}"
-        measured = spread(found.p50, found.p20, found.p80) if found else "-"
-        rows.append([what, f"{goal.shape}, {MODES[goal.mode]}", number(goal.limit), measured, verdict.state])
+        ours, others = (" or ".join(side) for side in goal.sides)
+        what, scale = (f"{ours} / {others}", 1.0) if others else (f"{ours}, us", 1e3)
+        limit = number(goal.limit * scale)
+        if goal.stretch is not None:
+            limit += f" ({number(goal.stretch * scale)})"
+        where = [goal.shape, *([goal.dtype] if goal.dtype != "float32" else []), MODES[goal.mode]]
+        measured = spread(found.p50 * scale, found.p20 * scale, found.p80 * scale) if found else "-"
+        rows.append([what, ", ".join(where), limit, measured, verdict.state])
     return table(["ratio", "where", "goal", "measured [p20, p80]", "result"], rows)
 
 
@@ -148,8 +159,8 @@ def failures_table(failures: Sequence[Failure]) -> str:
     return table(["provider", "suite", "where", "error"], rows)
 
 
-def markdown(results: Results, plots: Sequence[str] = ()) -> str:
-    """The whole report as Markdown."""
+def markdown(results: Results, plots: Sequence[str] = (), introduction: Sequence[str] = ()) -> str:
+    """The whole report as Markdown. introduction: lines that come before the goals."""
     lines = [f"# Benchmark: {results.device}", "", f"{results.versions}; commit {results.commit}.", ""]
     lines += [
         "Providers of one table were timed interleaved: each once per round, in changing order; a ratio is",
@@ -160,6 +171,7 @@ def markdown(results: Results, plots: Sequence[str] = ()) -> str:
     ]
     for note in results.notes:
         lines += [f"**Note:** {note}", ""]
+    lines += introduction
     verdicts = evaluate(results)
     if any(v.measured for v in verdicts):
         lines += ["## Goals", "", goals_table(verdicts), ""]
@@ -181,22 +193,19 @@ def markdown(results: Results, plots: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
-def write_report(results: Results, out: Path) -> list[Path]:
+def write_report(results: Results, out: Path, introduction: Sequence[str] = ()) -> list[Path]:
     """Write all files into `out` (made if missing) and return their paths."""
-    out.mkdir(parents=True, exist_ok=True)
-    page, failures = out / "README.md", out / "failures.csv"
-    files = [page, out / "records.csv", out / "ratios.csv"]
-    write_csv(files[1], Record, results.records)
-    write_csv(files[2], Ratio, results.ratios)
-    failures.unlink(missing_ok=True)
-    if results.failures:
-        write_csv(failures, Failure, results.failures)
-        files.append(failures)
-    page.write_text(markdown(results), encoding="utf-8")
+    page = out / "README.md"
+    files = [page, *results.save(out)]
+    page.write_text(markdown(results, introduction=introduction), encoding="utf-8")
 
     # last, so that the figures of a long run are safe whatever a plot does
-    from bench.plots import write_plots
-
-    plots = write_plots(results, out)
-    page.write_text(markdown(results, [p.name for p in plots]), encoding="utf-8")
+    try:
+        from bench.plots import write_plots
+    except ImportError as error:
+        results.notes.append(f"No plots: {error}.")
+        plots = []
+    else:
+        plots = write_plots(results, out)
+    page.write_text(markdown(results, [p.name for p in plots], introduction), encoding="utf-8")
     return files + plots

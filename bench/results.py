@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -87,6 +87,30 @@ class Results:
     @classmethod
     def start(cls, device: torch.device) -> Results:
         return cls(device_name(device), versions(device), commit(), device.type)
+
+    @classmethod
+    def load(cls, folder: Path, device_type: str) -> Results:
+        """What `save` wrote there, if anything; notes are not kept. The device itself is not asked: it may be gone."""
+        records = read_csv(folder / "records.csv", Record)
+        origin = (
+            (records[0].device, records[0].versions, records[0].commit) if records else ("none", "unknown", "unknown")
+        )
+        ratios, failures = read_csv(folder / "ratios.csv", Ratio), read_csv(folder / "failures.csv", Failure)
+        return cls(*origin, device_type, records, ratios, failures)
+
+    def save(self, folder: Path, before: Results | None = None) -> list[Path]:
+        """Write records.csv, ratios.csv and, if anything failed, failures.csv; `before`: rows that come first."""
+        folder.mkdir(parents=True, exist_ok=True)
+        files = []
+        for name, row_type in (("records", Record), ("ratios", Ratio), ("failures", Failure)):
+            rows = [*(getattr(before, name) if before else []), *getattr(self, name)]
+            path = folder / f"{name}.csv"
+            if rows or row_type is not Failure:
+                write_csv(path, row_type, rows)
+                files.append(path)
+            else:
+                path.unlink(missing_ok=True)
+        return files
 
     def _origin(self) -> dict[str, str]:
         return {"device": self.device, "versions": self.versions, "commit": self.commit}
@@ -173,5 +197,17 @@ def write_csv(path: Path, row_type: type[Row], rows: Iterable[Row]) -> None:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
 
 
-def columns(row_type: type[Row]) -> Sequence[str]:
-    return [f.name for f in fields(row_type)]
+def read_csv(path: Path, row_type: type[Row]) -> list[Row]:
+    """The rows that `write_csv` wrote; none if there is no such file."""
+    if not path.exists():
+        return []
+    parse: dict[str, Callable[[str], Any]] = {
+        "float": lambda text: int(text) if text.isdigit() else float(text),  # counts keep all their digits
+        "int": int,
+        "bool": lambda text: text == "True",
+    }
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            row_type(**{f.name: parse.get(str(f.type), str)(row[f.name]) for f in fields(row_type)})
+            for row in csv.DictReader(file)
+        ]

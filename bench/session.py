@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -59,10 +60,13 @@ class Session:
     results: Results
     progress: Progress | None = None
     measured: dict[str, Measurement] = field(default_factory=dict)
+    out: Path | None = None
+    before: Results | None = None  # rows of earlier runs in `out`, which stay there
 
     @classmethod
-    def start(cls, settings: Settings) -> Session:
-        session = cls(settings, Results.start(settings.device))
+    def start(cls, settings: Settings, out: Path | None = None, add: bool = False) -> Session:
+        before = Results.load(out, settings.device.type) if out is not None and add else None
+        session = cls(settings, Results.start(settings.device), out=out, before=before)
         settle_allocator()
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         if load > 0.5:
@@ -89,6 +93,7 @@ class Session:
                 measurement = Measurement({}, dict.fromkeys(comparison.names, describe(error)))
             self.measured[comparison.key] = measurement
             self.results.add_times(comparison, measurement)
+            self.save()
         return self.measured[comparison.key]
 
     def measure_memory(self, comparison: Comparison, provider: str) -> None:
@@ -100,3 +105,9 @@ class Session:
             self.results.add_failure(comparison, provider, describe(error))
             raise
         self.results.add_memory(comparison, provider, use)
+        self.save()
+
+    def save(self) -> None:
+        """After every comparison: what a run has found is on the disk when the next one brings it down."""
+        if self.out is not None:
+            self.results.save(self.out, self.before)

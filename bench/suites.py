@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from bench import conv_catalogue as conv_cat
 from bench.baselines import EighDBN, PlainIterNorm
 from bench.timing import Measurement, Plan, Timed, clock_for, describe, interleave
 from bench.vgg import NormFactory, prepare_vgg
-from bench.workload import CPU, Inputs, Mode, Provider, Workload, prepare_layer
+from bench.workload import CPU, GraphCall, Inputs, Mode, Provider, Workload, prepare_layer
 
 BATCHNORM, CONV, PLAIN, PLAIN_DBN = "BatchNorm2d", "conv3x3", "plain autograd Newton", "plain autograd DBN"
 TRANSPOSED, GROUPED = "transposed IterNorm", "grouped conv1x1"
@@ -75,9 +76,21 @@ class Comparison:
         return self.providers[self.names.index(name)]
 
     def preparer(self) -> Callable[[str], Timed]:
-        """A function that builds and checks one provider by name; what they share is made here, once."""
-        inputs = Inputs(self.work)
-        return lambda name: prepare_layer(self.provider(name), inputs)
+        """A function that builds and checks one provider by name; what they share is made once."""
+
+        @cache
+        def inputs(channels_last: bool) -> Inputs:
+            return Inputs(replace(self.work, channels_last=channels_last))
+
+        inputs(self.work.channels_last)  # whether they can be made at all concerns every provider
+
+        def prepare(name: str) -> Timed:
+            provider = self.provider(name)
+            layout = self.work.channels_last if provider.channels_last is None else provider.channels_last
+            call = prepare_layer(provider, inputs(layout))
+            return GraphCall(call) if provider.graph else call
+
+        return prepare
 
     def measure(self, on_round: Callable[[int, int], None] | None = None) -> Measurement:
         """Check every provider, then time those that passed; the failures are recorded."""

@@ -15,17 +15,22 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-SPIN_CYCLES = 2_000_000  # about 1 ms on a GPU: longer than it takes to queue one forward and backward pass
+# What keeps a GPU busy while the host queues the work, about 1 ms and 5 ms: at first, and at most.
+SPIN_CYCLES, LONGEST_SPIN = 2_000_000, 10_000_000
 
 
 class Timed(Protocol):
-    """One provider bound to its inputs; only `run` is timed."""
+    """One provider bound to its inputs; only `run` is timed. All three are called inside `context`."""
+
+    def context(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def prepare(self, turn: int) -> None: ...
 
@@ -58,20 +63,25 @@ class CudaClock:
 
     The device is kept busy while the host queues the work, so the time between the events has no launch gaps
     in it as long as the call itself does not wait for the device. A call that does wait is charged for the
-    wait.
+    wait. Work that was not queued in time makes the next calls' spin longer: the warm-up rounds find its length.
     """
 
     name = "CUDA events"
 
+    def __init__(self) -> None:
+        self.cycles = SPIN_CYCLES
+
     def time(self, run: Callable[[], None]) -> float:
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        torch.cuda._sleep(SPIN_CYCLES)
+        torch.cuda._sleep(self.cycles)
         start.record()
         run()
+        late = start.query()  # the device has come to the work before all of it was queued
         end.record()
         end.synchronize()
+        if late:
+            self.cycles = min(2 * self.cycles, LONGEST_SPIN)
         return start.elapsed_time(end) / 1e3
 
 
@@ -173,9 +183,10 @@ def interleave(
         nonlocal turn
         turn += 1
         try:
-            providers[name].prepare(turn)
-            seconds = clock.time(providers[name].run)
-            providers[name].finish()
+            with providers[name].context():
+                providers[name].prepare(turn)
+                seconds = clock.time(providers[name].run)
+                providers[name].finish()
         except Exception as error:  # any failure of one provider must not cost the others their figures
             result.failures[name] = describe(error)
             return None

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.timing import poison, require_alive
+from bench.environment import convolutions_in_tf32
+from bench.timing import Timed, poison, require_alive
 from bench.workload import GateError
 
 NormFactory = Callable[[int], nn.Module]
@@ -76,13 +77,13 @@ def check_vgg(name: str, model: nn.Sequential, plain: nn.Sequential, batch: tupl
     with torch.no_grad():
         got = float(F.cross_entropy(model(images), labels))
         expected = float(F.cross_entropy(plain.double()(images.double()), labels))
-    tf32 = images.is_cuda and torch.backends.cudnn.allow_tf32
+    tf32 = images.is_cuda and convolutions_in_tf32()
     tolerance = TF32_LOSS_TOLERANCE if tf32 else LOSS_TOLERANCE
     if not abs(got - expected) <= tolerance * abs(expected):
         raise GateError(f"{name}: expected a loss of {expected:.6f} within {tolerance:.0e}, got {got:.6f}")
 
 
-class TrainingStep:
+class TrainingStep(Timed):
     """Forward, cross entropy, backward and an SGD step with momentum."""
 
     def __init__(self, model: nn.Sequential, batches: list[tuple[Tensor, Tensor]]) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from bench.environment import cache_bytes
-from bench.timing import poison, require_alive
+from bench.environment import cache_bytes, convolutions_in_tf32
+from bench.timing import Timed, poison, require_alive
 
 Mode = Literal["forward", "backward", "full", "inference"]
 Tensors = Mapping[str, Tensor]
@@ -39,6 +40,7 @@ class Workload:
     """One input: shape (N, C, H, W), type, memory layout, and which part of the step is timed.
 
     stride: of layers that have one. output: shape of y where it is not x's.
+    covariance: x is not activations but a covariance matrix for each group, (G, d, d).
     """
 
     shape: tuple[int, ...]
@@ -48,6 +50,7 @@ class Workload:
     device: torch.device = CPU
     stride: int = 1
     output: tuple[int, ...] | None = None
+    covariance: bool = False
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -83,6 +86,9 @@ class Provider:
     passes: how often each mode must read or write a whole activation, counted for an ideal implementation;
     the bytes and GB/s of the report are this number times the bytes of x.
     check_samples: check the first so many samples only (for layers that treat samples one by one).
+    channels_last: the memory layout that it runs in, where that is not the comparison's.
+    context: what it is checked and timed inside of, such as a choice of the backend.
+    graph: on a GPU, time replays of its CUDA graph.
     """
 
     name: str
@@ -92,6 +98,9 @@ class Provider:
     ours: bool = False
     check_samples: int | None = None
     tf32: bool = False
+    channels_last: bool | None = None
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    graph: bool = False
 
 
 # BatchNorm and IterNorm alike. forward: x for the statistics, x and y for the affine map; backward: dy and x
@@ -103,6 +112,9 @@ CONV_PASSES = {"forward": 2, "backward": 4, "full": 6, "inference": 2}
 
 def make_input(work: Workload, seed: int) -> Tensor:
     """Samples with correlated channels, unequal variances and a mean, as a layer sees them; never zeros."""
+    if work.covariance:
+        z = torch.randn(*work.shape[:2], 2 * work.channels, generator=torch.Generator().manual_seed(seed))
+        return (z @ z.mT / z.shape[2]).to(work.device, work.dtype)
     generator = torch.Generator().manual_seed(seed)
     c = work.channels
     mix = torch.eye(c) + torch.randn(c, c, generator=generator) * (0.3 / math.sqrt(c))
@@ -169,13 +181,14 @@ def randomize_affine(layer: nn.Module, seed: int = 7) -> None:
 def prepare_layer(provider: Provider, inputs: Inputs) -> LayerCall:
     """Build the layer, check it against float64, return its timed call; a failed check raises GateError."""
     work = inputs.work
-    layer = provider.build(work).to(work.device)
-    randomize_affine(layer)
-    layer.train(work.mode != "inference")
-    if work.mode == "inference":
-        settle(layer, work)
-    check_layer(provider, layer, inputs)
-    return LayerCall(layer, inputs)
+    with provider.context():
+        layer = provider.build(work).to(work.device)
+        randomize_affine(layer)
+        layer.train(work.mode != "inference")
+        if work.mode == "inference":
+            settle(layer, work)
+        check_layer(provider, layer, inputs)
+    return LayerCall(layer, inputs, provider.context)
 
 
 def settle(layer: nn.Module, work: Workload) -> None:
@@ -199,7 +212,7 @@ def check_layer(provider: Provider, layer: nn.Module, inputs: Inputs) -> None:
     keep = slice(provider.check_samples)
     x, dy = inputs[0].x.detach()[keep], inputs[0].dy[keep]
     tolerance = TOLERANCE[work.dtype]
-    if provider.tf32 and x.is_cuda and torch.backends.cudnn.allow_tf32:
+    if provider.tf32 and x.is_cuda and convolutions_in_tf32():
         tolerance = max(tolerance, TF32_TOLERANCE)
     differentiate = work.mode != "inference"
     # the parameters alone get a gradient: the running buffers of the layer belong to the check only where it
@@ -236,14 +249,20 @@ def compare(provider: str, what: str, got: Tensor, expected: Tensor, tolerance: 
         raise GateError(f"{provider}: expected {what} within {tolerance:.1e} of float64, got an error of {error:.2e}")
 
 
-class LayerCall:
+class LayerCall(Timed):
     """The timed call of one layer: forward, backward alone, both, or inference without gradients."""
 
-    def __init__(self, layer: nn.Module, inputs: Inputs) -> None:
+    def __init__(
+        self, layer: nn.Module, inputs: Inputs, context: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
         self.layer, self.inputs, self.mode = layer, inputs, inputs.work.mode
+        self.inside = context
         self.parameters = list(layer.parameters())
         self.current = inputs[0]
         self.y: Tensor | None = None
+
+    def context(self) -> AbstractContextManager[object]:
+        return self.inside()
 
     def prepare(self, turn: int) -> None:
         self.current = self.inputs[turn]
@@ -276,3 +295,43 @@ class LayerCall:
             poison(dx)
         with torch.inference_mode(self.mode == "inference"):
             poison(y)
+
+
+class GraphCall(Timed):
+    """Replays of a layer's call, captured as one CUDA graph for each input set: no work of the host is left in it."""
+
+    def __init__(self, call: LayerCall) -> None:
+        self.call = call
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with call.context():
+            with torch.cuda.stream(side):  # a first call may compile and allocate, which a graph must not hold
+                for turn in range(3):
+                    call.prepare(turn)
+                    call.run()
+            torch.cuda.current_stream().wait_stream(side)
+            self.call.y = None  # with it goes the autograd graph, whose nodes belong to the other stream
+            self.captured = [self.capture(turn) for turn in range(len(call.inputs.sets))]
+        self.current = self.captured[0]
+
+    def capture(self, turn: int) -> tuple[torch.cuda.CUDAGraph, Tensor | None, Tensor | None]:
+        """The graph, y and dx, which keep their places in its memory."""
+        self.call.prepare(turn)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.call.run()
+        y, self.call.y = self.call.y, None
+        return graph, None if y is None else y.detach(), self.call.current.x.grad
+
+    def prepare(self, turn: int) -> None:
+        self.current = self.captured[turn % len(self.captured)]
+
+    def run(self) -> None:
+        self.current[0].replay()
+
+    def finish(self) -> None:
+        for name, tensor in zip(("y", "dx"), self.current[1:], strict=True):
+            if tensor is not None:
+                require_alive(name, tensor)
+                with torch.inference_mode(self.call.mode == "inference"):
+                    poison(tensor)

@@ -64,6 +64,7 @@ def test_edges() -> None:
 
 
 def test_main_writes_a_table_and_a_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
     network = small()
     torch.save({"state_dict": network.state_dict()}, tmp_path / "checkpoint.pt")
     main([

@@ -1,9 +1,13 @@
 """The digits experiment: an honest split, equal conditions for every norm, and runs that repeat."""
 
+import pytest
 import torch
 from torch import nn
 
 import normkernels as nk
+
+pytest.importorskip("sklearn")  # before what imports it
+
 from bench.experiments.digits import Epoch, batches, build_network, digits_split, summarize, train
 
 

@@ -1,19 +1,22 @@
 """CSV columns, Markdown, goals, plots, and the replay into pytest-benchmark."""
 
 import csv
+import sys
 
 import pytest
 import torch
 
 from bench import catalogue as cat
 from bench.goals import Goal, evaluate, where_we_lose
-from bench.report import goals_table, markdown, number, table, write_report
+from bench.gpu_suite import gpu
+from bench.report import REFERENCES, goals_table, markdown, number, table, write_report
 from bench.results import Ratio, Record, Results, write_csv
-from bench.session import ReplayClock
+from bench.session import ReplayClock, Session
 from bench.suites import Comparison, Settings, conv_norm, inference, memory, scaling, table_a1, vgg
 from bench.timing import Measurement, Plan
 from bench.workload import Workload
 
+SUITES = (table_a1, vgg, scaling, inference, conv_norm, memory, gpu)
 ORIGIN = {"device": "a machine, 2 threads", "versions": "torch 2; threads 2", "commit": "abc1234"}
 COLUMNS = [
     *("kernel", "provider", "mode", "metric", "shape", "dtype"),
@@ -139,6 +142,7 @@ def test_losses_are_ours_above_one_worst_first():
 
 
 def test_report_writes_its_files_and_drops_an_old_failure_list(tmp_path):
+    pytest.importorskip("matplotlib")
     found = results()
     names = {path.name for path in write_report(found, tmp_path / "new")}
     assert {"README.md", "records.csv", "ratios.csv", "failures.csv", "table_a1_conv.png"} <= names
@@ -154,20 +158,47 @@ def test_goals_name_things_that_the_suites_measure():
         settings = Settings(torch.device(device_type))
         known = {
             (c.kernel, c.work.mode, c.work.shape_name, c.work.dtype_name): c
-            for suite in (table_a1, vgg, scaling, inference, conv_norm, memory)
+            for suite in SUITES
             for c in suite(settings)
         }
         for goal in (g for g in GOALS if g.device_type == device_type):
             found = known[goal.kernel, goal.mode, goal.shape, goal.dtype]
-            assert goal.provider in found.ours
-            assert goal.relative_to in found.relative_to
-            assert goal.relative_to in found.names
+            ours, others = goal.sides
+            assert ours and {*ours} <= {*found.ours}
+            assert {*others} <= {*found.relative_to} & {*found.names}
 
 
 def test_keys_of_comparisons_are_unique():
-    for suite in (table_a1, vgg, scaling, inference, conv_norm, memory):
-        keys = [c.key for c in suite(Settings())]
-        assert len(keys) == len(set(keys))
+    for settings in (Settings(), Settings(torch.device("cuda"))):
+        for suite in SUITES:
+            keys = [c.key for c in suite(settings)]
+            assert len(keys) == len(set(keys))
+
+
+def test_ratio_columns_have_a_place():
+    assert {other for suite in SUITES for c in suite(Settings()) for other in c.relative_to} <= {*REFERENCES}
+
+
+def test_without_matplotlib_the_report_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "bench.plots", raising=False)
+    names = {path.name for path in write_report(results(), tmp_path)}
+    assert names == {"README.md", "records.csv", "ratios.csv", "failures.csv"}
+    assert "No plots" in (tmp_path / "README.md").read_text()
+
+
+def test_figures_are_on_the_disk_after_each_comparison(tmp_path):
+    good = cat.batch_norm()
+    plan = Plan(rounds=2, min_rounds=1, warmup=0, budget_s=0.0)
+    session = Session.start(Settings(), tmp_path)
+    for kernel in ("first", "second"):
+        session.measure(Comparison(kernel, Workload((4, 4, 3, 3)), (good,), plan, ()))
+        with (tmp_path / "records.csv").open(newline="") as file:
+            assert kernel in {row["kernel"] for row in csv.DictReader(file)}
+    again = Session.start(Settings(), tmp_path, add=True)
+    again.measure(Comparison("third", Workload((4, 4, 3, 3)), (good,), plan, ()))
+    with (tmp_path / "records.csv").open(newline="") as file:
+        assert {row["kernel"] for row in csv.DictReader(file)} == {"first", "second", "third"}
 
 
 def test_replay_clock_plays_back_the_recorded_durations():

@@ -7,10 +7,11 @@ from collections import Counter
 import pytest
 import torch
 
-from bench.timing import Measurement, Plan, Quantiles, interleave, order, poison, require_alive
+from bench import timing
+from bench.timing import CudaClock, Measurement, Plan, Quantiles, Timed, interleave, order, poison, require_alive
 
 
-class Fake:
+class Fake(Timed):
     """Takes the given number of seconds; notes who was called."""
 
     def __init__(self, name, log, seconds, fail_at=None):
@@ -145,3 +146,35 @@ def test_poisoned_memory_is_nan_even_where_a_gradient_is_needed():
     y = torch.ones(2, requires_grad=True) * 2
     poison(y)
     assert y.isnan().all()
+
+
+@pytest.mark.parametrize(("late", "cycles"), [([False, False], [1, 1]), ([True, True, True, True], [1, 2, 4, 5])])
+def test_a_gpu_is_kept_busy_until_the_work_is_queued(monkeypatch, late, cycles):
+    """`late`: the device came to the work before all of it was queued. Then there is a longer spin, up to a limit."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def query(self):
+            return late[len(spins) - 1]
+
+        def synchronize(self):
+            log.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 250.0
+
+    log, spins = [], []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", spins.append)
+    monkeypatch.setattr(timing, "SPIN_CYCLES", 1)
+    monkeypatch.setattr(timing, "LONGEST_SPIN", 5)
+    clock = CudaClock()
+    assert [clock.time(lambda: log.append("run")) for _ in late] == [0.25] * len(late)
+    assert spins == cycles
+    assert log == ["record", "run", "record", "synchronize"] * len(late)

@@ -1,5 +1,7 @@
 """Inputs, the correctness check before timing, and the baselines themselves against float64."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from bench.workload import (
     NORM_PASSES,
     TOLERANCE,
     GateError,
+    GraphCall,
     Inputs,
     Provider,
     Workload,
@@ -102,3 +105,54 @@ def test_the_plain_reference_whitens():
     torch.testing.assert_close(cov, torch.eye(3, dtype=torch.float64).expand(2, 3, 3))
     many = plain_whitening(x, one, zero, 3, 25, 0.0).transpose(0, 1).reshape(2, 3, -1)
     torch.testing.assert_close(many, y, rtol=1e-6, atol=1e-6)
+
+
+def graph_call(device, mode="full"):
+    inputs = Inputs(Workload((4, 8, 6, 6), mode=mode, device=torch.device(device)))
+    return GraphCall(prepare_layer(cat.batch_norm(), inputs))
+
+
+@pytest.mark.parametrize("mode", ["full", "inference"])
+def test_the_outputs_of_a_graph_are_checked(monkeypatch, mode):
+    """With stand-ins for CUDA: capturing runs the call, a replay does nothing, and that is found out."""
+
+    class Graph:
+        replays = 0
+
+        def replay(self):
+            self.replays += 1
+
+    class Stream:
+        def wait_stream(self, other):
+            assert isinstance(other, Stream)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
+    call = graph_call("cpu", mode)
+    assert call.call.y is None, "it would keep an autograd graph of the other stream alive"
+    assert len({id(graph) for graph, _, _ in call.captured}) == len(call.call.inputs.sets)
+    call.prepare(1)
+    call.run()
+    assert [graph.replays for graph, _, _ in call.captured[:2]] == [0, 1]
+    call.finish()
+    call.prepare(0)
+    call.finish()
+    call.run()
+    with pytest.raises(ValueError, match="NaN"):
+        call.finish()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["full", "inference"])
+def test_a_graph_computes_everything_anew(mode):
+    call = graph_call("cuda", mode)
+    results = []
+    for turn in range(2 * len(call.captured)):
+        call.prepare(turn)
+        call.run()
+        results.append([tensor.clone() for tensor in call.current[1:] if tensor is not None])
+        call.finish()  # overwrites them
+    torch.testing.assert_close(results[: len(call.captured)], results[len(call.captured) :])

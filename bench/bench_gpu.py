@@ -1,0 +1,13 @@
+"""What a GPU's goals are read off: norms, Newton's iteration, ConvNorm's filter and spectrum (see gpu_check.py)."""
+
+import pytest
+
+from bench import gpu_suite, suites
+from bench.session import CLOCK
+
+SUITE = gpu_suite.gpu
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_time(comparison: suites.Comparison, provider: str, replay) -> None:
+    replay(comparison, provider)
