@@ -1,0 +1,333 @@
+"""Compile every Triton kernel for GPUs that are not there, and list what each takes of a multiprocessor.
+
+    python -m bench.kernel_resources            # all entries of the configuration table; writes docs/triton-kernels.csv
+    python -m bench.kernel_resources --check    # writes nothing; exit code 1 where a kernel spills or does not fit
+    python -m bench.kernel_resources --choose   # first rewrites the table: see ``choose``
+
+The launchers themselves run, on small CPU tensors, with every launch replaced by a compilation for the wanted
+architecture. So what is compiled is what they launch, with the same specialization.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bench.environment import ROOT
+from bench.tune import write_table
+from normkernels.ops import _triton
+from normkernels.ops._triton import Config, Key
+
+RESULT = ROOT / "docs" / "triton-kernels.csv"
+SIZES = (16, 32, 64, 128)
+# Architecture of a table entry -> shared memory, in bytes, that a program may have on all GPUs that the entry serves:
+# entries for sm_80 also serve sm_86 and sm_89, which have less of it.
+SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+REGISTERS = 65536  # of a multiprocessor
+IN_FLIGHT = 32 << 10  # bytes that a multiprocessor has to have requested at any time to keep up with the memory
+
+
+class Usage(NamedTuple):
+    registers: int
+    spilled: int  # bytes
+    shared: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One entry of the table, and a call that launches its kernels."""
+
+    kernel: str
+    size: int
+    layout: str
+    type: str
+
+    def key(self, arch: int) -> Key:
+        return self.kernel, self.size, self.layout, self.type, arch
+
+    def calls(self) -> list[Callable[[], object]]:
+        """Planes of several sizes, for the compiler knows less of those that are no multiple of 16."""
+        return [lambda plane=plane: CALLS[self.kernel](self, plane) for plane in PLANES.get(self.layout, (16,))]  # type: ignore[misc]
+
+    def data(self, plane: int) -> Tensor:
+        dtype = torch.float32 if self.type == "float32" else torch.bfloat16
+        x = torch.zeros(3, self.size, plane, plane, dtype=dtype)
+        return x.contiguous(memory_format=torch.channels_last) if self.layout == "channels" else x
+
+
+PLANES = {"positions": (16, 14), "odd": (7,), "channels": (16,)}
+
+
+def whitening(case: Case, plane: int) -> object:
+    from normkernels.ops.iter_norm.triton import iter_norm, iter_norm_backward
+
+    x, d = case.data(plane), case.size
+    weight = torch.ones(d)
+    y, mean, W, S, scale = iter_norm(x, weight, weight, d, 5, 1e-5, "trace", "newton")
+    return iter_norm_backward(y, x, weight, mean, W, S, scale, 5, "trace", "newton")
+
+
+def reductions(case: Case, plane: int) -> object:
+    from normkernels.ops.moments.triton import cross_moments, moments
+
+    x = torch.zeros(3, case.size, 16, 16)
+    return cross_moments(x, x, moments(x, case.size)[0], case.size)
+
+
+def small_matrix(case: Case, plane: int) -> object:
+    from normkernels.ops.inverse_sqrt.triton import inverse_sqrt, inverse_sqrt_backward
+
+    cov = torch.zeros(2, case.size, case.size)
+    for scaling in ("trace", "frobenius"):
+        W, S, scale = inverse_sqrt(cov, 5, 1e-5, scaling, "newton")
+        inverse_sqrt_backward(cov, W, S, scale, 5, scaling, "newton")
+    return whitening(Case("newton", case.size, "positions", "float32"), 16)
+
+
+CALLS: dict[str, Callable[[Case, int], object]] = {
+    "moments": whitening,
+    "cross_moments": whitening,
+    "mix": whitening,
+    "stacked_mix": whitening,
+    "merge": reductions,
+    "newton": small_matrix,
+}
+PASSES = ("moments", "cross_moments", "mix", "stacked_mix")
+
+
+def cases() -> list[Case]:
+    over_data = itertools.product(PASSES, SIZES, ("positions", "odd", "channels"), ("float32", "half"))
+    return [Case(*parts) for parts in over_data] + [
+        Case(kernel, size, "", "float32") for kernel in ("newton", "merge") for size in SIZES
+    ]
+
+
+# --- compiling ------------------------------------------------------------------------------------------------------
+
+
+class AbsentGPU:
+    """What Triton asks of a driver in order to compile."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # Triton keeps compiled kernels by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def table_with(entry: Key, config: Config) -> Iterator[None]:
+    """The configuration table with one entry replaced."""
+    before = _triton.table
+    replaced = {**before(), entry: config}
+    _triton.table = lambda: replaced  # type: ignore[assignment]
+    _triton.configuration.cache_clear()
+    try:
+        yield
+    finally:
+        _triton.table = before
+        _triton.configuration.cache_clear()
+
+
+def compile_entry(case: Case, arch: int, config: Config, only_first: bool = False) -> dict[str, Usage]:
+    """Kernel's name -> the most that any of its variants takes, of all kernels that this entry configures."""
+    from triton.runtime import driver
+
+    driver.set_active(AbsentGPU(arch))
+    used: dict[str, Usage] = {}
+
+    def record(kernel: Any, grid: Any, arguments: Sequence[Any], given: Config, meta: dict[str, Any]) -> None:
+        if given is not config:
+            return
+        variants = [meta]
+        if case.size == 64 and "WIDE" in meta and not only_first:  # as for more than 2^31 columns
+            variants.append(meta | {"WIDE": True})
+        for variant in variants:
+            compiled = kernel.warmup(*arguments, grid=grid, **variant, num_warps=given.warps, num_stages=given.stages)
+            usage = usage_of(compiled)
+            name = kernel.fn.__name__
+            used[name] = Usage(*map(max, zip(used.get(name, usage), usage, strict=True)))
+
+    with table_with(case.key(arch), config), _triton.recording(arch, record):
+        for call in case.calls()[: 1 if only_first else None]:
+            call()
+    return used
+
+
+def usage_of(compiled: Any) -> Usage:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    ptx = compiled.asm["ptx"]
+    target = re.search(r"^\.target (sm_(\d+)\w*)", ptx, re.MULTILINE)
+    assert target is not None
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        name = "ptxas-blackwell" if int(target[2]) >= 100 else "ptxas"
+        command = [str(tools / name), "-v", f"--gpu-name={target[1]}", file.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", report))
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
+    return Usage(registers, spilled, compiled.metadata.shared)
+
+
+# --- checking and choosing ------------------------------------------------------------------------------------------
+
+
+def complaint(usage: Usage, arch: int) -> str:
+    """What is wrong with a kernel, or nothing."""
+    if usage.spilled:
+        return f"{usage.spilled} bytes spilled"
+    if usage.shared > SHARED[arch]:
+        return f"{usage.shared} bytes of shared memory, more than {SHARED[arch]}"
+    return ""
+
+
+def rows_of(task: tuple[Case, int]) -> list[dict[str, Any]]:
+    case, arch = task
+    config = _triton.table()[case.key(arch)]
+    described = {"entry": case.kernel, **{k: v for k, v in asdict(case).items() if k != "kernel"}, "arch": arch}
+    return [
+        {"kernel": name, **described, **asdict(config), **usage._asdict()}
+        for name, usage in sorted(compile_entry(case, arch, config).items())
+    ]
+
+
+# (block, warps, stages), the preferred first: more columns at a time mean fewer barriers per byte.
+CANDIDATES: dict[int, list[tuple[int, ...]]] = {
+    16: [(128, 4, 3), (64, 4, 3), (64, 4, 2), (32, 4, 2)],
+    32: [(128, 4, 3), (64, 4, 3), (64, 8, 3), (64, 4, 2), (32, 4, 3), (32, 4, 2)],
+    64: [(64, 4, 3), (64, 8, 3), (32, 4, 4), (32, 4, 3), (64, 8, 2), (32, 8, 3), (32, 4, 2), (16, 4, 4), (16, 4, 3),
+         (16, 4, 2)],
+    128: [(32, 8, 3), (32, 8, 2), (16, 8, 4), (16, 8, 3), (16, 8, 2), (32, 4, 2), (16, 4, 3), (16, 4, 2)],
+}  # fmt: skip
+# For GPUs with less shared memory: no pipeline, or fewer rows of the result (the fourth number) in a program.
+LAST_RESORT: dict[tuple[str, int], list[tuple[int, ...]]] = {
+    ("moments", 128): [(16, 8, 1)],
+    ("stacked_mix", 128): [(16, 8, 2, 32), (32, 8, 2, 16)],
+}
+SMALL_MATRIX: dict[int, list[tuple[int, ...]]] = {
+    size: [
+        (min(size, step), warps, stages)
+        for stages in (2, 1)
+        for step in (32, 16)
+        for warps in ((4, 8) if size < 128 else (8, 16))
+    ]
+    for size in SIZES
+}
+PRECISION = {("mix", "half"): "bf16x3", ("stacked_mix", "half"): "bf16x3", ("merge", "float32"): "ieee"}
+
+
+def candidates(case: Case) -> list[Config]:
+    precision = PRECISION.get((case.kernel, case.type), "tf32x3")
+    shapes = CANDIDATES[case.size] + LAST_RESORT.get((case.kernel, case.size), [])
+    if case.kernel == "newton":
+        shapes = SMALL_MATRIX[case.size]
+    elif case.kernel == "merge":
+        shapes = [(4, 4, 1), (2, 4, 1)]
+    return [
+        Config(block, warps, stages, precision, *(int(row) for row in rows)) for block, warps, stages, *rows in shapes
+    ]
+
+
+def choose(task: tuple[Case, int]) -> tuple[Case, int, Config | None]:
+    """A configuration by what can be known without a GPU; bench/tune.py replaces it by what was measured on one.
+
+    The first candidate without spills of which two programs fit a multiprocessor, which hides one's barriers behind the
+    other's loads, and which together keep enough bytes in flight; else the first that fits and does not spill.
+    """
+    case, arch = task
+    fallback = None
+    for config in candidates(case):
+        try:
+            used = compile_entry(case, arch, config, only_first=True)
+            if any(complaint(usage, arch) for usage in used.values()):
+                continue
+            used = compile_entry(case, arch, config)
+        except Exception:  # a combination that Triton does not compile
+            continue
+        if any(complaint(usage, arch) for usage in used.values()):
+            continue
+        fallback = fallback or config
+        if case.kernel not in PASSES:
+            break
+        programs = min(
+            min(SHARED[arch] // max(usage.shared, 1), REGISTERS // (usage.registers * 32 * config.warps))
+            for usage in used.values()
+        )
+        sources = 2 if case.kernel in ("cross_moments", "stacked_mix") else 1
+        bytes_each = (config.stages - 1) * config.block * case.size * sources * (4 if case.type == "float32" else 2)
+        if programs >= 2 and programs * bytes_each >= IN_FLIGHT:
+            return case, arch, config
+    return case, arch, fallback
+
+
+def in_parallel(function: Callable[[Any], Any], tasks: list[Any], what: str) -> Iterator[Any]:
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        yield from tqdm(pool.imap(function, tasks), total=len(tasks), unit=what, disable=not sys.stderr.isatty())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.kernel_resources", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--choose", action="store_true", help="first choose new entries, by resources")
+    parser.add_argument("-k", metavar="KERNEL", action="append", help="only this entry; may be repeated")
+    parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED), help="only this; may be repeated")
+    options = parser.parse_args(arguments)
+    selected = [case for case in cases() if options.k is None or case.kernel in options.k]
+    tasks = [(case, arch) for arch in options.arch or SHARED for case in selected]
+    if options.choose:
+        table = dict(_triton.table())
+        for case, arch, config in in_parallel(choose, tasks, "entry"):
+            if config is None:
+                print(f"no candidate fits: {case} sm_{arch}")
+            else:
+                table[case.key(arch)] = config
+        write_table(_triton.TABLE, table)
+        _triton.table.cache_clear()
+    tasks = [(case, arch) for case, arch in tasks if case.key(arch) in _triton.table()]
+    rows = [row for found in in_parallel(rows_of, tasks, "entry") for row in found]
+    failed = 0
+    for row in rows:
+        wrong = complaint(Usage(row["registers"], row["spilled"], row["shared"]), row["arch"])
+        if wrong:
+            failed += 1
+            entry = ", ".join(str(row[name]) for name in ("entry", "size", "layout", "type"))
+            print(f"sm_{row['arch']} {row['kernel']} ({entry}): {wrong}")
+    print(
+        f"{len(rows)} kernels compiled for {', '.join(f'sm_{a}' for a in options.arch or SHARED)}; {failed} do not fit"
+    )
+    if not options.check:
+        with RESULT.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
