@@ -54,15 +54,12 @@ def steps(device: str, quick: bool, kernels: Sequence[str], out: Path) -> list[S
     """python's arguments. Without a GPU nothing is installed, and no test is selected (pytest's exit code 5)."""
     cuda = device == "cuda"
     install = ("-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps", "-e", ".")
-    tests = ("-m", "pytest", "tests", "-m", "gpu", "-q", "--durations=5")
-    # warnings of other versions than those the tests were written with are no failures here
-    settings = ("-p", "no:cacheprovider", "-o", "filterwarnings=default")
     bench = ("-m", "bench", "--suite", "gpu", "--add", "--device", device, "--out", str(out))
     return [
         Step("environment", ("-m", "bench.environment", "--device", device), 0.1),
         *([Step("install", install, 0.25)] if cuda else []),
         Step("self-test", ("-m", "normkernels.info", "--selftest"), 0.15),
-        Step("GPU tests", (*tests, *settings), 0.3, (0,) if cuda else (0, 5)),
+        Step("GPU tests", ("-m", "bench.gpu_tests"), 0.35, (0,) if cuda else (0, 5)),
         # one process for each: an illegal memory access ends all further work of a process on the GPU
         *(Step(k, (*bench, *(["--quick"] if quick else []), "-k", k), KERNELS[k]) for k in kernels),
     ]

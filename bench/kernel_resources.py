@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from bench.environment import ROOT
 from bench.tune import write_table
 from normkernels.ops import _triton
-from normkernels.ops._triton import Config, Key
+from normkernels.ops._triton import Config, Key, Unsupported
 
 RESULT = ROOT / "docs" / "triton-kernels.csv"
 SIZES = (16, 32, 64, 128)
@@ -62,7 +62,8 @@ class Case:
 
     def calls(self) -> list[Callable[[], object]]:
         """Planes of several sizes, for the compiler knows less of those that are no multiple of 16."""
-        return [lambda plane=plane: CALLS[self.kernel](self, plane) for plane in PLANES.get(self.layout, (16,))]  # type: ignore[misc]
+        planes = SIDES[self.size] if self.kernel in FILTERS else PLANES.get(self.layout, (16,))
+        return [lambda plane=plane: CALLS[self.kernel](self, plane) for plane in planes]  # type: ignore[misc]
 
     def data(self, plane: int) -> Tensor:
         dtype = torch.float32 if self.type == "float32" else torch.bfloat16
@@ -70,6 +71,9 @@ class Case:
         return x.contiguous(memory_format=torch.channels_last) if self.layout == "channels" else x
 
 
+FILTERS = ("spectral_filter", "cross_spectrum")
+SPECTRA = ("kernel_spectrum", "kernel_spectrum_backward")
+SIDES = {16: (7, 32), 32: (34, 58, 64)}  # of a filter's planes, by the padded half
 PLANES = {"positions": (16, 14), "odd": (7,), "channels": (16,)}
 
 
@@ -99,6 +103,26 @@ def small_matrix(case: Case, plane: int) -> object:
     return whitening(Case("newton", case.size, "positions", "float32"), 16)
 
 
+def filtering(case: Case, plane: int) -> object:
+    """With windows as ConvNorm's: a crop, and a stride in one direction."""
+    from normkernels.ops.spectral.triton import cross_spectrum, spectral_filter
+
+    z = Case(case.kernel, 8, case.layout, case.type).data(plane)
+    whole, target = [0, 1, 0, 1], [1, 1, plane - 2, 0, 2, (plane + 1) // 2]
+    y = spectral_filter(z, torch.zeros(8, plane, plane), whole, target)
+    return cross_spectrum(y, z, [plane, plane], [*target[:2], *target[3:5]], whole)
+
+
+def spectra(case: Case, plane: int) -> object:
+    from normkernels.ops.spectral.triton import kernel_spectrum, kernel_spectrum_backward
+
+    for size, taps in ((34, 3), (64, 7)):
+        weight = torch.zeros(4, 8, taps, taps)
+        v = kernel_spectrum(weight, [size, size], 1e-8, [1, 1])
+        kernel_spectrum_backward(v, weight, 1e-8, [1, 1])
+    return None
+
+
 CALLS: dict[str, Callable[[Case, int], object]] = {
     "moments": whitening,
     "cross_moments": whitening,
@@ -106,15 +130,20 @@ CALLS: dict[str, Callable[[Case, int], object]] = {
     "stacked_mix": whitening,
     "merge": reductions,
     "newton": small_matrix,
+    **dict.fromkeys(FILTERS, filtering),
+    **dict.fromkeys(SPECTRA, spectra),
 }
 PASSES = ("moments", "cross_moments", "mix", "stacked_mix")
 
 
 def cases() -> list[Case]:
-    over_data = itertools.product(PASSES, SIZES, ("positions", "odd", "channels"), ("float32", "half"))
-    return [Case(*parts) for parts in over_data] + [
-        Case(kernel, size, "", "float32") for kernel in ("newton", "merge") for size in SIZES
+    types = ("float32", "half")
+    over_data = [
+        *itertools.product(PASSES, SIZES, ("positions", "odd", "channels"), types),
+        *itertools.product(FILTERS, SIDES, ("positions", "channels"), types),
     ]
+    elsewhere = [*itertools.product(("newton", "merge"), SIZES), *itertools.product(SPECTRA, (64,))]
+    return [Case(*parts) for parts in over_data] + [Case(kernel, size, "", "float32") for kernel, size in elsewhere]
 
 
 # --- compiling ------------------------------------------------------------------------------------------------------
@@ -173,7 +202,10 @@ def compile_entry(case: Case, arch: int, config: Config, only_first: bool = Fals
 
     with table_with(case.key(arch), config), _triton.recording(arch, record):
         for call in case.calls()[: 1 if only_first else None]:
-            call()
+            with suppress(Unsupported):  # another kernel of the call, which this architecture leaves to plain PyTorch
+                call()
+    if not used:
+        raise LookupError(f"no launch uses the entry {case} for sm_{arch}")
     return used
 
 
@@ -207,9 +239,18 @@ def complaint(usage: Usage, arch: int) -> str:
     return ""
 
 
+def entry(case: Case, arch: int) -> Config | None:
+    """What this architecture uses, which may be an older one's; None where it leaves the kernel to plain PyTorch."""
+    with suppress(Unsupported), _triton.recording(arch, lambda *_: None):
+        dtype = torch.float32 if case.type == "float32" else torch.float16
+        return _triton.configuration(case.kernel, case.size, case.layout, dtype, arch)
+    return None
+
+
 def rows_of(task: tuple[Case, int]) -> list[dict[str, Any]]:
     case, arch = task
-    config = _triton.table()[case.key(arch)]
+    config = entry(case, arch)
+    assert config is not None
     described = {"entry": case.kernel, **{k: v for k, v in asdict(case).items() if k != "kernel"}, "arch": arch}
     return [
         {"kernel": name, **described, **asdict(config), **usage._asdict()}
@@ -243,6 +284,8 @@ PRECISION = {("mix", "half"): "bf16x3", ("stacked_mix", "half"): "bf16x3", ("mer
 
 
 def candidates(case: Case) -> list[Config]:
+    if case.kernel in (*FILTERS, *SPECTRA):  # chosen by hand, see spectral/DERIVATION.md
+        return [config for key, config in _triton.table().items() if key[:4] == case.key(0)[:4]]
     precision = PRECISION.get((case.kernel, case.type), "tf32x3")
     shapes = CANDIDATES[case.size] + LAST_RESORT.get((case.kernel, case.size), [])
     if case.kernel == "newton":
@@ -309,7 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
                 table[case.key(arch)] = config
         write_table(_triton.TABLE, table)
         _triton.table.cache_clear()
-    tasks = [(case, arch) for case, arch in tasks if case.key(arch) in _triton.table()]
+    tasks = [(case, arch) for case, arch in tasks if entry(case, arch) is not None]
     rows = [row for found in in_parallel(rows_of, tasks, "entry") for row in found]
     failed = 0
     for row in rows:

@@ -63,9 +63,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
-@pytest.fixture(
-    params=["eager", "triton", *(pytest.param(f"{name}-cuda", marks=pytest.mark.gpu) for name in ("eager", "triton"))]
-)
+@pytest.fixture(params=["eager", "triton", pytest.param("triton-cuda", marks=pytest.mark.gpu)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs a test once for every backend, on a CPU (the kernels in Triton's interpreter) and on a GPU."""
     from normkernels import use_backend

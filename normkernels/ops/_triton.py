@@ -42,6 +42,18 @@ def installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def defect() -> str:
+    """What keeps Triton from working here, or nothing. It needs a C compiler for its binding to the driver."""
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:  # whatever it is, plain PyTorch works
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return ""
+
+
 class Device(NamedTuple):
     """Compute capability, as in sm_90, and multiprocessors, by which a pass is cut into parts."""
 
@@ -69,6 +81,8 @@ def check_supported(tensor: Tensor, *, group_size: int | None = None, plane: Seq
     if architecture(device) < OLDEST_ARCHITECTURE or torch.version.hip is not None:
         name = torch.cuda.get_device_name(device)
         raise Unsupported(f"expected an NVIDIA GPU of compute capability 8.0 or newer, got {name}")
+    if device.type == "cuda" and defect():
+        raise Unsupported(f"expected a working Triton, got {defect()}")
     if tensor.dtype == torch.float64:
         raise Unsupported("expected float32 or a half type, got float64")
     if group_size is not None and group_size > LARGEST_GROUP:

@@ -132,8 +132,8 @@ def test_gradient_penalty(asked: str, options: dict[str, object]) -> None:
 
     def penalty(path: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         leaves = {"x": inputs.gaussian((7, 4, 3), group_size=4), "weight": torch.linspace(1, 2, 4, dtype=torch.float64)}
-        for leaf in leaves.values():
-            leaf.requires_grad_()
+        for value in leaves.values():
+            value.requires_grad_()
         y = path(leaves["x"], 4, eps=1e-5, weight=leaves["weight"], **options)[0]
         (grad,) = torch.autograd.grad(y.sin().sum(), leaves[asked], create_graph=True)
         return torch.autograd.grad(grad.square().sum(), list(leaves.values()))

@@ -270,11 +270,11 @@ def inverse_sqrt_backward(
     groups, d, _ = W.shape
     size = padded(d)
     config = configuration("newton", size, "", torch.float32, architecture(W.device))
-    grad_cov = torch.empty_like(W)
+    grad_cov = W.new_empty(W.shape)
     scratch = W.new_empty(groups * BACKWARD_MATRICES * size * size)
     launch(
         inverse_sqrt_backward_kernel, (groups,),
-        grad.contiguous(), W.contiguous(), residual.contiguous(), scale, scratch, grad_cov, num_iterations,
+        grad.contiguous(), W.contiguous(), residual.contiguous(), scale.contiguous(), scratch, grad_cov, num_iterations,
         d=d, D=size, MATRICES=BACKWARD_MATRICES, FROBENIUS=scaling == "frobenius", STEP=config.block,
         PRECISION=config.precision, config=config, device=W.device,
     )  # fmt: skip

@@ -194,6 +194,7 @@ def iter_norm_backward(
             grad, x, weight, mean, W, residual, scale, num_iterations, scaling, method
         )
     weight = None if weight is None else weight.contiguous()
+    mean, W, residual, scale = (value.contiguous() for value in (mean, W, residual, scale))
     if method == "eigh":
         return full_precision(eager.iter_norm_backward)(
             grad, x, weight, mean, W, residual, scale, num_iterations, scaling, method, reduce=summed_products, mix=mix

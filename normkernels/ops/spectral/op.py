@@ -233,23 +233,27 @@ def _kernel_spectrum_backward_fake(grad: Tensor, weight: Tensor, eps: float, dil
 define(
     "kernel_spectrum(Tensor weight, SymInt[] size, float eps, SymInt[] dilation) -> Tensor",
     eager=eager.kernel_spectrum,
+    triton="normkernels.ops.spectral.triton",
     autograd=_KernelSpectrum,
     fake=_kernel_spectrum_fake,
 )
 define(
     "kernel_spectrum_backward(Tensor grad, Tensor weight, float eps, SymInt[] dilation) -> Tensor",
     eager=eager.kernel_spectrum_backward,
+    triton="normkernels.ops.spectral.triton",
     fake=_kernel_spectrum_backward_fake,
 )
 define(
     "spectral_filter(Tensor z, Tensor v, SymInt[] source, SymInt[] target) -> Tensor",
     eager=eager.spectral_filter,
+    triton="normkernels.ops.spectral.triton",
     autograd=_SpectralFilter,
     fake=_spectral_filter_fake,
 )
 define(
     "cross_spectrum(Tensor y, Tensor z, SymInt[] size, SymInt[] of_y, SymInt[] of_z) -> Tensor",
     eager=eager.cross_spectrum,
+    triton="normkernels.ops.spectral.triton",
     autograd=_CrossSpectrum,
     fake=_cross_spectrum_fake,
 )
