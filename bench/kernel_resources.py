@@ -359,8 +359,8 @@ def main(arguments: list[str] | None = None) -> int:
         wrong = complaint(Usage(row["registers"], row["spilled"], row["shared"]), row["arch"])
         if wrong:
             failed += 1
-            entry = ", ".join(str(row[name]) for name in ("entry", "size", "layout", "type"))
-            print(f"sm_{row['arch']} {row['kernel']} ({entry}): {wrong}")
+            key = ", ".join(str(row[name]) for name in ("entry", "size", "layout", "type"))
+            print(f"sm_{row['arch']} {row['kernel']} ({key}): {wrong}")
     print(
         f"{len(rows)} kernels compiled for {', '.join(f'sm_{a}' for a in options.arch or SHARED)}; {failed} do not fit"
     )

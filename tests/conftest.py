@@ -51,7 +51,7 @@ def cannot_run(item: pytest.Item) -> bool:
     backend = str(parameters.get("backend", ""))
     return (
         (item.get_closest_marker("gpu") is not None and not torch.cuda.is_available())
-        or (backend == "triton" and not INTERPRETED)
+        or (backend == "triton" and (not INTERPRETED or item.get_closest_marker("large") is not None))
         or (backend.startswith("triton") and torch.float64 in parameters.values())
     )
 

@@ -13,13 +13,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from normkernels.ops.spectral import eager
+
 Product = Callable[[Tensor, Tensor], Tensor]
 SIZE, SAMPLES = 64, 4096
 
 
 def tf32(a: Tensor) -> Tensor:
-    """The upper 19 bits, as Triton cuts them off."""
+    """The upper 19 bits, which are all that the tensor cores look at."""
     return (a.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def rounded_tf32(a: Tensor) -> Tensor:
+    """To nearest, as Triton rounds the big part (cvt.rna.tf32)."""
+    return tf32((a.view(torch.int32) + 0x1000).view(torch.float32))
 
 
 def bfloat16(a: Tensor) -> Tensor:
@@ -30,10 +37,10 @@ def once(part: Callable[[Tensor], Tensor]) -> Product:
     return lambda a, b: part(a) @ part(b)
 
 
-def three_times(part: Callable[[Tensor], Tensor]) -> Product:
+def three_times(big: Callable[[Tensor], Tensor], small: Callable[[Tensor], Tensor]) -> Product:
     def product(a: Tensor, b: Tensor) -> Tensor:
-        big_a, big_b = part(a), part(b)
-        small_a, small_b = part(a - big_a), part(b - big_b)
+        big_a, big_b = big(a), big(b)
+        small_a, small_b = small(a - big_a), small(b - big_b)
         return (small_a @ big_b + big_a @ small_b) + big_a @ big_b
 
     return product
@@ -41,8 +48,8 @@ def three_times(part: Callable[[Tensor], Tensor]) -> Product:
 
 PRODUCTS: dict[str, Product] = {
     "float32": torch.matmul,
-    "tf32x3": three_times(tf32),
-    "bf16x3": three_times(bfloat16),
+    "tf32x3": three_times(rounded_tf32, tf32),
+    "bf16x3": three_times(bfloat16, bfloat16),
     "tf32": once(tf32),
     "bf16": once(bfloat16),
 }
@@ -59,6 +66,15 @@ def newton(S: Tensor, multiply: Product, steps: int = 5) -> Tensor:
     return P
 
 
+def filtered(z: Tensor, v: Tensor, multiply: Product) -> Tensor:
+    """ConvNorm's filter by products with the real DFT matrix, spectral/DERIVATION.md."""
+    n = z.shape[-1]
+    R = eager.dft(n, (0, 1, n), z.dtype, z.device)
+    Z = multiply(multiply(R, z), R.T.contiguous())
+    Z = eager.multiply(Z.unsqueeze(0), *eager.coefficients(v)).squeeze(0).clone()
+    return multiply(multiply(R.T.contiguous(), Z), R)
+
+
 def relative(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).abs().max() / exact.abs().max())
 
@@ -73,11 +89,19 @@ def errors() -> dict[str, dict[str, float]]:
     cov = exact @ exact.T / SAMPLES
     S = (cov / cov.trace()).float()
     W = newton(S.double(), torch.matmul).float()
+    planes = {
+        n: [torch.randn(16, n, n, dtype=torch.float64, generator=generator).float() + mean for mean in (1, 0)]
+        for n in (34, 58)
+    }
     return {
         name: {
             "covariance": relative(multiply(x, x.T) / SAMPLES, cov),
             "W (T = 5)": relative(newton(S, multiply), newton(S.double(), torch.matmul)),
             "y = W x": relative(multiply(W, x), W.double() @ exact),
+            **{
+                f"filter, n = {n}": relative(filtered(z, v, multiply), filtered(z.double(), v.double(), torch.matmul))
+                for n, (z, v) in planes.items()
+            },
         }
         for name, multiply in PRODUCTS.items()
     }

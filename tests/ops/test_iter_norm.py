@@ -80,6 +80,7 @@ def test_ragged_tiles(layout: str, dtype: torch.dtype, group_size: int) -> None:
     check(x, Config(group_size=group_size))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("group_size", [16, 32, 64])
 @pytest.mark.parametrize("shape", [(5, 64, 24, 24), (1, 64, 23, 25), (64, 64, 3, 3)], ids=str)

@@ -100,6 +100,7 @@ def test_half_types_with_standard_deviation_1000(dtype: torch.dtype) -> None:
     check(inputs.gaussian(inputs.SHAPE_4D, dtype=dtype, scale=1000.0, mean=3000.0))
 
 
+@pytest.mark.large
 def test_many_samples_do_not_drift() -> None:
     """2^18 equal float32 numbers: a running float32 sum of 0.1 is off in the third digit there."""
     x = torch.full((2**14, 2, 4, 4), 0.1)
