@@ -158,7 +158,9 @@ def table() -> dict[Key, Config]:
 
 @functools.cache
 def configuration(kernel: str, size: int, layout: str, dtype: torch.dtype, arch: int) -> Config:
-    """The entry for this architecture, or for the newest one that is older.
+    """The entry for this architecture, or for the newest older one of its kind.
+
+    GPUs for desktops have less shared memory: from sm_120 on they use what sm_80 does, not sm_90's or sm_100's entries.
 
     size: the padded group size or plane; layout as Columns.layout, "" where a kernel does not read activations or does
     not care.
@@ -167,7 +169,7 @@ def configuration(kernel: str, size: int, layout: str, dtype: torch.dtype, arch:
     older = [
         (key[4], config)
         for key, config in table().items()
-        if key[:4] == (kernel, size, layout, kind) and key[4] <= arch
+        if key[:4] == (kernel, size, layout, kind) and key[4] <= arch and not 90 <= key[4] < 120 <= arch
     ]
     if not older:
         entry = f"{kernel}, size {size}, {layout or 'any layout'}, {kind}, sm_{arch}"

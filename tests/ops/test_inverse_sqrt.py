@@ -16,7 +16,6 @@ from tests.tolerances import assert_within, dcov_floor, row_sum, w_floor
 pytestmark = [
     pytest.mark.usefixtures("backend"),
     pytest.mark.filterwarnings("ignore:.*plain PyTorch instead of the Triton kernels"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # NumPy's, from the interpreter
 ]
 
 OPTIONS = {"newton-trace": ("trace", "newton"), "newton-frobenius": ("frobenius", "newton"), "eigh": ("trace", "eigh")}

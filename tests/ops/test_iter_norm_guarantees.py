@@ -18,7 +18,6 @@ from tests.tolerances import SAVED_FOR_BACKWARD, assert_agree, largest_stretch
 pytestmark = [
     pytest.mark.usefixtures("backend"),
     pytest.mark.filterwarnings("ignore:.*plain PyTorch instead of the Triton kernels"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # NumPy's, from the interpreter
 ]
 
 OPTIONS = {

@@ -35,7 +35,6 @@ DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 OPS = Path(_triton.__file__).parent
 pytestmark = [
     pytest.mark.skipif(not _library.availability("triton")[0], reason="neither a GPU nor TRITON_INTERPRET=1"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
 ]
 ACTIVATIONS = ("partial_moments", "partial_cross", "mix_kernel")
 
@@ -434,6 +433,9 @@ def test_the_table_serves_every_architecture() -> None:
             dtype = torch.float32 if key[3] == "float32" else torch.float16
             newest = _triton.configuration(*key[:3], dtype, 999)
             assert newest.warps in (1, 2, 4, 8, 16) and newest.block & (newest.block - 1) == 0
+        assert _triton.configuration("moments", 128, "positions", torch.float32, 120) != _triton.configuration(
+            "moments", 128, "positions", torch.float32, 100
+        )
         oldest = _triton.configuration("moments", 64, "positions", torch.float32, 86)
         assert oldest == _triton.table()["moments", 64, "positions", "float32", 80]
         with pytest.raises(_triton.Unsupported, match=r"an entry for moments, size 64.*sm_75"):

@@ -26,8 +26,6 @@ from tests.tolerances import (
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter computes in numpy, also where a mask throws the result away.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda t: str(t).removeprefix("torch.")
 )

@@ -18,7 +18,6 @@ from tests.tolerances import assert_within, largest, whiten_floors
 pytestmark = [
     pytest.mark.usefixtures("backend"),
     pytest.mark.filterwarnings("ignore:.*plain PyTorch instead of the Triton kernels"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # NumPy's, from the interpreter
 ]
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
