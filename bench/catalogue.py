@@ -228,13 +228,13 @@ def as_graph(provider: Provider) -> Provider:
 @contextmanager
 def own_tf32() -> Iterator[None]:
     """Both switches that the package asks for."""
-    matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    matmul: Any = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
     try:
         with importlib.import_module("normkernels.ops._triton").use_tf32():
             yield
     finally:
-        matmul.allow_tf32 = before
+        matmul.fp32_precision = before
 
 
 @contextmanager

@@ -106,7 +106,8 @@ def driver_version() -> str:
 
 def precision(device: torch.device) -> str:
     """The float32 precision of both sides: matrix products, convolutions and this package have separate switches."""
-    text = f"fp32 matmul {torch.get_float32_matmul_precision()}"
+    matmul: Any = torch.backends.cuda.matmul  # torch.get_float32_matmul_precision raises where this has been used
+    text = f"fp32 matmul {'tf32' if matmul.fp32_precision == 'tf32' else 'ieee'}"
     if device.type == "cuda":
         text += f"; cuDNN TF32 {on_or_off(convolutions_in_tf32())}; normkernels TF32 {on_or_off(own_tf32())}"
     return text

@@ -59,7 +59,7 @@ def steps(device: str, quick: bool, kernels: Sequence[str], out: Path) -> list[S
         Step("environment", ("-m", "bench.environment", "--device", device), 0.1),
         *([Step("install", install, 0.25)] if cuda else []),
         Step("self-test", ("-m", "normkernels.info", "--selftest"), 0.15),
-        Step("GPU tests", ("-m", "bench.gpu_tests"), 0.35, (0,) if cuda else (0, 5)),
+        Step("GPU tests", ("-m", "bench.gpu_tests"), 0.45, (0,) if cuda else (0, 5)),
         # one process for each: an illegal memory access ends all further work of a process on the GPU
         *(Step(k, (*bench, *(["--quick"] if quick else []), "-k", k), KERNELS[k]) for k in kernels),
     ]

@@ -37,9 +37,9 @@ hypothesis.settings.load_profile("normkernels")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
-    from tests.interpreter import round_bfloat16_as_gpus_do
+    from tests.interpreter import behave_as_gpus_do
 
-    round_bfloat16_as_gpus_do()
+    behave_as_gpus_do()
 
 
 def cannot_run(item: pytest.Item) -> bool:
@@ -53,11 +53,21 @@ def cannot_run(item: pytest.Item) -> bool:
         (item.get_closest_marker("gpu") is not None and not torch.cuda.is_available())
         or (backend == "triton" and (not INTERPRETED or item.get_closest_marker("large") is not None))
         or (backend.startswith("triton") and torch.float64 in parameters.values())
+        or (backend == "triton-cuda" and item.get_closest_marker("on_cpu") is not None)
     )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", default="1/1", help="k/n: only every n-th test, from the k-th on")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = {item for item in items if cannot_run(item)}
+    """Tests of the Triton backend run on the GPU where there is one, and are marked so."""
+    for item in items:
+        if torch.cuda.is_available() and item.path.name.startswith("test_triton"):
+            item.add_marker(pytest.mark.gpu)
+    part, parts = map(int, config.getoption("--part").split("/"))
+    left_out = {item for i, item in enumerate(items) if cannot_run(item) or i % parts != part - 1}
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]

@@ -174,6 +174,8 @@ def explain(
     elif available and (_chosen == "triton" or tensor.is_cuda):
         try:
             _triton.check_supported(tensor, group_size=group_size, plane=plane)
+            if group_size is not None:
+                _triton.check_entries(op, tensor, group_size)
             return "triton", "chosen by use_backend or NORMKERNELS_BACKEND" if _chosen == "triton" else reason
         except Unsupported as unsupported:
             reason = str(unsupported)

@@ -13,8 +13,10 @@ Which one serves which is said where it is used: ``outer`` in moments/eager.py, 
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -127,6 +129,37 @@ def stack(
 def channels_innermost(x: Tensor) -> bool:
     """Whether the channels of x (N, C, *) are next to each other in memory, as in channels_last."""
     return x.dim() > 2 and x.shape[1] > 1 and x.stride(1) == 1
+
+
+Made = TypeVar("Made")
+
+
+def constant(make: Callable[..., Made]) -> Callable[..., Made]:
+    """Keep what ``make`` returns for each of its arguments, the last of which is a device, for good.
+
+    On a GPU the first call waits for the result, so that other streams may read it. Inside of a graph capture that is
+    impossible and the memory would belong to the graph: there nothing is kept. Nothing is ever dropped, for a captured
+    graph may still read it.
+    """
+    made: dict[tuple[object, ...], Made] = {}
+
+    @functools.wraps(make)
+    def kept(*arguments: object) -> Made:
+        if arguments in made:
+            return made[arguments]
+        device = arguments[-1]
+        assert isinstance(device, torch.device)
+        if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return make(*arguments)
+        with torch.inference_mode(False):  # a later call may come from outside of inference mode
+            result = make(*arguments)
+        if all(type(tensor) is Tensor for tensor in (result if isinstance(result, tuple) else (result,))):  # no fakes
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+            made[arguments] = result
+        return result
+
+    return kept
 
 
 _kept = threading.local()

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import json
 import os
+import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -50,7 +51,7 @@ def defect() -> str:
 
         driver.active.get_current_target()
     except Exception as error:  # whatever it is, plain PyTorch works
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return first_line(error)
     return ""
 
 
@@ -214,7 +215,7 @@ class Columns(NamedTuple):
     @property
     def wide(self) -> bool:
         """Whether 32 bits may not hold the number of a column."""
-        return self.total >= 2**31 - 2**16
+        return self.total >= 2**31 - 2**18
 
     @property
     def layout(self) -> str:
@@ -255,6 +256,24 @@ def split(total: int, groups: int, block: int, device: torch.device) -> Split:
     return Split(-(-total // chunk), chunk)
 
 
+# Whitening op -> kernels whose entries depend on its data.
+PASSES = {
+    "moments": ("moments",),
+    "cross_moments": ("cross_moments",),
+    "whiten": ("mix",),
+    "iter_norm": ("moments", "mix"),
+    "iter_norm_backward": ("cross_moments", "stacked_mix"),
+}
+
+
+def check_entries(op: str, tensor: Tensor, group_size: int) -> None:
+    """Raise Unsupported where the table leaves an op on data like this to plain PyTorch."""
+    if tensor.dim() >= 2:
+        layout = columns(tensor).layout
+        for kernel in PASSES.get(op, ()):
+            configuration(kernel, padded(group_size), layout, tensor.dtype, architecture(tensor.device))
+
+
 # --- launching ------------------------------------------------------------------------------------------------------
 
 
@@ -265,8 +284,30 @@ def launch(
     if _recording is not None:
         _recording.record(kernel, grid, arguments, config, meta)
         return
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*arguments, **meta, num_warps=config.warps, num_stages=config.stages)
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[grid](*arguments, **meta, num_warps=config.warps, num_stages=config.stages)
+    except Exception as error:
+        if interpreted() or not from_compiling(error):
+            raise
+        raise Unsupported(f"expected {kernel.fn.__name__} to compile with {config}, got {first_line(error)}") from error
+
+
+def from_compiling(error: Exception) -> bool:
+    """Whether Triton could not compile or load a kernel.
+
+    It needs too much shared memory, its assembler does not know the architecture, there is no C compiler, or a cache
+    folder cannot be written. Errors of the GPU are RuntimeErrors of another kind.
+    """
+    return (
+        type(error).__module__.startswith("triton.")
+        or isinstance(error, OSError | subprocess.SubprocessError)
+        or "C compiler" in str(error)
+    )
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 class recording:  # noqa: N801 -- used like a function

@@ -137,12 +137,12 @@ def test_providers_pass_their_check_and_run(provider):
 
 
 def test_the_precision_of_every_side_is_stated():
-    text = "fp32 matmul highest; cuDNN TF32 {}; normkernels TF32 {}"
+    text = "fp32 matmul ieee; cuDNN TF32 {}; normkernels TF32 {}"
     assert precision(torch.device("cuda")) == text.format("on", "off")
     with cat.exact_convolutions():
         assert precision(torch.device("cuda")) == text.format("off", "off")
     with cat.own_tf32():
-        assert precision(torch.device("cuda")) == "fp32 matmul high; cuDNN TF32 on; normkernels TF32 on"
+        assert precision(torch.device("cuda")) == "fp32 matmul tf32; cuDNN TF32 on; normkernels TF32 on"
 
 
 @pytest.mark.parametrize("provider", cat.roots(), ids=lambda p: p.name)

@@ -99,6 +99,13 @@ def test_a_candidate_is_in_force_inside_its_block_only():
     assert _triton.table() == before
 
 
+def test_data_is_laid_out_as_the_row_says(monkeypatch):
+    monkeypatch.setattr(tune, "CHANNELS", 16)
+    monkeypatch.setattr(tune, "POSITIONS", 30 * 30 * 4)
+    for case in tune.cases(_triton.table(), ["moments", "cross_moments", "mix", "stacked_mix"], [16]):
+        assert _triton.columns(case.activations(torch.device("cpu"))).layout == case.layout
+
+
 @pytest.mark.parametrize("kernel", tune.KERNELS)
 def test_what_is_timed_runs_and_gives_numbers(kernel, monkeypatch):
     """On the eager backend and little data: the arguments fit the ops' schemas."""

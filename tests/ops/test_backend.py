@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import normkernels as nk
+import tests.oracles.run
 from normkernels.ops import _library, _triton
 from tests.oracles import inputs
 from tests.oracles.run import Config, incoming_gradient, oracle, plain_path, run
@@ -181,17 +182,18 @@ def test_unknown_backend_in_the_environment() -> None:
 @pytest.mark.parametrize("layout", inputs.LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("method", ["newton", "eigh"])
-def test_eager_on_cuda(layout: str, dtype: torch.dtype, method: str) -> None:
+def test_eager_on_cuda(layout: str, dtype: torch.dtype, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fallback runs on every device unchanged, and TF32 does not reach it."""
     shape, lay_out = inputs.LAYOUTS[layout]
     config = Config(method=method, eps=1e-3)
     x = lay_out(inputs.gaussian(shape, dtype=dtype))
     dy = incoming_gradient(x)
+    expected = oracle(config, x, dy), plain_path(config, x, dy)
+    monkeypatch.setattr(tests.oracles.run, "device", torch.device("cuda", 0))
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         with nk.use_backend("eager"):
-            on_gpu = run(nk.ops.iter_norm, config, x.cuda(), dy.cuda())
+            got = run(nk.ops.iter_norm, config, x, dy)
     finally:
         torch.backends.cuda.matmul.fp32_precision = "none"
-    got = type(on_gpu)(*(None if t is None else t.cpu() for t in vars(on_gpu).values()))
-    assert_iter_norm(got, oracle(config, x, dy), plain_path(config, x, dy), x, dy, None, config)
+    assert_iter_norm(got, *expected, x, dy, None, config)

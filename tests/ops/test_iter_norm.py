@@ -230,6 +230,7 @@ def test_affine_is_optional(given_affine: str) -> None:
     assert_iter_norm(got, reference, plain_path(ITER_NORM, x, dy, weight, bias), x, dy, weight, ITER_NORM)
 
 
+@pytest.mark.on_cpu
 def test_strided_affine() -> None:
     """weight and bias as columns of one tensor."""
     x = inputs.gaussian(inputs.SHAPE_4D)
@@ -260,6 +261,7 @@ def test_only_the_gradients_asked_for(config: Config) -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.on_cpu
 def test_without_autograd(mode: type) -> None:
     x = inputs.gaussian(inputs.SHAPE_4D)
     expected = nk.ops.iter_norm(x, 8)
@@ -269,6 +271,7 @@ def test_without_autograd(mode: type) -> None:
         assert torch.equal(a, b) and not a.requires_grad
 
 
+@pytest.mark.on_cpu
 def test_output_is_white() -> None:
     """Eq. 2's purpose, without any reference: DBN's output has covariance I, and IterNorm's tends to it with T."""
     x = inputs.gaussian((50, 8, 4, 4), condition=10.0)

@@ -58,6 +58,7 @@ def test_a_bad_value_ruins_its_group_and_nothing_else(bad: float, options: dict[
 
 
 @METHODS
+@pytest.mark.on_cpu
 def test_overflow_of_the_covariance_is_nan_and_raises_nothing(options: dict[str, object]) -> None:
     """Finite values whose squares are not finite in float32."""
     y, _, w = nk.ops.iter_norm(inputs.gaussian((9, 8), dtype=torch.float32, scale=1e25), 8, **options)  # type: ignore[arg-type]
@@ -149,6 +150,7 @@ def test_double_backward_of_eigh_is_refused() -> None:
 
 
 @METHODS
+@pytest.mark.on_cpu
 def test_repeated_backward(options: dict[str, object]) -> None:
     """Backward changes nothing that it needs: the second gradient has the same bits, and accumulates."""
     x = inputs.gaussian(inputs.SHAPE_4D, dtype=torch.float32).requires_grad_()
@@ -161,6 +163,7 @@ def test_repeated_backward(options: dict[str, object]) -> None:
 
 
 @METHODS
+@pytest.mark.on_cpu
 def test_backward_sees_changed_inputs(options: dict[str, object]) -> None:
     """x is saved, not copied: writing to it between forward and backward is an error, not a wrong gradient."""
     leaf = inputs.gaussian(inputs.SHAPE_4D).requires_grad_()
@@ -195,6 +198,8 @@ def test_forward_mode_is_refused(op: str) -> None:
 @METHODS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+@pytest.mark.on_cpu
+@pytest.mark.large
 def test_saved_for_backward(memory_format: torch.memory_format, dtype: torch.dtype, options: dict[str, object]) -> None:
     """At most 1.1 times the input, x itself included: no centered copy, no float32 copy of half types."""
     x = torch.randn(64, 64, 32, 32).to(dtype, memory_format=memory_format).requires_grad_()
@@ -212,6 +217,7 @@ def test_saved_for_backward(memory_format: torch.memory_format, dtype: torch.dty
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NLC", "NDHWC"])
+@pytest.mark.on_cpu
 def test_layout_is_kept(layout: str) -> None:
     """y, and the gradient of x, have x's strides, whatever those of dy are."""
     shape, lay_out = inputs.LAYOUTS[layout]

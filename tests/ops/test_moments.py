@@ -100,6 +100,7 @@ def test_half_types_with_standard_deviation_1000(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.large
+@pytest.mark.on_cpu
 def test_many_samples_do_not_drift() -> None:
     """2^18 equal float32 numbers: a running float32 sum of 0.1 is off in the third digit there."""
     x = torch.full((2**14, 2, 4, 4), 0.1)
@@ -109,6 +110,7 @@ def test_many_samples_do_not_drift() -> None:
     assert largest(cov) <= (2 * mean_floor(x)) ** 2
 
 
+@pytest.mark.on_cpu
 def test_one_sample() -> None:
     """m = 1: the mean is the sample, the covariance is zero."""
     x = inputs.gaussian((1, 8))
@@ -119,6 +121,7 @@ def test_one_sample() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (0, 8, 3, 3), (4, 8, 0), (4, 8, 0, 3)], ids=str)
+@pytest.mark.on_cpu
 def test_empty_batch(shape: tuple[int, ...]) -> None:
     x = torch.empty(shape, requires_grad=True)
     count, mean, cov = nk.ops.moments(x, 4)
@@ -129,6 +132,7 @@ def test_empty_batch(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.on_cpu
 def test_a_bad_value_stays_in_its_group(bad: float) -> None:
     x = inputs.gaussian(inputs.SHAPE_4D, dtype=torch.float32, group_size=4)
     _, mean, cov = nk.ops.moments(x, 4)

@@ -111,6 +111,36 @@ def test_the_defect_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _triton.defect.__wrapped__() == "RuntimeError: Failed to find C compiler."
 
 
+@pytest.mark.usefixtures("unwarned")
+def test_a_kernel_that_does_not_compile_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one of a configuration of one's own that takes too much shared memory. An error of the GPU stays one."""
+    from triton.runtime.errors import OutOfResources
+
+    class Kernel:
+        fn = test_plane_limit_is_in_the_answer
+        error: Exception = OutOfResources(300000, 232448, "shared memory")
+
+        def __getitem__(self, grid: object) -> Any:
+            raise self.error
+
+    monkeypatch.setattr(_triton, "interpreted", lambda: False)
+    given: dict[str, Any] = {"config": _triton.Config(1, 1, 1, "ieee"), "device": torch.device("cpu")}
+    with pytest.raises(_triton.Unsupported, match=r"to compile with .*shared memory"):
+        _triton.launch(Kernel(), (1,), **given)
+    Kernel.error = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        _triton.launch(Kernel(), (1,), **given)
+
+
+def test_a_missing_entry_is_in_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = gaussian((2, 128, 7, 7), group_size=128)
+    with nk.use_backend("triton"):
+        assert nk.backend_of("iter_norm", x, group_size=128) == "triton"
+        monkeypatch.setattr(_triton, "architecture", lambda device: 80)
+        assert nk.backend_of("iter_norm_backward", x, group_size=128) == "eager"
+        assert "cross_moments, size 128, odd, float32" in _library.explain("iter_norm_backward", x, group_size=128)[1]
+
+
 def test_plane_limit_is_in_the_answer() -> None:
     z = gaussian((2, 8, 5, 3))
     with nk.use_backend("triton"):
@@ -288,6 +318,14 @@ def test_more_than_2_31_columns_are_counted_in_64_bits() -> None:
     assert [meta["WIDE"] for meta in seen if "WIDE" in meta] == [True, False]
 
 
+def test_64_bit_columns_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = gaussian((6, 8, 5, 3))
+    with nk.use_backend("triton"):
+        expected = step(x)
+        monkeypatch.setattr(_triton.Columns, "wide", True)
+        assert all(torch.equal(a, b) for a, b in zip(step(x), expected, strict=True))
+
+
 def test_offsets_beyond_2_31_elements() -> None:
     """Two samples 2^31 elements apart, in memory of which only these are touched."""
     values = inputs.gaussian((2, 8, 15), dtype=torch.float16)
@@ -431,7 +469,7 @@ def test_the_table_serves_every_architecture() -> None:
     with _triton.recording(80, lambda *_: None):  # else the interpreter's
         for key in keys:
             dtype = torch.float32 if key[3] == "float32" else torch.float16
-            newest = _triton.configuration(*key[:3], dtype, 999)
+            newest = _triton.configuration(*key[:3], dtype, 110)
             assert newest.warps in (1, 2, 4, 8, 16) and newest.block & (newest.block - 1) == 0
         assert _triton.configuration("moments", 128, "positions", torch.float32, 120) != _triton.configuration(
             "moments", 128, "positions", torch.float32, 100

@@ -123,6 +123,7 @@ def test_expanded_gradient() -> None:
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NLC", "NDHWC"])
+@pytest.mark.on_cpu
 def test_layout_is_kept(layout: str) -> None:
     """y, and the gradient of x, have x's strides, whatever those of dy are."""
     shape, lay_out = inputs.LAYOUTS[layout]
@@ -134,6 +135,7 @@ def test_layout_is_kept(layout: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (0, 8, 3, 3), (4, 8, 0)], ids=str)
+@pytest.mark.on_cpu
 def test_empty_batch(shape: tuple[int, ...]) -> None:
     given = arguments(torch.empty(shape), 4)
     y, grads = run(nk.ops.whiten, given, torch.empty(shape))  # type: ignore[arg-type]
@@ -142,6 +144,7 @@ def test_empty_batch(shape: tuple[int, ...]) -> None:
         assert grad is not None and grad.shape == value.shape and not grad.any()
 
 
+@pytest.mark.on_cpu
 def test_a_bad_value_stays_in_its_sample_and_group() -> None:
     given = arguments(inputs.gaussian(inputs.SHAPE_4D), 4)
     expected = nk.ops.whiten(*given)

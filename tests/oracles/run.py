@@ -41,7 +41,7 @@ def moved(t: Tensor) -> Tensor:
     """The same values, strides and alignment on that device."""
     if t.device == device:
         return t.detach()
-    whole = torch.empty(0, dtype=t.dtype).set_(t.detach().untyped_storage()).to(device)  # type: ignore[call-overload]
+    whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.detach().untyped_storage()).to(device)  # type: ignore[call-overload]
     return whole.as_strided(t.shape, t.stride(), t.storage_offset())
 
 

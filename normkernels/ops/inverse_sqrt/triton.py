@@ -2,7 +2,7 @@
 
 The matrices of the recursions live in memory (``scratch``: a few of (D, D) for each group), of which a multiprocessor's
 cache holds all, and at most 64 rows of a result in registers. With everything in registers the compiler spills
-from 64 x 64 on. Every function here ends with a barrier, so that the next one reads what it wrote.
+from 64 x 64 on. A barrier follows every store, so that all threads read what it wrote (`make kernels` checks that).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def multiply_add(
             total += gamma * tl.load(C + row * D + column)
         tl.debug_barrier()  # all threads have read what this replaces
         tl.store(out + row * D + column, total)
-    tl.debug_barrier()
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def add_transposed(out, alpha, A, beta, X, gamma, D: tl.constexpr):
             total += alpha * tl.load(A + row * D + column)
         tl.debug_barrier()
         tl.store(out + row * D + column, total)
-    tl.debug_barrier()
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def combine(out, alpha, beta, A, gamma, B, D: tl.constexpr):
         if B is not None:
             total += gamma * tl.load(B + row * D + column)
         tl.store(out + row * D + column, total)
-    tl.debug_barrier()
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def read_group(out, factor, matrix, group, d: tl.constexpr, D: tl.constexpr):
         row, column = entries(first, ROWS, D)
         at = group.to(tl.int64) * d * d + row * d + column
         tl.store(out + row * D + column, factor * tl.load(matrix + at, mask=(row < d) & (column < d), other=0.0))
-    tl.debug_barrier()
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -108,6 +108,7 @@ def write_group(matrix, factor, A, group, d: tl.constexpr, D: tl.constexpr):
         row, column = entries(first, ROWS, D)
         at = group.to(tl.int64) * d * d + row * d + column
         tl.store(matrix + at, factor * tl.load(A + row * D + column), mask=(row < d) & (column < d))
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -168,7 +169,9 @@ def scale_of(cov, D: tl.constexpr, FROBENIUS: tl.constexpr):
     else:
         index = tl.arange(0, D)
         scale = tl.sum(tl.load(cov + index * D + index), 0)
-    return tl.maximum(scale, TINY)  # eps = 0 and a constant batch: W stays finite
+    tl.debug_barrier()
+    # eps = 0 and a constant batch: W stays finite. A covariance that is not finite: W is NaN.
+    return tl.maximum(scale, TINY, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -185,6 +188,7 @@ def whitening_matrix(
     tl.debug_barrier()
     scale = scale_of(cov, D, FROBENIUS)
     tl.store(scale_out + group, scale)
+    tl.debug_barrier()
     combine(cov, 0.0, 1.0 / scale, cov, 0.0, None, D)
     write_group(S_out, 1.0, cov, group, d, D)
     newton(scratch, T, D, STEP, PRECISION)

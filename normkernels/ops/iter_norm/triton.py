@@ -72,6 +72,7 @@ def finish_forward(
     if last_of_group(ticket, group):
         real, channel, mean = index < d, group * d + index, exact.to(tl.float32)
         tl.store(mean_out + channel, mean, mask=real)
+        tl.debug_barrier()
         whitening_matrix(scratch, W_out, S_out, scale_out, group, T, eps, d, D, FROBENIUS, STEP, PRECISION)
         read_group(scratch, 1.0, W_out, group, d, D)
         left_out = (mean.to(tl.float64) - exact).to(tl.float32)
@@ -82,6 +83,7 @@ def finish_forward(
             constant *= vector(weight, group * d, row, d, 1.0)
             constant += vector(bias, group * d, row, d, 0.0)
             tl.store(constant_out + group * d + row, constant, mask=row < d)
+            tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["columns"])
@@ -111,9 +113,10 @@ def finish_backward(
             centred -= vector(grad_bias_out, group * d, row, d, 0.0)[:, None] * offset[None, :]
             at = group.to(tl.int64) * d * d + here * d + column
             grad_weight = tl.sum(centred * tl.load(W + at, mask=(here < d) & (column < d), other=0.0), 1)
+            scaled = vector(weight, group * d, row, d, 1.0)[:, None] * centred
             tl.store(grad_weight_out + group * d + row, grad_weight, mask=row < d)
-            tl.store(scratch + here * D + column, vector(weight, group * d, row, d, 1.0)[:, None] * centred)
-        tl.debug_barrier()
+            tl.store(scratch + here * D + column, scaled)
+            tl.debug_barrier()
         add_transposed(E, 0.0, None, 0.5, scratch, 0.5, D)
         covariance_adjoint(scratch, W, S, scale, 2.0 / m, group, T, d, D, FROBENIUS, STEP, PRECISION)
 
@@ -129,6 +132,7 @@ def finish_backward(
             tl.store(out + d, B_here, mask=real)
             constant = tl.sum(A_T * f[None, :], 1) / m + tl.sum(B_here * offset[None, :], 1)
             tl.store(constant_out + group * d + row, -constant, mask=row < d)
+            tl.debug_barrier()
 
 
 def finish(kernel: triton.JITFunction, partials: Partials, matrices: int, scaling: str, arguments: tuple[object, ...],

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from normkernels.ops._checks import statistics_dtype
 from normkernels.ops._products import fast, times_columns, times_transposed
-from normkernels.ops._tiles import empty_output, tile_threads, workspace
+from normkernels.ops._tiles import constant, empty_output, tile_threads, workspace
 
 # --- kernel_spectrum ----------------------------------------------------------------------------------------------
 
@@ -22,14 +22,13 @@ FLOOR = torch.finfo(torch.float64).eps  # times E: what rounding leaves of a spe
 Waves = tuple[Tensor, Tensor]
 
 
-@functools.lru_cache(maxsize=64)
+@constant
 def waves(n: int, reach: int, dilation: int, device: torch.device) -> Waves:
     """cos and sin of 2 pi u t / n for frequencies u and lags t = -reach..reach, dilated: (n, 2 reach + 1), float64."""
-    with torch.inference_mode(False):  # a later call may come from outside of inference mode
-        lags = torch.arange(-reach, reach + 1, dtype=torch.float64, device=device) * dilation
-        # The remainder, exact in float64, keeps the argument small.
-        angle = torch.outer(torch.arange(n, dtype=torch.float64, device=device), lags).remainder(n) * (2 * math.pi / n)
-        return angle.cos(), angle.sin()
+    lags = torch.arange(-reach, reach + 1, dtype=torch.float64, device=device) * dilation
+    # The remainder, exact in float64, keeps the argument small.
+    angle = torch.outer(torch.arange(n, dtype=torch.float64, device=device), lags).remainder(n) * (2 * math.pi / n)
+    return angle.cos(), angle.sin()
 
 
 def both_waves(weight: Tensor, size: Sequence[int], dilation: Sequence[int]) -> tuple[Waves, Waves]:
@@ -133,23 +132,22 @@ FFT_FACTOR = 13  # largest prime factor that torch.fft (MKL on a CPU) has its ow
 SHORTEST_FFT, LONGEST_PRODUCT = 20, 128
 
 
-@functools.lru_cache(maxsize=64)
+@constant
 def dft(n: int, window: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The columns of the real DFT matrix R_n at the positions of a window: (n, count). R_n is orthogonal.
 
     Its rows are cosines of the frequencies 0..n//2, then sines of 1..(n-1)//2.
     """
     start, step, count = window
-    with torch.inference_mode(False):  # a later call may come from outside of inference mode
-        position = torch.arange(count, dtype=torch.float64) * step + start
-        frequency = torch.arange(n // 2 + 1, dtype=torch.float64)
-        angle = torch.outer(frequency, position).remainder(n) * (2 * math.pi / n)
-        cosine = angle.cos() * math.sqrt(2 / n)
-        cosine[0] = math.sqrt(1 / n)
-        if n % 2 == 0:
-            cosine[-1] /= math.sqrt(2)
-        sine = angle.sin()[1 : (n - 1) // 2 + 1] * math.sqrt(2 / n)
-        return torch.cat((cosine, sine)).to(device, dtype)
+    position = torch.arange(count, dtype=torch.float64) * step + start
+    frequency = torch.arange(n // 2 + 1, dtype=torch.float64)
+    angle = torch.outer(frequency, position).remainder(n) * (2 * math.pi / n)
+    cosine = angle.cos() * math.sqrt(2 / n)
+    cosine[0] = math.sqrt(1 / n)
+    if n % 2 == 0:
+        cosine[-1] /= math.sqrt(2)
+    sine = angle.sin()[1 : (n - 1) // 2 + 1] * math.sqrt(2 / n)
+    return torch.cat((cosine, sine)).to(device, dtype)
 
 
 def negated(v: Tensor, dim: int) -> Tensor:

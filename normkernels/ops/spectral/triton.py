@@ -7,7 +7,6 @@ u, w slots of frequencies along rows and columns; c, s cosine and sine; e, o eve
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from normkernels.ops._tiles import channels_innermost, empty_output
+from normkernels.ops._tiles import channels_innermost, constant, empty_output
 from normkernels.ops._triton import (
     Config,
     architecture,
@@ -524,26 +523,25 @@ LAGS = 4  # of the autocorrelation, at a time
 FREQUENCIES = 32, 64  # rows and columns of the plane that a kernel on weights works on at a time, at most
 
 
-@functools.lru_cache(maxsize=64)
+@constant
 def half_waves(n: int, size: int, device: torch.device) -> Tensor:
     """Cosines, sines and their transposes on the first half of a line of n, about its middle: (4, size, size).
 
     A row for each frequency and a column for each position, zero beyond (n + 1) // 2; then the other way round. Even
     columns come before odd ones. Made on the device, in the warm-up call that capturing a CUDA graph needs anyway.
     """
-    with torch.inference_mode(False):  # a later call may come from outside of inference mode
-        used = (n + 1) // 2
-        slot = torch.arange(used, dtype=torch.float64, device=device)
-        waves = torch.zeros((2, size, size), dtype=torch.float64, device=device)
-        for part, (frequency, wave) in enumerate(
-            ((slot, torch.cos), (torch.where(slot == 0, n // 2, slot), torch.sin))
-        ):  # the remainder, exact in float64, keeps the argument small
-            angle = torch.outer(frequency, 2 * slot + 1).remainder(2 * n) * (math.pi / n)
-            waves[part, :used, :used] = wave(angle) * math.sqrt(2 / n)
-        waves[0, 0] *= math.sqrt(0.5)
-        waves[1, 0] *= math.sqrt(0.5) if n % 2 == 0 else 0.0
-        both = torch.cat((waves, waves.mT)).float()
-        return torch.cat((both[..., 0::2], both[..., 1::2]), -1)
+    used = (n + 1) // 2
+    slot = torch.arange(used, dtype=torch.float64, device=device)
+    waves = torch.zeros((2, size, size), dtype=torch.float64, device=device)
+    for part, (frequency, wave) in enumerate(
+        ((slot, torch.cos), (torch.where(slot == 0, n // 2, slot), torch.sin))
+    ):  # the remainder, exact in float64, keeps the argument small
+        angle = torch.outer(frequency, 2 * slot + 1).remainder(2 * n) * (math.pi / n)
+        waves[part, :used, :used] = wave(angle) * math.sqrt(2 / n)
+    waves[0, 0] *= math.sqrt(0.5)
+    waves[1, 0] *= math.sqrt(0.5) if n % 2 == 0 else 0.0
+    both = torch.cat((waves, waves.mT)).float()
+    return torch.cat((both[..., 0::2], both[..., 1::2]), -1)
 
 
 class Planes(NamedTuple):

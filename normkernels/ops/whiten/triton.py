@@ -42,7 +42,7 @@ def mix_kernel(
 
     entries = matrix + group.to(tl.int64) * group_stride + row[:, None] * row_stride + inner[None, :] * column_stride
     real = (row < d)[:, None] & (inner < d)[None, :]
-    A = tl.load(entries, mask=real, other=0.0)
+    A = tl.load(entries, mask=real, other=0.0).to(tl.float32)
     constant = tl.zeros((OUT,), tl.float32)
     if bias is not None:
         constant = tl.load(bias + channel, mask=row < d, other=0.0).to(tl.float32)
@@ -51,7 +51,7 @@ def mix_kernel(
     if shift is not None:
         center = tl.load(shift + source, mask=inner < d, other=0.0)[:, None]
     if x2 is not None:
-        B = tl.load(entries + d * column_stride, mask=real, other=0.0)
+        B = tl.load(entries + d * column_stride, mask=real, other=0.0).to(tl.float32)
     if shift2 is not None:
         center2 = tl.load(shift2 + source, mask=inner < d, other=0.0)[:, None]
 
