@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from normkernels.ops import _triton
+from normkernels.ops._checks import check_integer, resolve_group_size
 from normkernels.ops._triton import Unsupported
 
 LIBRARY = torch.library.Library("normkernels", "DEF")
@@ -162,6 +163,10 @@ def explain(
         raise ValueError(f"op: expected one of {', '.join(_IMPLEMENTATIONS)}, got {op!r}")
     if not isinstance(tensor, Tensor):
         raise TypeError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
+    if group_size is not None and tensor.dim() >= 2:
+        group_size = resolve_group_size(tensor.shape[1], group_size)  # as the op does: more than C means one group
+    if plane is not None:
+        plane = [check_integer("plane", side, minimum=1) for side in plane]
     implementations = _IMPLEMENTATIONS[op]
     if _chosen == "eager":
         return "eager", "chosen by use_backend or NORMKERNELS_BACKEND"
@@ -189,7 +194,8 @@ def backend_of(op: str, tensor: Tensor, *, group_size: int | None = None, plane:
 
     Whether kernels serve a call may also depend on group_size, the channels whitened together, or on plane, the size
     (H, W) of the spectrum of a filter; None leaves that out of the answer.
-    Raises ValueError for an unknown op. ``python -m normkernels.info`` shows the reason too.
+    Raises ValueError for an unknown op, and for a group_size that the op refuses on this tensor.
+    ``python -m normkernels.info`` shows the reason too.
     """
     return explain(op, tensor, group_size=group_size, plane=plane)[0]
 

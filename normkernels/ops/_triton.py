@@ -13,7 +13,7 @@ import os
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,10 +142,13 @@ Key = tuple[str, int, str, str, int]
 
 
 def read_table(path: Path) -> dict[Key, Config]:
-    rows = json.loads(path.read_text())
-    return {
-        tuple(row.pop(name) for name in ("kernel", "size", "layout", "type", "arch")): Config(**row) for row in rows
-    }
+    names = ("kernel", "size", "layout", "type", "arch")
+    try:
+        rows = json.loads(path.read_text())
+        return {tuple(row.pop(name) for name in names): Config(**row) for row in rows}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        expected = ", ".join((*names, *(field.name for field in fields(Config))))
+        raise ValueError(f"{path}: expected a JSON list of objects with {expected}, got {first_line(error)}") from None
 
 
 @functools.cache

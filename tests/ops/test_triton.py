@@ -491,6 +491,55 @@ def test_a_table_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert own["moments", 16, "positions", "float32", 80] == _triton.table()["moments", 16, "positions", "float32", 80]
 
 
+@pytest.mark.parametrize("text", ["", "{}}", "[{}]", '[{"kernel": "mix"}]', '["mix"]', None], ids=str)
+def test_a_table_that_is_none(text: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=r"mine\.json: expected a JSON list of objects with kernel, size.*precision"):
+        _triton.read_table(path)
+
+
+def test_the_answer_knows_the_entries_that_an_op_looks_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """_triton.PASSES says which; the launchers do it."""
+    looked_up: list[str] = []
+    for module in ("moments", "inverse_sqrt", "whiten", "iter_norm"):
+
+        def noting(kernel: str, *key: Any) -> _triton.Config:
+            looked_up.append(kernel)
+            return _triton.configuration(kernel, *key)
+
+        monkeypatch.setattr(importlib.import_module(f"normkernels.ops.{module}.triton"), "configuration", noting)
+    x = gaussian((9, 8))
+    raw = torch.ops.normkernels
+    found = {}
+    with nk.use_backend("triton"):
+        mean, _ = raw.moments(x, 8)
+        y, _, W, S, scale = raw.iter_norm(x, None, None, 8, 5, 1e-5, "trace", "newton")
+        calls = {
+            "moments": lambda: raw.moments(x, 8),
+            "cross_moments": lambda: raw.cross_moments(x, x, mean, 8),
+            "whiten": lambda: raw.whiten(x, mean, W, None, None),
+            "iter_norm": lambda: raw.iter_norm(x, None, None, 8, 5, 1e-5, "trace", "newton"),
+            "iter_norm_backward": lambda: raw.iter_norm_backward(y, x, None, mean, W, S, scale, 5, "trace", "newton"),
+        }
+        for op, call in calls.items():
+            looked_up.clear()
+            call()
+            found[op] = tuple(kernel for kernel in looked_up if kernel not in ("merge", "newton"))
+    assert found == _triton.PASSES
+
+
+def test_a_group_size_beyond_the_channels_is_one_group() -> None:
+    x = gaussian((9, 8))
+    with nk.use_backend("triton"):
+        assert nk.backend_of("iter_norm", x, group_size=256) == "triton"
+        with pytest.raises(ValueError, match="divisor of the 8 channels, got 3"):
+            nk.backend_of("iter_norm", x, group_size=3)
+        with pytest.raises(ValueError, match="plane: expected at least 1, got 0"):
+            nk.backend_of("spectral_filter", x, plane=(0, 4))
+
+
 # Planes of 56, 28, 14 and 7, an odd start, and channels innermost: how many columns one load can take at a time.
 @pytest.mark.parametrize(
     ("x", "run", "layout"),
