@@ -119,7 +119,7 @@ def filtering(case: Case, plane: int) -> object:
 
 
 def spectra(case: Case, plane: int) -> object:
-    from normkernels.ops.spectral.triton import kernel_spectrum, kernel_spectrum_backward
+    from normkernels.ops.spectral.triton_weights import kernel_spectrum, kernel_spectrum_backward
 
     for size, taps in ((34, 3), (64, 7)):
         weight = torch.zeros(4, 8, taps, taps)

@@ -217,6 +217,7 @@ def test_bit_for_bit_the_same() -> None:
 
 def test_what_the_kernels_do_not_serve() -> None:
     from normkernels.ops.spectral import triton as launchers
+    from normkernels.ops.spectral import triton_weights
 
     for shape, dtype in (((1, 1, 65, 3), torch.float32), ((1, 1, 3, 65), torch.float32), ((1, 1, 3, 3), torch.float64)):
         z, v = torch.ones(shape, dtype=dtype, device=DEVICE), torch.ones(shape[1:], dtype=dtype, device=DEVICE)
@@ -226,7 +227,7 @@ def test_what_the_kernels_do_not_serve() -> None:
         with pytest.raises(Unsupported):
             launchers.cross_spectrum(z, z, shape[2:], window, window)
     with pytest.raises(Unsupported, match="float64"):
-        launchers.kernel_spectrum(torch.ones(1, 1, 3, 3, dtype=torch.float64, device=DEVICE), [5, 5], 1e-8, [1, 1])
+        triton_weights.kernel_spectrum(torch.ones(1, 1, 3, 3, dtype=torch.float64, device=DEVICE), [5, 5], 1e-8, [1, 1])
     with pytest.warns(UserWarning, match="65"):
         assert (
             nk.ops.spectral_filter(torch.ones(1, 1, 65, device=DEVICE), torch.ones(1, 65, device=DEVICE)).shape[2] == 65

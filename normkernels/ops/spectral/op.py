@@ -233,14 +233,14 @@ def _kernel_spectrum_backward_fake(grad: Tensor, weight: Tensor, eps: float, dil
 define(
     "kernel_spectrum(Tensor weight, SymInt[] size, float eps, SymInt[] dilation) -> Tensor",
     eager=eager.kernel_spectrum,
-    triton="normkernels.ops.spectral.triton",
+    triton="normkernels.ops.spectral.triton_weights",
     autograd=_KernelSpectrum,
     fake=_kernel_spectrum_fake,
 )
 define(
     "kernel_spectrum_backward(Tensor grad, Tensor weight, float eps, SymInt[] dilation) -> Tensor",
     eager=eager.kernel_spectrum_backward,
-    triton="normkernels.ops.spectral.triton",
+    triton="normkernels.ops.spectral.triton_weights",
     fake=_kernel_spectrum_backward_fake,
 )
 define(
