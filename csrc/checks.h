@@ -1,0 +1,58 @@
+// Errors that say what was expected and what came, with the op's name. Host code.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <sstream>
+#include <string>
+#include <vector>
+
+#ifdef NORMKERNELS_SIMT
+#include "simt.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace nk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check_cuda(const char* op, cudaError_t status) {
+#ifndef NORMKERNELS_SIMT
+  STD_TORCH_CHECK(status == cudaSuccess, op, ": expected to launch a kernel, got ", cudaGetErrorString(status));
+#endif
+  (void)op, (void)status;
+}
+
+inline std::string text(const std::vector<int64_t>& shape) {
+  std::ostringstream out;
+  out << "(";
+  for (size_t i = 0; i < shape.size(); ++i) out << (i ? ", " : "") << shape[i];
+  out << ")";
+  return out.str();
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& t) {
+  return {t.sizes().begin(), t.sizes().end()};
+}
+
+// `t` has this shape and type and lies on x's device.
+inline void check_like(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& shape,
+                       ScalarType type, const Tensor& x) {
+  STD_TORCH_CHECK(shape_of(t) == shape, op, ": ", name, ": expected shape ", text(shape), ", got ", text(shape_of(t)));
+  STD_TORCH_CHECK(t.scalar_type() == type, op, ": ", name, ": expected ", torch::headeronly::toString(type), ", got ",
+                  torch::headeronly::toString(t.scalar_type()));
+  STD_TORCH_CHECK(t.device() == x.device(), op, ": ", name, ": expected a tensor on the device of the data, index ",
+                  x.get_device_index(), ", got one on device index ", t.get_device_index());
+}
+
+// `x` is (N, C, *) whose channels fall into groups of d.
+inline void check_data(const char* op, const char* name, const Tensor& x, int64_t d) {
+  STD_TORCH_CHECK(x.dim() >= 2, op, ": ", name, ": expected shape (N, C) or (N, C, *), got ", text(shape_of(x)));
+  STD_TORCH_CHECK(d >= 1 && x.size(1) >= 1 && x.size(1) % d == 0, op, ": expected a group size that divides the ",
+                  x.size(1), " channels, got ", d);
+}
+
+}  // namespace nk

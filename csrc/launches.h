@@ -1,0 +1,94 @@
+// The launches of each op, on columns and addresses: called by the ops, and by plans.cu without any data.
+#pragma once
+
+#include "reduce.cuh"
+#include "run.h"
+
+namespace nk {
+
+void launch_moments(const Run& run, const Columns& x, int element, int64_t groups, int64_t d, const Reduction& how,
+                    const Workspace& workspace, float* mean, float* cov);
+
+void launch_cross_moments(const Run& run, const Columns& y, const Columns& x, int element, const float* mean,
+                          int64_t groups, int64_t d, const Reduction& how, const Workspace& workspace, float* cross,
+                          float* sum);
+
+// A matrix (G, rows, columns) in global memory, by its strides.
+struct MatrixView {
+  const float* data;
+  int64_t group_stride, row_stride, column_stride;
+};
+
+void launch_mix(const Run& run, const Columns& a, const float* a_shift, const Columns* b, const float* b_shift,
+                const Columns& y, int element, const MatrixView& matrix, const Parameter& weight, const Parameter& bias,
+                int64_t groups, int64_t d);
+
+void launch_inverse_sqrt(const Run& run, const float* cov, int64_t groups, const Newton& how, const Room& room,
+                         float* scratch, float* W, float* S, float* scale);
+
+void launch_inverse_sqrt_backward(const Run& run, const float* grad, const float* W, const float* S, const float* scale,
+                                  int64_t groups, const Newton& how, const Room& room, float* scratch, float* grad_cov);
+
+// What the reductions of the training op leave, all in global memory.
+struct ForwardResults {
+  float *mean, *W, *S, *scale, *constant;
+};
+struct BackwardInputs {
+  const float *mean, *W, *S, *scale;
+};
+struct BackwardResults {
+  float *matrix, *grad_mean, *constant, *grad_weight, *grad_bias;
+};
+
+void launch_forward(const Run& run, const Columns& x, int element, int64_t groups, const Newton& how,
+                    const Reduction& reduction, const Workspace& workspace, const Room& room, float* scratch,
+                    const Parameter& weight, const Parameter& bias, const ForwardResults& out);
+
+void launch_backward(const Run& run, const Columns& grad, const Columns& x, int element, int64_t groups,
+                     const Newton& how, const Reduction& reduction, const Workspace& workspace, const Room& room,
+                     float* scratch, const Parameter& weight, const BackwardInputs& in, const BackwardResults& out);
+
+// Where the values of a tensor (N, C, h, w) lie: on the H x W plane at start + step i, and in memory.
+struct Window {
+  int start, step, count;
+
+  // The index of a position of the plane, or -1.
+  __device__ __forceinline__ int index(int position) const {
+    const int from = position - start;
+    if (step == 1) return from >= 0 && from < count ? from : -1;
+    return from >= 0 && from % step == 0 && from / step < count ? from / step : -1;
+  }
+};
+
+struct Planes {
+  unsigned char* data = nullptr;
+  int64_t sample_stride, channel_stride, row_stride, column_stride;
+  Window rows, columns;
+  bool inner, bfloat;
+
+  __device__ __forceinline__ int64_t plane(int64_t number, int channels) const {
+    return number / channels * sample_stride + number % channels * channel_stride;
+  }
+
+  template <class T>
+  __device__ __forceinline__ float load(int64_t plane, int row, int column) const {
+    row = rows.index(row), column = columns.index(column);
+    if (row < 0 || column < 0) return 0;
+    return to_float(reinterpret_cast<const T*>(data)[plane + row * row_stride + column * column_stride], bfloat);
+  }
+
+  template <class T>
+  __device__ __forceinline__ void store(int64_t plane, int row, int column, float value) const {
+    row = rows.index(row), column = columns.index(column);
+    if (row < 0 || column < 0) return;
+    from_float(reinterpret_cast<T*>(data)[plane + row * row_stride + column * column_stride], value, bfloat);
+  }
+};
+
+// v (C, H, W) by its strides; coefficients: coefficient_floats(H, W, C) of workspace.
+void launch_filter(const Run& run, const Planes& z, const Planes& y, int element, const float* v,
+                   const std::array<int64_t, 3>& v_strides, int64_t H, int64_t W, int64_t samples, int64_t channels,
+                   float* coefficients);
+int64_t coefficient_floats(int64_t H, int64_t W, int64_t channels);
+
+}  // namespace nk

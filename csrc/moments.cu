@@ -1,0 +1,107 @@
+// moments and cross_moments: the reductions over all samples, one launch each.
+#include "launches.h"
+#include "reduce.cuh"
+#include "tensors.h"
+
+namespace nk {
+
+template <class T, int D>
+__global__ __launch_bounds__(Warps<D, true>::THREADS, 1) void moments_kernel(Columns x, int d, Split cut,
+                                                                             Merging merging, Workspace workspace,
+                                                                             float* mean, float* cov) {
+  const Shared<D> shared(shared_memory());
+  const Matrix<D> total{reinterpret_cast<float*>(shared.rest)};
+  if (!reduce_moments<T, D>(x, d, cut, merging, workspace, shared,
+                            [&](int i, int j, float entry) { total(i, j) = entry; })) {
+    return;
+  }
+  const int64_t group = blockIdx.x / cut.parts;
+  for_entries<D, Warps<D, true>::COUNT>([&](int i, int j) {
+    if (i < d && j < d) cov[group * d * d + i * d + j] = total(i, j) / float(x.total);
+  });
+  for (int i = threadIdx.x; i < d; i += Warps<D, true>::THREADS) mean[group * d + i] = float(shared.exact[i]);
+}
+
+template <class T, int D>
+__global__ __launch_bounds__(Warps<D, false>::THREADS,
+                             1) void cross_moments_kernel(Columns y, Columns x, const float* mean, int d, Split cut,
+                                                          Merging merging, Workspace workspace, float* cross,
+                                                          float* sum) {
+  const Shared<D> shared(shared_memory());
+  const Matrix<D> total{reinterpret_cast<float*>(shared.rest)};
+  if (!reduce_cross<T, D>(y, x, mean, d, cut, merging, workspace, shared,
+                          [&](int i, int j, float entry) { total(i, j) = entry; })) {
+    return;
+  }
+  const int64_t group = blockIdx.x / cut.parts;
+  for_entries<D, Warps<D, false>::COUNT>([&](int i, int j) {
+    if (i < d && j < d) cross[group * d * d + i * d + j] = total(i, j);
+  });
+  for (int i = threadIdx.x; i < d; i += Warps<D, false>::THREADS) sum[group * d + i] = shared.first[i];
+}
+
+void launch_moments(const Run& run, const Columns& x, int element, int64_t groups, int64_t d, const Reduction& how,
+                    const Workspace& workspace, float* mean, float* cov) {
+  run.zero(workspace.tickets, how.counters);
+  with_kernel(element, d, [&]<class T, int D>() {
+    run.launch("moments", moments_kernel<T, D>, groups * how.cut.parts, Warps<D, true>::THREADS,
+               reduction_room(run.device, element, d, 1, 1).bytes,
+               {x.total * groups * d * element, groups * d * (d + 1) * 4}, x, int(d), how.cut, how.merging, workspace,
+               mean, cov);
+  });
+}
+
+void launch_cross_moments(const Run& run, const Columns& y, const Columns& x, int element, const float* mean,
+                          int64_t groups, int64_t d, const Reduction& how, const Workspace& workspace, float* cross,
+                          float* sum) {
+  run.zero(workspace.tickets, how.counters);
+  with_kernel(element, d, [&]<class T, int D>() {
+    run.launch("cross_moments", cross_moments_kernel<T, D>, groups * how.cut.parts, Warps<D, false>::THREADS,
+               reduction_room(run.device, element, d, 2, 1).bytes,
+               {2 * x.total * groups * d * element, groups * d * (d + 1) * 4}, y, x, mean, int(d), how.cut, how.merging,
+               workspace, cross, sum);
+  });
+}
+
+// --- ops
+// ---------------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> moments(const Tensor& data, int64_t d) {
+  check_data("moments", "x", data, d);
+  if (const auto reason = not_served("moments", data, d)) return next<Tensor, Tensor>("moments", *reason, data, d);
+  const OnDevice on("moments", data);
+  const Tensor x = collapsible(data);
+  const int64_t groups = x.size(1) / d;
+  const Columns seen = columns_of(x, d);
+  const Reduction how(on.run.device, seen, groups, d, 1);
+  const Memory memory(how, x);
+  Tensor mean = empty({x.size(1)}, ScalarType::Float, x), cov = empty({groups, d, d}, ScalarType::Float, x);
+  launch_moments(on.run, seen, int(x.element_size()), groups, d, how, memory.workspace, floats(mean), floats(cov));
+  return {mean, cov};
+}
+
+std::tuple<Tensor, Tensor> cross_moments(const Tensor& left, const Tensor& data, const Tensor& mean, int64_t d) {
+  check_data("cross_moments", "x", data, d);
+  if (const auto reason = not_served("cross_moments", data, d)) {
+    return next<Tensor, Tensor>("cross_moments", *reason, left, data, mean, d);
+  }
+  check_like("cross_moments", "y", left, shape_of(data), data.scalar_type(), data);
+  check_like("cross_moments", "mean", mean, {data.size(1)}, ScalarType::Float, data);
+  const OnDevice on("cross_moments", data);
+  const Tensor x = collapsible(data), y = in_layout_of(x, left, d), center = packed(mean);
+  const int64_t groups = x.size(1) / d;
+  const Columns seen = columns_of(x, d);
+  const Reduction how(on.run.device, seen, groups, d, 2);
+  const Memory memory(how, x);
+  Tensor cross = empty({groups, d, d}, ScalarType::Float, x), sum = empty({x.size(1)}, ScalarType::Float, x);
+  launch_cross_moments(on.run, columns_of(y, d), seen, int(x.element_size()), floats(center), groups, d, how,
+                       memory.workspace, floats(cross), floats(sum));
+  return {cross, sum};
+}
+
+}  // namespace nk
+
+NORMKERNELS_IMPL(library) {
+  library.impl("moments", TORCH_BOX(&nk::moments));
+  library.impl("cross_moments", TORCH_BOX(&nk::cross_moments));
+}

@@ -1,0 +1,54 @@
+// What the extension was compiled for, what it would launch, and what it leaves to the next backend. No tensors, no
+// torch, no CUDA: module.cpp shows it to Python, the launchers ask it, and tests ask it without a GPU.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace nk {
+
+// What a plan depends on: compute capability, 90 for sm_90; multiprocessors; the most dynamic shared memory of a block.
+struct Device {
+  int architecture;
+  int processors;
+  int shared_bytes;
+};
+
+// One launch: the grid and the threads of a block, its dynamic shared memory, and the bytes that it has to move.
+struct KernelPlan {
+  std::string kernel;
+  std::array<int64_t, 3> grid;
+  int64_t threads, shared_bytes, read_bytes, written_bytes;
+};
+
+// The launches of `op`, in order, for an input of this shape and type ("float32", "float16", "bfloat16").
+// group_size: channels whitened together; 0 for spectral_filter. plane: {H, W} of its filter; empty for the others.
+// Throws std::invalid_argument for what refusal() refuses.
+std::vector<KernelPlan> launch_plan(const std::string& op, const std::vector<int64_t>& shape, const std::string& dtype,
+                                    bool channels_last, int64_t group_size, const std::vector<int64_t>& plane,
+                                    const Device& device);
+
+// Why the kernels do not serve a call, "" if they do. Unknown, and left out of the answer: group_size 0, plane {}.
+std::string refusal(const std::string& op, const std::string& dtype, int64_t group_size,
+                    const std::vector<int64_t>& plane, int architecture);
+
+// The architectures with machine code, ascending: 80, 86... It runs on GPUs of the same major version from the minor
+// on.
+std::vector<int> compiled_architectures();
+
+// The architecture whose PTX is there for the driver to compile, on this one and all later ones; 0 if there is none.
+int compiled_ptx();
+
+// Keeps the message of an exception in this thread's Python implementation for the C++ that called it: through the
+// stable ABI comes only that there was one.
+void set_error(std::string text);
+
+// The text of the error that the next backend raised for `op`.
+std::string take_error(const char* op);
+
+// Of the GPU with this index, asked once.
+Device device_of(int index);
+
+}  // namespace nk

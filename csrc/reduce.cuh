@@ -1,0 +1,474 @@
+// The reductions over all columns in one launch: moments of x, or cross moments of y and x.
+//
+// A block reduces its part of the columns, tile by tile. The parts are merged in two levels, each by the block that
+// arrives last at it, in a fixed order: one block for all would read them at the speed of one multiprocessor. The last
+// block of a group goes on to what follows, the small matrix function. Algebra: ops/moments/DERIVATION.md.
+#pragma once
+
+#include "columns.cuh"
+#include "plans.h"
+#include "small_matrix.cuh"
+
+namespace nk {
+
+constexpr int MOST_MERGED = 24;  // partial results that a block merges
+
+// Parts of a group in sets of `fan`, which are merged first.
+struct Merging {
+  int fan, sets;
+
+  explicit Merging(int parts) : fan(1) {
+    while (fan * fan < parts) ++fan;
+    sets = (parts + fan - 1) / fan;
+  }
+};
+
+// What the reductions leave of some columns, in global memory: two vectors and a matrix.
+//   moments: the mean as the sum of two floats, and sum (x - mean)(x - mean)^T
+//   cross moments: sum y, sum (x - mean), and sum y (x - mean)^T
+template <int D>
+struct Partial {
+  static constexpr int SIZE = 2 * D + D * D;
+  float* data;
+
+  __device__ __forceinline__ float* first() const { return data; }
+  __device__ __forceinline__ float* second() const { return data + D; }
+  __device__ __forceinline__ float* matrix() const { return data + 2 * D; }
+};
+
+// How a D x D product is shared by warps: blocks of HEIGHT x WIDTH, all or those on and above the diagonal. Where these
+// are few, SPLITS warps have one block, and sum different columns of a tile.
+template <int D, bool SYMMETRIC>
+struct Warps {
+  static constexpr int WIDTH = D < 32 ? D : 32, HEIGHT = D == 128 && !SYMMETRIC ? 64 : WIDTH;
+  static constexpr int ACROSS = D / WIDTH, DOWN = D / HEIGHT;
+  static constexpr int BLOCKS = SYMMETRIC ? DOWN * (DOWN + 1) / 2 : DOWN * ACROSS;
+  static constexpr int SPLITS = BLOCKS == 1 ? 4 : BLOCKS < 8 ? 2 : 1, COUNT = BLOCKS * SPLITS, THREADS = COUNT * WARP;
+  static constexpr int MT = HEIGHT / 16, NT = WIDTH / 8;
+
+  static __device__ __forceinline__ int share() { return warp() / BLOCKS; }
+  static __device__ __forceinline__ int row() { return HEIGHT * (SYMMETRIC ? upper() >> 8 : warp() % BLOCKS / ACROSS); }
+  static __device__ __forceinline__ int column() {
+    return WIDTH * (SYMMETRIC ? upper() & 255 : warp() % BLOCKS % ACROSS);
+  }
+
+ private:
+  static __device__ __forceinline__ int upper() {
+    int at = warp() % BLOCKS, row = 0;
+    while (at >= DOWN - row) at -= DOWN - row++;
+    return row << 8 | (row + at);
+  }
+};
+
+// Columns of a tile and tiles under way, for 1 (moments) or 2 tensors (cross moments): about 18 KiB a stage.
+template <int D, int SOURCES>
+struct Stages {
+  static constexpr int COLUMNS = D == 16 ? 128 : D == 32 ? 128 / SOURCES : D == 64 ? 64 / SOURCES : 32;
+  static constexpr int COUNT = D == 128 && SOURCES == 2 ? 2 : 3;
+};
+
+// Shared memory of a block: vectors, then tiles, and in their place the matrices that come after them.
+template <int D>
+struct Shared {
+  static constexpr int VECTORS = (2 * D + WARP + MOST_MERGED * D) * int(sizeof(float)) + D * int(sizeof(double));
+  double* exact;                               // (D), the mean
+  float *first, *second, *slots, *deviations;  // (D), (D), (32), (MOST_MERGED, D)
+  float* center;                               // (D), the mean in float32; later the deviations
+  unsigned char* rest;
+
+  __device__ __forceinline__ explicit Shared(unsigned char* memory)
+      : exact(reinterpret_cast<double*>(memory)),
+        first(reinterpret_cast<float*>(exact + D)),
+        second(first + D),
+        slots(second + D),
+        deviations(slots + WARP),
+        center(deviations),
+        rest(memory + VECTORS) {}
+};
+
+template <class T, int D, int SOURCES>
+constexpr int tile_bytes() {
+  return SOURCES * Stages<D, SOURCES>::COUNT * Tile<T, D, Stages<D, SOURCES>::COLUMNS, true>::BYTES;
+}
+
+// Whether this block comes last of `expected`: then it sees what all of them have written.
+__device__ __forceinline__ bool comes_last(unsigned* ticket, int expected, float* slots) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) slots[0] = atomicAdd(ticket, 1u) == unsigned(expected - 1) ? 1.f : 0.f;
+  __syncthreads();
+  const bool last = slots[0] != 0.f;
+  __threadfence();
+  __syncthreads();
+  return last;
+}
+
+// The sum over the shares of warps of a product, into a matrix in shared memory; the order is fixed.
+template <int D, bool SYMMETRIC, class F>
+__device__ __forceinline__ void gather(const F& fragment, Matrix<D> to) {
+  using Blocks = Warps<D, SYMMETRIC>;
+  for (int share = 0; share < Blocks::SPLITS; ++share) {
+    if (Blocks::share() == share) {
+      fragment.for_each([&](int i, int j, float entry) {
+        float& sum = to(Blocks::row() + i, Blocks::column() + j);
+        sum = share ? sum + entry : entry;
+      });
+    }
+    __syncthreads();
+  }
+}
+
+// The same for sums of rows, those of the warps for which they are `mine`.
+template <int SPLITS, class Sums>
+__device__ __forceinline__ void gather_sums(const Sums& sums, int share, bool mine, float* to) {
+  for (int turn = 0; turn < SPLITS; ++turn) {
+    if (mine && share == turn) sums.for_each([&](int i, float sum) { to[i] = turn ? to[i] + sum : sum; });
+    __syncthreads();
+  }
+}
+
+// Moments of columns start..stop - 1 of a group, to `out`.
+template <class T, int D>
+__device__ __forceinline__ void partial_moments(const Columns& x, int64_t channel, int d, int64_t start, int64_t stop,
+                                                const Shared<D>& shared, const Partial<D>& out) {
+  using Precision = StatisticsPrecision<T>;
+  using Blocks = Warps<D, true>;
+  using Pipeline = Stages<D, 1>;
+  using Activations = Tile<T, D, Pipeline::COLUMNS, true>;
+  constexpr int TERMS = Pipeline::COLUMNS / Blocks::SPLITS;
+  const auto tile_at = [&](int stage) { return Activations(shared.rest + stage * Activations::BYTES); };
+  const auto load = [&](int number) {
+    const int64_t first = start + int64_t(number) * Pipeline::COLUMNS;
+    if (first < stop) {
+      tile_at(number % Pipeline::COUNT).template load<Blocks::THREADS>(x, channel, d, first, stop);
+    }
+    commit_copies();
+  };
+  const int row = Blocks::row(), column = Blocks::column(), first_term = Blocks::share() * TERMS;
+
+  Fragment<Precision, Blocks::MT, Blocks::NT> gram;
+  RowSums<Precision, Blocks::MT> sums;
+  const int tiles = int((stop - start + Pipeline::COLUMNS - 1) / Pipeline::COLUMNS);
+  // From negative numbers on, for which nothing is there yet: so there is one place that loads.
+  for (int number = 1 - Pipeline::COUNT; number < tiles; ++number) {
+    if (number >= 0) {
+      wait_for_copies<Pipeline::COUNT - 2>();
+      __syncthreads();  // this tile is here, and all have left the one that the next load overwrites
+    }
+    load(number + Pipeline::COUNT - 1);
+    if (number < 0) continue;
+    const Activations tile = tile_at(number % Pipeline::COUNT);
+    const int valid = int(min(stop - start - int64_t(number) * Pipeline::COLUMNS, int64_t(Pipeline::COLUMNS)));
+    if (number == 0) {
+      // Shifted by a mean of a few columns, so that no large mean cancels; which one does not matter.
+      const int few = min(valid, 32);
+      with_constant(x.inner, [&](auto inner) {
+        for (int i = threadIdx.x; i < D; i += Blocks::THREADS) {
+          float sum = 0, squares = 0;
+#pragma unroll 1
+          for (int j = 0; j < few; ++j) {
+            const float value = to_float(tile.template at<inner.value>(i, j), x.bfloat);
+            sum += value;
+            squares += value * value;
+          }
+          shared.first[i] = shift_for<T>(sum / float(few), squares / float(few));
+        }
+      });
+      __syncthreads();
+    }
+    with_constant(x.inner, [&](auto inner) {
+      const auto centred = [&](int i, int j) {
+        const float value = to_float(tile.template at<inner.value>(i, j), x.bfloat) - shared.first[i];
+        return j < valid ? value : 0.f;
+      };
+#pragma unroll 1
+      for (int term = first_term; term < first_term + TERMS; term += Precision::K) {
+        const auto left = [&](int i, int j) { return centred(row + i, j); };
+        gram.add(term, left, [&](int i, int j) { return centred(column + j, i); });
+        if (row == column) sums.add(term, left);
+      }
+    });
+  }
+  wait_for_copies<0>();
+  __syncthreads();
+
+  const Matrix<D> total{reinterpret_cast<float*>(shared.rest)};
+  gather<D, true>(gram, total);
+  gather_sums<Blocks::SPLITS>(sums, Blocks::share(), row == column, shared.second + row);
+  const float count = float(stop - start);
+  for (int i = threadIdx.x; i < D; i += Blocks::THREADS) {
+    out.first()[i] = shared.first[i];
+    out.second()[i] = shared.second[i] / count;
+  }
+  for_entries<D, Blocks::COUNT>([&](int i, int j) {
+    out.matrix()[i * D + j] = total(min(i, j), max(i, j)) - shared.second[i] * shared.second[j] / count;
+  });
+}
+
+// Cross moments of columns start..stop - 1 of a group, to `out`; y has x's layout.
+template <class T, int D>
+__device__ __forceinline__ void partial_cross(const Columns& y, const Columns& x, const float* mean, int64_t channel,
+                                              int d, int64_t start, int64_t stop, const Shared<D>& shared,
+                                              const Partial<D>& out) {
+  using Precision = StatisticsPrecision<T>;
+  using Blocks = Warps<D, false>;
+  using Pipeline = Stages<D, 2>;
+  using Activations = Tile<T, D, Pipeline::COLUMNS, true>;
+  constexpr int TERMS = Pipeline::COLUMNS / Blocks::SPLITS;
+  const auto y_tile = [&](int stage) { return Activations(shared.rest + 2 * stage * Activations::BYTES); };
+  const auto x_tile = [&](int stage) { return Activations(shared.rest + (2 * stage + 1) * Activations::BYTES); };
+  const auto load = [&](int number) {
+    const int64_t first = start + int64_t(number) * Pipeline::COLUMNS;
+    if (first < stop) {
+      y_tile(number % Pipeline::COUNT).template load<Blocks::THREADS>(y, channel, d, first, stop);
+      x_tile(number % Pipeline::COUNT).template load<Blocks::THREADS>(x, channel, d, first, stop);
+    }
+    commit_copies();
+  };
+  const int row = Blocks::row(), column = Blocks::column(), first_term = Blocks::share() * TERMS;
+
+  for (int i = threadIdx.x; i < D; i += Blocks::THREADS)
+    shared.center[i] = i < d ? simple_near<T>(mean[channel + i]) : 0.f;
+  Fragment<Precision, Blocks::MT, Blocks::NT> cross;
+  // One warp has the sums of both where there is but one block; otherwise those of the first column have y's, those of
+  // the last x's.
+  constexpr int LAST = D - Blocks::WIDTH;
+  RowSums<Precision, Blocks::MT> y_sums, x_sums;
+  const int tiles = int((stop - start + Pipeline::COLUMNS - 1) / Pipeline::COLUMNS);
+  for (int number = 1 - Pipeline::COUNT; number < tiles; ++number) {
+    if (number >= 0) {
+      wait_for_copies<Pipeline::COUNT - 2>();
+      __syncthreads();
+    }
+    load(number + Pipeline::COUNT - 1);
+    if (number < 0) continue;
+    const Activations left_tile = y_tile(number % Pipeline::COUNT), right_tile = x_tile(number % Pipeline::COUNT);
+    const int valid = int(min(stop - start - int64_t(number) * Pipeline::COLUMNS, int64_t(Pipeline::COLUMNS)));
+    with_constant(x.inner, [&](auto inner) {
+      const auto centred = [&](int i, int j) {
+        const float value = to_float(right_tile.template at<inner.value>(i, j), x.bfloat) - shared.center[i];
+        return j < valid ? value : 0.f;
+      };
+#pragma unroll 1
+      for (int term = first_term; term < first_term + TERMS; term += Precision::K) {
+        const auto left = [&](int i, int j) {
+          return to_float(left_tile.template at<inner.value>(row + i, j), y.bfloat);
+        };
+        const auto right = [&](int i, int j) { return centred(row + i, j); };
+        cross.add(term, left, [&](int i, int j) { return centred(column + j, i); });
+        if (LAST == 0) {
+          y_sums.add(term, left);
+          x_sums.add(term, right);
+        } else if (column == 0) {
+          y_sums.add(term, left);
+        } else if (column == LAST) {
+          y_sums.add(term, right);
+        }
+      }
+    });
+  }
+  wait_for_copies<0>();
+  __syncthreads();
+
+  const Matrix<D> total{reinterpret_cast<float*>(shared.rest)};
+  gather<D, false>(cross, total);
+  gather_sums<Blocks::SPLITS>(y_sums, Blocks::share(), column == 0, shared.first + row);
+  gather_sums<Blocks::SPLITS>(LAST == 0 ? x_sums : y_sums, Blocks::share(), column == LAST, shared.second + row);
+  // From the center to the mean, which differ for half types.
+  for (int i = threadIdx.x; i < D; i += Blocks::THREADS) {
+    const float away = i < d ? shared.center[i] - mean[channel + i] : 0.f;
+    out.first()[i] = shared.first[i];
+    out.second()[i] = float(double(shared.second[i]) + double(stop - start) * away);
+    shared.center[i] = away;
+  }
+  __syncthreads();
+  for_entries<D, Blocks::COUNT>(
+      [&](int i, int j) { out.matrix()[i * D + j] = total(i, j) + shared.first[i] * shared.center[j]; });
+}
+
+// f(i, j, sum over `count` partial results of their matrices and of between(k, i, j)).
+template <int D, int THREADS, class Between, class F>
+__device__ __forceinline__ void merge_matrices(const float* partials, int count, Between between, F f) {
+#pragma unroll 1
+  for (int at = 4 * threadIdx.x; at < D * D; at += 4 * THREADS) {
+    const int i = at / D, j = at % D;
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 4
+    for (int k = 0; k < count; ++k) {
+      // .cg: what other blocks have written is in the second-level cache
+      const float4 m = __ldcg(reinterpret_cast<const float4*>(partials + k * Partial<D>::SIZE + 2 * D + at));
+      sum.x += m.x + between(k, i, j);
+      sum.y += m.y + between(k, i, j + 1);
+      sum.z += m.z + between(k, i, j + 2);
+      sum.w += m.w + between(k, i, j + 3);
+    }
+    f(i, j, sum.x);
+    f(i, j + 1, sum.y);
+    f(i, j + 2, sum.z);
+    f(i, j + 3, sum.w);
+  }
+}
+
+// Chan's formula: the mean of all to shared.exact, and f(i, j, sum (x - mean)(x - mean)^T). Partial result k has
+// `each` columns, the last one what is left of `columns`.
+template <int D, int THREADS, class F>
+__device__ __forceinline__ void merge_moments(const float* partials, int count, int64_t each, int64_t columns,
+                                              const Shared<D>& shared, F f) {
+  const auto columns_of = [&](int k) { return min(each, columns - k * each); };
+#pragma unroll 1
+  for (int c = threadIdx.x; c < D; c += THREADS) {
+    double sum = 0;
+    for (int k = 0; k < count; ++k) {
+      const float* mean = partials + k * Partial<D>::SIZE + c;
+      sum += (double(__ldcg(mean)) + double(__ldcg(mean + D))) * double(columns_of(k));
+    }
+    shared.exact[c] = sum / double(columns);
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int at = threadIdx.x; at < count * D; at += THREADS) {
+    const float* mean = partials + at / D * Partial<D>::SIZE + at % D;
+    shared.deviations[at] = float(double(__ldcg(mean)) - shared.exact[at % D] + double(__ldcg(mean + D)));
+  }
+  __syncthreads();
+  const auto between = [&](int k, int i, int j) {  // symmetric bit by bit
+    return float(columns_of(k)) * (shared.deviations[k * D + i] * shared.deviations[k * D + j]);
+  };
+  merge_matrices<D, THREADS>(partials, count, between, f);
+  __syncthreads();
+}
+
+// The sums of the vectors to shared.first and shared.second, and f(i, j, sum of the matrices).
+template <int D, int THREADS, class F>
+__device__ __forceinline__ void merge_cross(const float* partials, int count, const Shared<D>& shared, F f) {
+  for (int c = threadIdx.x; c < 2 * D; c += THREADS) {
+    double sum = 0;
+    for (int k = 0; k < count; ++k) sum += double(__ldcg(partials + k * Partial<D>::SIZE + c));
+    float* const to = c < D ? shared.first : shared.second;
+    to[c % D] = float(sum);
+  }
+  merge_matrices<D, THREADS>(partials, count, [](int, int, int) { return 0.f; }, f);
+  __syncthreads();
+}
+
+// The workspace of a reduction in global memory, for each group: its parts, the sets of parts, and a counter for each
+// set and one for the sets, which must be zero.
+struct Workspace {
+  float* partials;
+  unsigned* tickets;
+};
+
+// Where a block of a reduction is.
+template <int D>
+struct Place {
+  int64_t group;
+  int part, set, in_set;
+  float *parts, *sets;
+  unsigned *ticket, *last_ticket;
+
+  __device__ __forceinline__ Place(const Workspace& workspace, const Split& cut, const Merging& merging)
+      : group(blockIdx.x / cut.parts), part(int(blockIdx.x % cut.parts)), set(part / merging.fan) {
+    in_set = min(merging.fan, cut.parts - set * merging.fan);
+    parts = workspace.partials + group * (cut.parts + merging.sets) * Partial<D>::SIZE;
+    sets = parts + int64_t(cut.parts) * Partial<D>::SIZE;
+    ticket = workspace.tickets + group * (merging.sets + 1) + set;
+    last_ticket = workspace.tickets + group * (merging.sets + 1) + merging.sets;
+  }
+};
+
+// Moments of all columns of a group, in its last block, which alone goes on after it: the exact mean is in
+// shared.exact, and f(i, j, m cov) has been called for all entries.
+template <class T, int D, class F>
+__device__ __forceinline__ bool reduce_moments(const Columns& x, int d, const Split& cut, const Merging& merging,
+                                               const Workspace& workspace, const Shared<D>& shared, F f) {
+  constexpr int THREADS = Warps<D, true>::THREADS;
+  const Place<D> here(workspace, cut, merging);
+  const int64_t start = here.part * cut.chunk, stop = min(start + cut.chunk, x.total);
+  partial_moments<T, D>(x, here.group * d, d, start, stop, shared, {here.parts + here.part * Partial<D>::SIZE});
+  if (!comes_last(here.ticket, here.in_set, shared.slots)) return false;
+  if (merging.sets == 1) {
+    merge_moments<D, THREADS>(here.parts, cut.parts, cut.chunk, x.total, shared, f);
+    return true;
+  }
+  const int64_t each = merging.fan * cut.chunk, first = here.set * each;
+  const Partial<D> merged{here.sets + here.set * Partial<D>::SIZE};
+  merge_moments<D, THREADS>(here.parts + int64_t(here.set) * merging.fan * Partial<D>::SIZE, here.in_set, cut.chunk,
+                            min(each, x.total - first), shared,
+                            [&](int i, int j, float entry) { merged.matrix()[i * D + j] = entry; });
+  for (int c = threadIdx.x; c < D; c += THREADS) {
+    const float mean = float(shared.exact[c]);
+    merged.first()[c] = mean;
+    merged.second()[c] = float(shared.exact[c] - double(mean));
+  }
+  if (!comes_last(here.last_ticket, merging.sets, shared.slots)) return false;
+  merge_moments<D, THREADS>(here.sets, merging.sets, each, x.total, shared, f);
+  return true;
+}
+
+// The same for cross moments: sum y is in shared.first, sum (x - mean) in shared.second.
+template <class T, int D, class F>
+__device__ __forceinline__ bool reduce_cross(const Columns& y, const Columns& x, const float* mean, int d,
+                                             const Split& cut, const Merging& merging, const Workspace& workspace,
+                                             const Shared<D>& shared, F f) {
+  constexpr int THREADS = Warps<D, false>::THREADS;
+  const Place<D> here(workspace, cut, merging);
+  const int64_t start = here.part * cut.chunk, stop = min(start + cut.chunk, x.total);
+  partial_cross<T, D>(y, x, mean, here.group * d, d, start, stop, shared, {here.parts + here.part * Partial<D>::SIZE});
+  if (!comes_last(here.ticket, here.in_set, shared.slots)) return false;
+  if (merging.sets == 1) {
+    merge_cross<D, THREADS>(here.parts, cut.parts, shared, f);
+    return true;
+  }
+  const Partial<D> merged{here.sets + here.set * Partial<D>::SIZE};
+  merge_cross<D, THREADS>(here.parts + int64_t(here.set) * merging.fan * Partial<D>::SIZE, here.in_set, shared,
+                          [&](int i, int j, float entry) { merged.matrix()[i * D + j] = entry; });
+  for (int c = threadIdx.x; c < D; c += THREADS) {
+    merged.first()[c] = shared.first[c];
+    merged.second()[c] = shared.second[c];
+  }
+  if (!comes_last(here.last_ticket, merging.sets, shared.slots)) return false;
+  merge_cross<D, THREADS>(here.sets, merging.sets, shared, f);
+  return true;
+}
+
+// --- host: how a reduction is cut and what it needs
+// ---------------------------------------------------------------------
+
+// Calls f<T, D>() for data of `element` bytes and the padded group size.
+template <class F>
+void with_kernel(int element, int64_t d, F f) {
+  with_padded(d, [&](auto padded) {
+    constexpr int D = decltype(padded)::value;
+    element == 4 ? f.template operator()<float, D>() : f.template operator()<Half, D>();
+  });
+}
+
+struct Reduction {
+  Split cut;
+  Merging merging;
+  int64_t floats = 0, counters = 0;  // of the workspace
+
+  Reduction(const Device& device, const Columns& x, int64_t groups, int64_t d, int sources)
+      : cut{1, x.total}, merging(1) {
+    with_padded(d, [&](auto padded) {
+      constexpr int D = decltype(padded)::value;
+      const int tile = sources == 1 ? Stages<D, 1>::COLUMNS : Stages<D, 2>::COLUMNS;
+      cut = split(x.total, groups, tile, device.processors, MOST_MERGED * MOST_MERGED);
+      merging = Merging(cut.parts);
+      floats = groups * (cut.parts + merging.sets) * Partial<D>::SIZE;
+      counters = groups * (merging.sets + 1);
+    });
+  }
+};
+
+// The shared memory of a block that reduces, and after that needs matrices.
+inline Room reduction_room(const Device& device, int element, int64_t d, int sources, int matrices) {
+  Room room;
+  with_kernel(element, d, [&]<class T, int D>() {
+    const int64_t tiles = sources == 1 ? tile_bytes<T, D, 1>() : tile_bytes<T, D, 2>();
+    room = make_room<D>(device, matrices, Shared<D>::VECTORS, tiles);
+  });
+  return room;
+}
+
+}  // namespace nk

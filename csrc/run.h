@@ -1,0 +1,39 @@
+// One call of an op on its way to the GPU: the device, the stream, and every launch. Without a device, for a plan, the
+// launches are written down instead: what is shown is what is run.
+#pragma once
+
+#include "checks.h"
+#include "device.cuh"
+#include "plans.h"
+
+namespace nk {
+
+struct Run {
+  const char* op;
+  Device device;
+  cudaStream_t stream = nullptr;
+  std::vector<KernelPlan>* plan = nullptr;
+
+  // read, written: bytes of activations and matrices that the kernel needs, and gives.
+  struct Traffic {
+    int64_t read, written;
+  };
+
+  template <class... Parameters, class... Arguments>
+  void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+              Traffic traffic, const Arguments&... arguments) const {
+    if (plan != nullptr) {
+      plan->push_back({name, {blocks, 1, 1}, threads, shared_bytes, traffic.read, traffic.written});
+    } else {
+      nk::launch(op, kernel, Launch{dim3(unsigned(blocks)), unsigned(threads), size_t(shared_bytes), stream},
+                 arguments...);
+    }
+  }
+
+  // Zeroes counters on the stream.
+  void zero(unsigned* counters, int64_t count) const {
+    if (plan == nullptr) check_cuda(op, cudaMemsetAsync(counters, 0, size_t(count) * sizeof(unsigned), stream));
+  }
+};
+
+}  // namespace nk

@@ -1,0 +1,290 @@
+// spectral_filter: the circular filter of planes by a real spectrum, in shared memory from the load to the store.
+//
+// The real DFT as products (ops/spectral/DERIVATION.md): along each side a line is folded about its middle into a sum
+// and a difference, of which the one has cosines only and the other sines. So four blocks of a quarter of the plane are
+// multiplied by K x K matrices, K = (n + 1) / 2: cc, ss, cs and sc, cosines or sines of rows, then of columns.
+// In float32 without tensor cores: their tiles of 16 would double the work at the sizes that are normal here (34: K is
+// 17), and nothing is rounded twice. Rejected: an FFT, whose radices would be 17 and 29 here.
+#include "launches.h"
+#include "tensors.h"
+
+namespace nk {
+
+constexpr int SPECTRAL_THREADS = 256, SPECTRAL_BYTES = 80 * 1024;
+constexpr int MICRO = 4;  // entries of a thread's tile of a product, along each side
+
+// Blocks 0..3 are cc, ss, cs, sc.
+__host__ __device__ __forceinline__ bool row_sine(int block) {
+  return block == 1 || block == 3;
+}
+__host__ __device__ __forceinline__ bool column_sine(int block) {
+  return block == 1 || block == 2;
+}
+
+// One side of a plane: n positions, of which `half` are left after folding, and as many frequencies; `size` is padded.
+struct Side {
+  int n, half, size;
+
+  __host__ __device__ __forceinline__ explicit Side(int n)
+      : n(n), half((n + 1) / 2), size((half + MICRO - 1) / MICRO * MICRO) {}
+};
+
+// A block's shared memory, in floats: waves of both sides, twice the planes' blocks, cosines that waves are made of.
+struct SpectralLayout {
+  Side h, w;
+  int planes, block;  // planes at a time; floats of one of their four blocks
+
+  __host__ __device__ __forceinline__ SpectralLayout(int H, int W, int planes)
+      : h(H), w(W), planes(planes), block(h.size * w.size) {}
+  __host__ __device__ __forceinline__ int buffer() const { return planes * 4 * block; }
+  __host__ __device__ __forceinline__ int h_waves() const { return 2 * buffer(); }
+  __host__ __device__ __forceinline__ int w_waves() const { return h_waves() + 4 * h.size * h.size; }
+  __host__ __device__ __forceinline__ int floats() const { return w_waves() + 4 * w.size * w.size; }
+};
+
+// The frequency whose cosine, or sine, is in a slot. The sine of frequency 0 is no wave: its slot has that of n / 2.
+__device__ __forceinline__ int frequency(int slot, bool sine, int n) {
+  return sine && slot == 0 ? n / 2 : slot;
+}
+
+// Waves of a side, in rows of `size`: cosines (frequency, position), sines, and both transposed. Zero beyond half.
+__device__ __forceinline__ void make_waves(float* waves, const Side& side) {
+  const int n = side.n, size = side.size;
+  for (int at = threadIdx.x; at < 2 * size * size; at += SPECTRAL_THREADS) {
+    const bool sine = at >= size * size;
+    const int slot = at % (size * size) / size, position = at % size;
+    float wave = 0;
+    if (slot < side.half && position < side.half && !(sine && slot == 0 && n % 2 == 1)) {
+      // The remainder, of integers, keeps the argument small.
+      const double angle = double(frequency(slot, sine, n) * (2 * position + 1) % (2 * n)) / n;
+      wave = float((sine ? sinpi(angle) : cospi(angle)) * sqrt((slot == 0 ? 1. : 2.) / n));
+    }
+    waves[at] = wave;
+    waves[(2 + sine) * size * size + position * size + slot] = wave;
+  }
+}
+
+// For every plane and block: out = in^T waves over `terms` rows of both, m x n entries; transposed, out is n x m. The
+// waves (terms, m) are cosines or, `size` squared behind them, sines.
+template <bool TRANSPOSED, class Sine>
+__device__ __forceinline__ void transform(const float* in, float* out, const float* waves, int terms, int m, int n,
+                                          int planes, Sine sine) {
+  const int across = n / MICRO, tiles = m / MICRO * across;
+  for (int at = threadIdx.x; at < planes * 4 * tiles; at += SPECTRAL_THREADS) {
+    const int block = at / tiles, i = at % tiles / across * MICRO, j = at % across * MICRO;
+    const float* a = waves + (sine(block % 4) ? m * m : 0) + i;
+    const float* b = in + block * m * n + j;
+    float sum[MICRO][MICRO] = {};
+#pragma unroll 2
+    for (int k = 0; k < terms; ++k, a += m, b += n) {
+      const float4 left = *reinterpret_cast<const float4*>(a), right = *reinterpret_cast<const float4*>(b);
+      const float of_left[MICRO] = {left.x, left.y, left.z, left.w};
+      const float of_right[MICRO] = {right.x, right.y, right.z, right.w};
+#pragma unroll
+      for (int p = 0; p < MICRO; ++p) {
+#pragma unroll
+        for (int q = 0; q < MICRO; ++q) sum[p][q] += of_left[p] * of_right[q];
+      }
+    }
+    float* const to = out + block * m * n;
+#pragma unroll
+    for (int p = 0; p < MICRO; ++p) {
+      *reinterpret_cast<float4*>(TRANSPOSED ? to + (j + p) * m + i : to + (i + p) * n + j) =
+          TRANSPOSED ? make_float4(sum[0][p], sum[1][p], sum[2][p], sum[3][p])
+                     : make_float4(sum[p][0], sum[p][1], sum[p][2], sum[p][3]);
+    }
+  }
+}
+
+// f(plane, row, column) over a quarter of the planes, in the order in which they are in memory.
+template <class F>
+__device__ __forceinline__ void for_quarter(bool inner, int planes, int rows, int columns, F f) {
+  for (int at = threadIdx.x; at < planes * rows * columns; at += SPECTRAL_THREADS) {
+    if (inner) {
+      f(at % planes, at / planes / columns, at / planes % columns);
+    } else {
+      f(at / columns / rows, at / columns % rows, at % columns);
+    }
+  }
+}
+
+// y = the planes z filtered. The coefficients of a channel are A of each block, then B: (C, 5, w.size, h.size).
+template <class T>
+__global__ __launch_bounds__(SPECTRAL_THREADS) void filter_kernel(Planes z, Planes y, const float* coefficients, int H,
+                                                                  int W, int channels, int64_t total, int at_once) {
+  const SpectralLayout layout(H, W, at_once);
+  const Side h = layout.h, w = layout.w;
+  float* const first = reinterpret_cast<float*>(shared_memory());
+  float* const second = first + layout.buffer();
+  float *const h_waves = first + layout.h_waves(), *const w_waves = first + layout.w_waves();
+  const int h_square = h.size * h.size, w_square = w.size * w.size, block = layout.block;
+  make_waves(h_waves, h);
+  make_waves(w_waves, w);
+
+  for (int64_t start = int64_t(blockIdx.x) * at_once; start < total; start += int64_t(gridDim.x) * at_once) {
+    const int planes = int(min(int64_t(at_once), total - start));
+    __syncthreads();  // the waves are there, and the planes before have left
+    for_quarter(z.inner, planes, h.size, w.size, [&](int plane, int row, int column) {
+      float* const to = first + plane * 4 * block + row * w.size + column;
+      float a = 0, b = 0, c = 0, d = 0;
+      if (row < h.half && column < w.half) {
+        const int64_t from = z.plane(start + plane, channels);
+        const int down = H - 1 - row, right = W - 1 - column;
+        a = z.template load<T>(from, row, column);  // what is its own mirror image counts once
+        if (right != column) b = z.template load<T>(from, row, right);
+        if (down != row) c = z.template load<T>(from, down, column);
+        if (down != row && right != column) d = z.template load<T>(from, down, right);
+      }
+      to[0] = (a + b) + (c + d);
+      to[block] = (a - b) - (c - d);
+      to[2 * block] = (a - b) + (c - d);
+      to[3 * block] = (a + b) - (c + d);
+    });
+    __syncthreads();
+    transform<true>(first, second, h_waves + 2 * h_square, h.half, h.size, w.size, planes, row_sine);
+    __syncthreads();
+    transform<false>(second, first, w_waves + 2 * w_square, w.half, w.size, h.size, planes, column_sine);
+    __syncthreads();
+    for (int at = threadIdx.x; at < planes * block; at += SPECTRAL_THREADS) {
+      const int plane = at / block, here = at % block;
+      const float* const A = coefficients + (start + plane) % channels * 5 * block + here;
+      float* const blocks = first + plane * 4 * block + here;
+      const float cc = blocks[0], ss = blocks[block], cs = blocks[2 * block], sc = blocks[3 * block], B = A[4 * block];
+      blocks[0] = A[0] * cc + B * ss;
+      blocks[block] = A[block] * ss + B * cc;
+      blocks[2 * block] = A[2 * block] * cs - B * sc;
+      blocks[3 * block] = A[3 * block] * sc - B * cs;
+    }
+    __syncthreads();
+    transform<true>(first, second, w_waves, w.half, w.size, h.size, planes, column_sine);
+    __syncthreads();
+    transform<false>(second, first, h_waves, h.half, h.size, w.size, planes, row_sine);
+    __syncthreads();
+    for_quarter(y.inner, planes, h.half, w.half, [&](int plane, int row, int column) {
+      const float* const blocks = first + plane * 4 * block + row * w.size + column;
+      const float cc = blocks[0], ss = blocks[block], cs = blocks[2 * block], sc = blocks[3 * block];
+      const int64_t to = y.plane(start + plane, channels);
+      const int down = H - 1 - row, right = W - 1 - column;
+      y.template store<T>(to, row, column, (cc + ss) + (cs + sc));
+      if (right != column) y.template store<T>(to, row, right, (cc - ss) - (cs - sc));
+      if (down != row) y.template store<T>(to, down, column, (cc - ss) + (cs - sc));
+      if (down != row && right != column) y.template store<T>(to, down, right, (cc + ss) - (cs + sc));
+    });
+  }
+}
+
+// A and B of each frequency, from the mean of v(f) and v(-f). B is zero where a frequency lacks its cosine or its sine.
+__global__ __launch_bounds__(SPECTRAL_THREADS) void coefficients_kernel(const float* v, int64_t channel_stride,
+                                                                        int64_t row_stride, int64_t column_stride,
+                                                                        int H, int W, float* out) {
+  const Side h(H), w(W);
+  const int block = h.size * w.size;
+  v += blockIdx.x * channel_stride;
+  out += int64_t(blockIdx.x) * 5 * block;
+  for (int at = threadIdx.x; at < block; at += SPECTRAL_THREADS) {
+    const int column = at / h.size, row = at % h.size;
+    const bool real = row < h.half && column < w.half;
+    for (int kind = 0; kind < 4; ++kind) {
+      const int f = frequency(row, row_sine(kind), H), g = frequency(column, column_sine(kind), W);
+      const int64_t up = f * row_stride, down = (f == 0 ? 0 : H - f) * row_stride;
+      const int64_t left = g * column_stride, right = (g == 0 ? 0 : W - g) * column_stride;
+      const float same = real ? v[up + left] + v[down + right] : 0.f,
+                  opposite = real ? v[up + right] + v[down + left] : 0.f;
+      out[kind * block + at] = .25f * (same + opposite);
+      if (kind == 0) out[4 * block + at] = row > 0 && column > 0 ? .25f * (opposite - same) : 0.f;
+    }
+  }
+}
+
+// Planes at a time: as many as fit and keep the threads of a block busy.
+static int planes_at_once(const Device& device, int H, int W) {
+  int best = 1;
+  double best_use = 0;
+  for (int planes = 1; planes <= 16; ++planes) {
+    const SpectralLayout layout(H, W, planes);
+    const int64_t bytes = layout.floats() * int64_t(sizeof(float));
+    if (planes > 1 && bytes > std::min(device.shared_bytes, SPECTRAL_BYTES)) break;
+    const int tiles = planes * 4 * layout.block / (MICRO * MICRO);
+    const int rounds = (tiles + SPECTRAL_THREADS - 1) / SPECTRAL_THREADS;
+    const double use = double(tiles) / (rounds * SPECTRAL_THREADS);
+    if (use > best_use) best = planes, best_use = use;
+  }
+  return best;
+}
+
+int64_t coefficient_floats(int64_t H, int64_t W, int64_t channels) {
+  return 5 * SpectralLayout(int(H), int(W), 1).block * channels;
+}
+
+void launch_filter(const Run& run, const Planes& z, const Planes& y, int element, const float* v,
+                   const std::array<int64_t, 3>& v_strides, int64_t H, int64_t W, int64_t samples, int64_t channels,
+                   float* coefficients) {
+  const int64_t filter_bytes = channels * H * W * 4;
+  run.launch("spectral_coefficients", coefficients_kernel, channels, SPECTRAL_THREADS, 0,
+             {filter_bytes, coefficient_floats(H, W, channels) * 4}, v, v_strides[0], v_strides[1], v_strides[2],
+             int(H), int(W), coefficients);
+  const int at_once = planes_at_once(run.device, int(H), int(W));
+  const int64_t total = samples * channels, batches = (total + at_once - 1) / at_once;
+  const int64_t bytes = SpectralLayout(int(H), int(W), at_once).floats() * int64_t(sizeof(float));
+  const int64_t resident = std::max<int64_t>(run.device.shared_bytes / bytes, 1) * run.device.processors;
+  const auto size = [&](const Planes& planes) { return total * planes.rows.count * planes.columns.count * element; };
+  run.launch("spectral_filter", element == 4 ? filter_kernel<float> : filter_kernel<Half>, std::min(batches, resident),
+             SPECTRAL_THREADS, bytes, {size(z) + coefficient_floats(H, W, channels) * 4, size(y)}, z, y, coefficients,
+             int(H), int(W), int(channels), total, at_once);
+}
+
+// --- op
+// ------------------------------------------------------------------------------------------------------------------
+
+static Planes planes_of(const Tensor& t, const Window& rows, const Window& columns) {
+  return {static_cast<unsigned char*>(t.data_ptr()),
+          t.stride(0),
+          t.stride(1),
+          t.stride(2),
+          t.stride(3),
+          rows,
+          columns,
+          channels_innermost(t),
+          t.scalar_type() == ScalarType::BFloat16};
+}
+
+static void check_window(const char* name, const Window& window, int64_t n) {
+  STD_TORCH_CHECK(window.start >= 0 && window.step >= 1 && window.count >= 0 &&
+                      (window.count == 0 || window.start + int64_t(window.step) * (window.count - 1) < n),
+                  "spectral_filter: ", name, ": expected start, step and count within 0:", n, ", got ", window.start,
+                  ", ", window.step, ", ", window.count);
+}
+
+Tensor spectral_filter(const Tensor& z, const Tensor& v, const std::vector<int64_t>& source,
+                       const std::vector<int64_t>& target) {
+  const char* op = "spectral_filter";
+  STD_TORCH_CHECK(z.dim() == 4, op, ": z: expected shape (N, C, h, w), got ", text(shape_of(z)));
+  STD_TORCH_CHECK(v.dim() == 3, op, ": v: expected shape (C, H, W), got ", text(shape_of(v)));
+  STD_TORCH_CHECK(source.size() == 4, op, ": source: expected 4 numbers, got ", source.size());
+  STD_TORCH_CHECK(target.size() == 6, op, ": target: expected 6 numbers, got ", target.size());
+  const int64_t H = v.size(1), W = v.size(2);
+  auto reason = not_served(op, z, 0, {H, W});
+  if (!reason && (v.numel() == 0 || target[2] == 0 || target[5] == 0)) reason = "";
+  if (reason) return std::get<0>(next<Tensor>(op, *reason, z, v, source, target));
+  check_like(op, "v", v, {z.size(1), H, W}, ScalarType::Float, z);
+  const auto window = [](int64_t start, int64_t step, int64_t count) {
+    const auto small = [](int64_t value) { return int(std::clamp<int64_t>(value, INT32_MIN, INT32_MAX)); };
+    return Window{small(start), small(step), small(count)};
+  };
+  const Window z_rows = window(source[0], source[1], z.size(2)), z_columns = window(source[2], source[3], z.size(3));
+  const Window y_rows = window(target[0], target[1], target[2]), y_columns = window(target[3], target[4], target[5]);
+  check_window("source", z_rows, H), check_window("source", z_columns, W);
+  check_window("target", y_rows, H), check_window("target", y_columns, W);
+  const OnDevice on(op, z);
+  Tensor y = empty_output(z, {target[2], target[5]});
+  const Tensor coefficients = empty({coefficient_floats(H, W, z.size(1))}, ScalarType::Float, z);
+  launch_filter(on.run, planes_of(z, z_rows, z_columns), planes_of(y, y_rows, y_columns), int(z.element_size()),
+                floats(v), {v.stride(0), v.stride(1), v.stride(2)}, H, W, z.size(0), z.size(1), floats(coefficients));
+  return y;
+}
+
+}  // namespace nk
+
+NORMKERNELS_IMPL(library) {
+  library.impl("spectral_filter", TORCH_BOX(&nk::spectral_filter));
+}

@@ -1,0 +1,263 @@
+// Tensors as kernels take them, and the way back to Python for calls that the kernels do not serve. Host code, against
+// LibTorch's stable ABI only: one build survives an upgrade of torch.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "reduce.cuh"
+#include "run.h"
+
+// Where the kernels are registered; the host runtime of tests/simt takes another place.
+#ifndef NORMKERNELS_NAMESPACE
+#define NORMKERNELS_NAMESPACE normkernels
+#define NORMKERNELS_KEY CUDA
+#endif
+#define NORMKERNELS_IMPL(library) NORMKERNELS_IMPL_(NORMKERNELS_NAMESPACE, NORMKERNELS_KEY, library)
+#define NORMKERNELS_IMPL_(space, key, library) STABLE_TORCH_LIBRARY_IMPL(space, key, library)
+
+namespace nk {
+
+// A string argument. Not std::string: torch 2.11 to 2.13 leak one at each conversion.
+struct Text {
+  std::string value;
+};
+
+}  // namespace nk
+
+HIDDEN_NAMESPACE_BEGIN(torch, stable, detail)
+template <>
+struct ToImpl<nk::Text> {
+  static nk::Text call(StableIValue value, [[maybe_unused]] uint64_t version, [[maybe_unused]] bool internal) {
+    auto handle = to<StringHandle>(value);
+    const char* data;
+    size_t length;
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    nk::Text text{{data, length}};
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};
+template <>
+struct FromImpl<nk::Text> {
+  static StableIValue call(const nk::Text& text, [[maybe_unused]] uint64_t version, [[maybe_unused]] bool internal) {
+    return from(text.value);
+  }
+};
+HIDDEN_NAMESPACE_END(torch, stable, detail)
+
+namespace nk {
+
+// The next backend's results: normkernels_next::op warns with the reason, unless that is empty, and calls it.
+template <class... Results, class... Arguments>
+std::tuple<Results...> next(const char* op, const std::string& reason, const Arguments&... arguments) {
+  namespace stable = torch::stable::detail;
+  constexpr size_t size = sizeof...(Arguments) + 1 > sizeof...(Results) ? sizeof...(Arguments) + 1 : sizeof...(Results);
+  std::array<StableIValue, size> stack{stable::from(arguments)..., stable::from(reason)};
+  const std::string name = std::string("normkernels_next::") + op;
+  if (torch_call_dispatcher(name.c_str(), "", stack.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
+    throw std::runtime_error(take_error(op));  // the stable ABI drops what was raised; Python has left its text
+  }
+  return [&]<size_t... i>(std::index_sequence<i...>) {
+    return std::tuple<Results...>(stable::to<Results>(stack[i])...);
+  }(std::index_sequence_for<Results...>{});
+}
+
+inline const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
+// The current stream of x's device, which is made the current device meanwhile.
+struct OnDevice {
+#ifdef NORMKERNELS_SIMT
+  Run run;
+  OnDevice(const char* op, const Tensor&) : run{op, device_of(0)} {}
+#else
+  torch::stable::accelerator::DeviceGuard guard;
+  Run run;
+  OnDevice(const char* op, const Tensor& x) : guard(x.get_device_index()), run{op, device_of(x.get_device_index())} {
+    void* stream;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    run.stream = static_cast<cudaStream_t>(stream);
+  }
+#endif
+};
+
+// Why a call on data like x is left to the next backend ("": without a word), or nothing.
+inline std::optional<std::string> not_served(const char* op, const Tensor& x, int64_t group_size,
+                                             const std::vector<int64_t>& plane = {}) {
+  if (x.numel() == 0) return "";
+  const std::string reason =
+      refusal(op, name_of(x.scalar_type()), group_size, plane, device_of(x.get_device_index()).architecture);
+  return reason.empty() ? std::nullopt : std::optional<std::string>(reason);
+}
+
+inline Tensor empty(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType type,
+                    const Tensor& like) {
+  AtenTensorHandle handle;
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), code,
+                                                  device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type, const Tensor& like) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  return empty(shape, strides, type, like);
+}
+
+inline bool channels_innermost(const Tensor& x) {
+  return x.dim() > 2 && x.size(1) > 1 && x.stride(1) == 1;
+}
+
+// Uninitialized, of x's type, with its channels innermost or its positions.
+inline Tensor empty_output(const Tensor& x, const std::vector<int64_t>& spatial, bool inner) {
+  std::vector<int64_t> shape{x.size(0), x.size(1)};
+  shape.insert(shape.end(), spatial.begin(), spatial.end());
+  std::vector<int64_t> strides(shape.size());
+  int64_t step = 1;
+  const auto place = [&](size_t dim) { strides[dim] = step, step *= std::max<int64_t>(shape[dim], 1); };
+  if (inner) place(1);
+  for (size_t dim = shape.size(); dim-- > 2;) place(dim);
+  if (!inner) place(1);
+  place(0);
+  return empty(shape, strides, x.scalar_type(), x);
+}
+
+// Like ops/_tiles.py's: x's shape but for the spatial dimensions, the channels innermost if x's are.
+inline Tensor empty_output(const Tensor& x, const std::vector<int64_t>& spatial) {
+  return empty_output(x, spatial, channels_innermost(x));
+}
+
+inline std::vector<int64_t> spatial_of(const Tensor& x) {
+  return {x.sizes().begin() + 2, x.sizes().end()};
+}
+
+inline Tensor empty_output(const Tensor& x) {
+  return empty_output(x, spatial_of(x));
+}
+
+inline Tensor packed(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline float* floats(const Tensor& t) {
+  return static_cast<float*>(t.data_ptr());
+}
+
+inline Parameter parameter(const char* op, const char* name, const std::optional<Tensor>& value, const Tensor& x) {
+  if (!value) return {};
+  const auto type = value->scalar_type();
+  check_like(op, name, *value, {x.size(1)}, type == x.scalar_type() ? type : ScalarType::Float, x);
+  return {value->data_ptr(), type != ScalarType::Float, type == ScalarType::BFloat16};
+}
+
+inline std::optional<Tensor> packed(const std::optional<Tensor>& t) {
+  return t ? std::optional(packed(*t)) : t;
+}
+
+// x whose spatial dimensions collapse into one; of a single position, whose channels are next to each other. A copy
+// only where that is not so.
+inline Tensor collapsible(const Tensor& x) {
+  if (x.numel() == x.size(0) * x.size(1) && x.size(1) > 1 && x.stride(1) != 1) return packed(x);
+  int64_t expected = -1;
+  for (int64_t dim = x.dim() - 1; dim >= 2; --dim) {
+    if (x.size(dim) == 1) continue;
+    if (expected >= 0 && x.stride(dim) != expected) return packed(x);
+    expected = x.stride(dim) * x.size(dim);
+  }
+  return x;
+}
+
+// A collapsible x as columns; d is the size of its groups of channels.
+inline Columns columns_of(const Tensor& x, int64_t d) {
+  Columns seen;
+  const int64_t samples = x.size(0), channels = x.size(1), bytes = int64_t(x.element_size());
+  seen.data = static_cast<unsigned char*>(x.data_ptr());
+  seen.total = channels ? x.numel() / channels : 0;
+  seen.positions = samples ? seen.total / samples : 1;
+  seen.sample_stride = x.stride(0);
+  seen.channel_stride = x.stride(1);
+  for (int64_t dim = x.dim() - 1; dim >= 2 && seen.position_stride == 0; --dim) {
+    if (x.size(dim) != 1) seen.position_stride = x.stride(dim);
+  }
+  if (seen.positions == 1) {  // the samples are the positions
+    seen.position_stride = seen.sample_stride;
+    seen.positions = samples;
+  }
+  if (samples == 1 || seen.sample_stride == seen.positions * seen.position_stride) seen.positions = seen.total;
+  seen.bfloat = x.scalar_type() == ScalarType::BFloat16;
+  seen.inner = channels > 1 && seen.channel_stride == 1 && (seen.position_stride != 1 || seen.total == samples);
+
+  // The widest access that every start is a multiple of.
+  const bool one = seen.positions == seen.total;
+  const int64_t along = seen.inner ? d : seen.positions,
+                across = seen.inner ? seen.position_stride : seen.channel_stride;
+  const bool contiguous = seen.inner || seen.position_stride == 1;
+  seen.width = int(bytes);
+  for (int width = 16; width > bytes && contiguous; width /= 2) {
+    const auto fits = [&](int64_t elements) { return elements * bytes % width == 0; };
+    if (reinterpret_cast<uintptr_t>(seen.data) % width == 0 && fits(along) && fits(across) &&
+        (one || fits(seen.sample_stride))) {
+      seen.width = width;
+      break;
+    }
+  }
+  return seen;
+}
+
+// y in x's layout, as far as the reductions care: what is next to each other in memory.
+inline Tensor in_layout_of(const Tensor& x, const Tensor& y, int64_t d) {
+  const bool inner = columns_of(x, d).inner;
+  const Tensor same = collapsible(y);
+  if (columns_of(same, d).inner == inner) return same;
+  Tensor copy = empty_output(x, spatial_of(x), inner);
+  torch::stable::copy_(copy, y);
+  return copy;
+}
+
+// Memory for a reduction's partial results and counters.
+struct Memory {
+  Tensor partials, counters;
+  Workspace workspace;
+
+  Memory(const Reduction& how, const Tensor& x)
+      : partials(empty({how.floats}, ScalarType::Float, x)),
+        counters(empty({how.counters}, ScalarType::Int, x)),
+        workspace{floats(partials), static_cast<unsigned*>(counters.data_ptr())} {}
+};
+
+inline Newton newton_of(int64_t d, int64_t iterations, const std::string& scaling, double eps) {
+  return {int(d), int(std::min<int64_t>(iterations, INT32_MAX)), scaling == "frobenius", float(eps)};
+}
+
+// The matrices of the groups that shared memory has no room for.
+inline Tensor scratch_for(const Room& room, const Tensor& x, int64_t groups) {
+  return empty({groups * room.outside}, ScalarType::Float, x);
+}
+
+}  // namespace nk
