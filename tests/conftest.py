@@ -6,10 +6,13 @@ import os
 import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+
+from tests import backends
 
 # Triton's kernels are tested everywhere: without a GPU its interpreter runs them. Triton reads this on import.
 if not torch.cuda.is_available():
@@ -45,20 +48,48 @@ if INTERPRETED:
 def cannot_run(item: pytest.Item) -> bool:
     """Tests marked gpu where there is no CUDA device, and Triton kernels where there is a device but no interpreter.
 
-    And float64 for the kernels: they do not serve it, and a test of the fallback has nothing to add.
+    And float64 for the kernels: they do not serve it, and a test of the fallback has nothing to add. With --simt, what
+    runs on the SIMT runtime and nothing else; without, everything else.
     """
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     backend = str(parameters.get("backend", ""))
     return (
         (item.get_closest_marker("gpu") is not None and not torch.cuda.is_available())
         or (backend == "triton" and (not INTERPRETED or item.get_closest_marker("large") is not None))
-        or (backend.startswith("triton") and torch.float64 in parameters.values())
-        or (backend == "triton-cuda" and item.get_closest_marker("on_cpu") is not None)
+        or (backend.startswith(("triton", "simt", "cuda")) and torch.float64 in parameters.values())
+        or (backend.endswith("-cuda") and item.get_closest_marker("on_cpu") is not None)
+        or (item.get_closest_marker("simt") is not None) != (item.config.getoption("--simt") != "off")
     )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", default="1/1", help="k/n: only every n-th test, from the k-th on")
+    parser.addoption(
+        "--simt",
+        nargs="?",
+        const="plain",
+        default="off",
+        choices=["off", "plain", "sanitized"],
+        help="only the CUDA kernels, compiled for the CPU (see tests/simt), with or without sanitizers",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With --simt: sanitizers in the process, and the kernels built, once for all workers."""
+    from tests.simt import build
+
+    mode = config.getoption("--simt")
+    if mode == "off" or build.missing() or hasattr(config, "workerinput"):
+        return
+    if mode == "sanitized" and not build.sanitizing():
+        # AddressSanitizer must be there when the process starts: begin again, with the output where it was.
+        config.pluginmanager.getplugin("capturemanager").stop_global_capturing()
+        command = [sys.executable, "-m", "pytest", *map(str, config.invocation_params.args)]
+        os.execve(sys.executable, command, build.sanitized_environment())
+    try:
+        os.environ["NORMKERNELS_SIMT_LIBRARY"] = str(build.build(sanitize=mode == "sanitized"))
+    except build.BuildError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -73,13 +104,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
-@pytest.fixture(params=["eager", "triton", pytest.param("triton-cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=backends.ALL)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Runs a test once for every backend, on a CPU (the kernels in Triton's interpreter) and on a GPU."""
+    """Runs a test once for every backend, on a CPU (Triton's kernels interpreted, CUDA's as C++) and on a GPU."""
     from normkernels import use_backend
+    from normkernels.ops import _library
     from tests.oracles import run
+    from tests.simt import build
 
     name, _, device = request.param.partition("-")
+    if name == "simt":
+        if reason := build.missing():
+            pytest.skip(reason)
+        build.install(Path(os.environ["NORMKERNELS_SIMT_LIBRARY"]))
+        name = "cuda"
+    if request.param == "cuda-cuda" and not _library.availability(name)[0]:
+        pytest.skip(_library.availability(name)[1])
     monkeypatch.setattr(run, "device", torch.device(device, 0) if device else torch.device("cpu"))
     with use_backend(name):
         yield name
