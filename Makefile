@@ -11,7 +11,7 @@ STAMP := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test lint types demo kernels bench gpu-check gpu-sanitize gpu-tune clean distclean
+.PHONY: help venv test lint types demo kernels check-simt check-cuda check-abi bench gpu-check gpu-sanitize gpu-tune clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,7 @@ test: $(STAMP) ## run the tests
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.c* csrc/*.h tests/simt/*.c* tests/simt/*.h)
 	$(BIN)/mypy
 
 types: $(STAMP) ## check types
@@ -45,6 +46,28 @@ demo: $(STAMP) ## train on real digits with each layer, measure Table A1, write 
 
 kernels: $(STAMP) ## compile every Triton kernel for four GPU architectures and check what it takes of them
 	TRITON_INTERPRET=0 $(BIN)/python -m bench.kernel_resources --check $(ARGS)
+
+# The sanitized run, of every fourth test, lets the threads run the other way round; mutations are tested in the first.
+SIMT := $(BIN)/python -m pytest -n 2 --maxschedchunk 1 --benchmark-disable tests/simt tests/ops
+check-simt: $(STAMP) ## run the CUDA kernels on the CPU, also under sanitizers, and see that mistakes in them are caught
+	$(BIN)/python -m tests.simt.build
+	OMP_NUM_THREADS=1 $(SIMT) --simt=plain $(ARGS)
+	OMP_NUM_THREADS=1 NORMKERNELS_SIMT_THREADS=descending NORMKERNELS_SIMT_BLOCKS=descending \
+		$(SIMT) --simt=sanitized --part 1/4 --ignore tests/simt/test_mutations.py $(ARGS)
+
+check-cuda: .venv-cuda/.complete ## compile the CUDA extension for three GPU architectures, list what it takes, test it
+	.venv-cuda/bin/python -m bench.check_cuda $(ARGS)
+
+check-abi: ## compile the CUDA extension with torch 2.11 and load it in the newest torch
+	$(PYTHON) -m bench.check_abi $(ARGS)
+
+# Five gigabytes: only where there is a compiler to use them. The package is not installed there, but found in build/.
+.venv-cuda/.complete: requirements-cuda.txt
+	@$(PYTHON) -c 'import runpy, sys; runpy.run_path("normkernels/_build.py")["find_nvcc"]() or sys.exit("make: expected nvcc (in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda), found none")'
+	@rm -f $@
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --disable-pip-version-check -r requirements-cuda.txt
+	@touch $@
 
 bench: $(STAMP) ## run the benchmarks (ARGS=--quick for a short run)
 	$(BIN)/python -m bench $(ARGS)
@@ -63,8 +86,8 @@ gpu-tune: ## find the fastest Triton configurations on this GPU, written to OUT=
 
 clean: ## remove build products and caches
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -f normkernels/_build_record.json normkernels/_C.*
+	rm -f normkernels/_build_record.json normkernels/_C*.so
 	find normkernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## clean, and remove .venv too
-	rm -rf $(VENV)
+distclean: clean ## clean, and remove the virtual environments too
+	rm -rf $(VENV) .venv-cuda .venv-abi

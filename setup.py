@@ -49,43 +49,48 @@ def source_files(configuration: dict[str, Any], suffix: str = "") -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in found if path.name.endswith(suffix))
 
 
-def prepare_environment(tools: Any, configuration: dict[str, Any]) -> None:
+def prepare_environment(tools: Any) -> None:
     """Defaults for what torch's build helper reads from the environment; the user's own settings win."""
-    import torch
-
     # Before torch.utils.cpp_extension is imported, which looks for the toolkit only once.
     os.environ.setdefault("CUDA_HOME", tools.nvcc.home)
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(tools.ninja).parent)])
-    if not torch.cuda.is_available():
-        # With no list and no GPU to ask, torch's helper dies with an IndexError.
-        architectures = _build.default_architectures(configuration["architectures"], tools.nvcc.version)
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures)
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not POSIX
-        memory = _build.BYTES_PER_JOB
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     os.environ.setdefault("MAX_JOBS", str(_build.default_jobs(cores, memory)))
 
 
-def cuda_extension(configuration: dict[str, Any]) -> Extension:
-    """The extension module normkernels._C. No -std here: torch's helper adds what its headers need."""
+def cuda_extension(configuration: dict[str, Any], tools: Any) -> Extension:
+    """The extension module normkernels._C.
+
+    Not torch's CUDAExtension: that links torch's C++ libraries, whose symbols change from release to release, and its
+    headers' warnings would be ours.
+    """
     import pybind11
-    from torch.utils.cpp_extension import CUDAExtension
+    from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
     defines = [f"-D{define}" for define in configuration["defines"]]
-    extension: Extension = CUDAExtension(
+    headers = (pybind11.get_include(), *include_paths())  # in this order: torch's folders have a pybind11 of their own
+    # Left to torch's helper, whose choice follows its headers; below 2.13 that is the C++17 of these, not ours.
+    standard = ["-std=c++20"] if _build.parse_version(tools.torch) < (2, 13) else []
+    shared = defines + standard
+    return Extension(
         "normkernels._C",
         source_files(configuration),
-        include_dirs=[pybind11.get_include()],  # before torch's folders, which have a copy of their own
+        include_dirs=[tools.cudart.include],
+        library_dirs=[TORCH_LIB_PATH, tools.cudart.folder],
+        libraries=["torch_cpu", "torch_cuda", tools.cudart.library],
         depends=sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob("**/*.*h")),
+        language="c++",
         extra_compile_args={
-            "cxx": defines + configuration["cxx_flags"],
-            "nvcc": defines + configuration["nvcc_flags"],
+            "cxx": [*shared, *configuration["cxx_flags"], *(f"-isystem{folder}" for folder in headers)],
+            "nvcc": [
+                *shared,
+                *configuration["nvcc_flags"],
+                *(f"-isystem={folder}" for folder in headers),
+                *_build.architecture_flags(tools.codes),
+            ],
         },
     )
-    return extension
 
 
 def build_ext_command(mode: str, record: dict[str, Any]) -> type[Command]:
@@ -128,7 +133,7 @@ def commands(record: dict[str, Any]) -> dict[str, type[Command]]:
             built = Path(self.build_lib) / "normkernels" / _build.RECORD_NAME
             path = ROOT / "normkernels" / _build.RECORD_NAME if self.editable_mode else built
             if self.editable_mode and not record["built"]:
-                for stale in path.parent.glob("_C.*"):  # of an earlier build in place: it would be imported
+                for stale in path.parent.glob("_C*.so"):  # of an earlier build in place: it would be imported
                     stale.unlink()
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -158,12 +163,12 @@ def commands(record: dict[str, Any]) -> dict[str, type[Command]]:
 def describe() -> dict[str, Any]:
     """How setup.py would compile the extension here, or why it would not; CMakeLists.txt follows it."""
     configuration = build_configuration()
-    probe = functools.cache(_build.probe_toolchain)
+    probe = functools.cache(functools.partial(_build.probe_toolchain, configuration["architectures"]))
     possible, reason = _build.decide("auto", source_files(configuration, ".cu"), probe)
     if not possible:
         return {"possible": possible, "reason": reason}
-    prepare_environment(probe(), configuration)
-    extension = cuda_extension(configuration)
+    prepare_environment(probe())
+    extension = cuda_extension(configuration, probe())
     from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
     return {
@@ -176,14 +181,14 @@ def describe() -> dict[str, Any]:
         "cxx_flags": extension.extra_compile_args["cxx"],
         "nvcc_flags": COMMON_NVCC_FLAGS + extension.extra_compile_args["nvcc"],
         "nvcc": os.path.join(probe().nvcc.home, "bin", "nvcc"),
-        "architectures": os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
+        "architectures": probe().codes,
     }
 
 
 def main() -> None:
     """Decide, then hand over to setuptools."""
     configuration = build_configuration()
-    probe = functools.cache(_build.probe_toolchain)
+    probe = functools.cache(functools.partial(_build.probe_toolchain, configuration["architectures"]))
     try:
         _build.check_setuptools(setuptools.__version__)
         mode = _build.build_mode()
@@ -195,14 +200,14 @@ def main() -> None:
     extensions: list[Extension] = []
     if built:
         tools = probe()
-        prepare_environment(tools, configuration)
+        prepare_environment(tools)
         record |= {
             "torch": tools.torch,
             "torch_cuda": tools.torch_cuda,
             "nvcc": ".".join(map(str, tools.nvcc.version)),
-            "architectures": os.environ.get("TORCH_CUDA_ARCH_LIST", "those of the GPUs visible while building"),
+            "architectures": tools.codes,
         }
-        extensions.append(cuda_extension(configuration))
+        extensions.append(cuda_extension(configuration, tools))
         cmdclass["build_ext"] = build_ext_command(mode, record)
     setup(ext_modules=extensions, cmdclass=cmdclass)
 

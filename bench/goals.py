@@ -15,6 +15,7 @@ from bench.gpu_suite import (
     FILTER_SPECTRUM,
     FLOOR,
     ITERNORM_CL,
+    ITERNORM_TRITON,
     PLANES,
     ROOT,
     ROOT_GRAPH,
@@ -123,6 +124,7 @@ GOALS = (
     on_gpu("gpu_filter", "256x64x34x34", FILTER, COPY, 1.25, 1.1),
     on_gpu("gpu_filter", "256x64x30x30", FILTER, COPY, 1.25, 1.1),
     on_gpu("gpu_filter", "256x64x58x58", FILTER, COPY, 1.6, 1.3),
+    Goal("gpu_overhead", "2x64x8x8", ITERNORM, ITERNORM_TRITON, 0.5, device_type="cuda"),
     *(on_gpu("gpu_filter", f"256x64x{n}x{n}", FILTER_SPECTRUM, FFT_SPECTRUM, 0.2, 0.12) for n in PLANES),
 )
 

@@ -27,7 +27,8 @@ from bench.results import Results
 
 RESERVE_S = 15.0  # for the report
 GRACE_S = 10.0  # between asking a step to end and ending it
-KERNELS = {"gpu_norm": 0.35, "gpu_newton": 0.1, "gpu_filter": 0.2, "gpu_spectrum": 0.1}  # and their share of the time
+# What is measured, and its share of the time.
+KERNELS = {"gpu_norm": 0.35, "gpu_newton": 0.1, "gpu_filter": 0.2, "gpu_spectrum": 0.1, "gpu_overhead": 0.05}
 OUTPUTS = ("log.txt", "README.md", "records.csv", "ratios.csv", "failures.csv", "gpu_*.png")
 
 
@@ -51,13 +52,16 @@ class Outcome:
 
 
 def steps(device: str, quick: bool, kernels: Sequence[str], out: Path) -> list[Step]:
-    """python's arguments. Without a GPU nothing is installed, and no test is selected (pytest's exit code 5)."""
+    """python's arguments. Without a GPU nothing is installed, and no test is selected (pytest's exit code 5).
+
+    Installing compiles the CUDA extension for the GPUs that are there; -v puts the compiler's words into the log.
+    """
     cuda = device == "cuda"
-    install = ("-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps", "-e", ".")
+    install = ("-m", "pip", "install", "-v", "--no-index", "--no-build-isolation", "--no-deps", "-e", ".")
     bench = ("-m", "bench", "--suite", "gpu", "--add", "--device", device, "--out", str(out))
     return [
         Step("environment", ("-m", "bench.environment", "--device", device), 0.1),
-        *([Step("install", install, 0.25)] if cuda else []),
+        *([Step("install", install, 0.3)] if cuda else []),
         Step("self-test", ("-m", "normkernels.info", "--selftest"), 0.15),
         Step("GPU tests", ("-m", "bench.gpu_tests"), 0.45, (0,) if cuda else (0, 5)),
         # one process for each: an illegal memory access ends all further work of a process on the GPU

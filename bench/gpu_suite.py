@@ -28,6 +28,7 @@ from bench.workload import Provider
 FLOOR, COMPILED, ROOT, ROOT_GRAPH = "byte floor", "torch.compile plain", "inverse_sqrt", "inverse_sqrt (graph)"
 ITERNORM_CL, BATCHNORM_CL, CONV_CL = (f"{name} channels_last" for name in (ITERNORM, BATCHNORM, CONV))
 FILTER_SPECTRUM, FFT_SPECTRUM = f"{FILTER} with spectrum", f"{FFT} with spectrum"
+ITERNORM_TRITON = f"{ITERNORM} (triton)"
 LARGE, SMALL = (256, 64, 56, 56), (64, 64, 32, 32)
 
 # shape, type, group size, and whether autograd of plain PyTorch and DBN are measured there, too
@@ -45,7 +46,7 @@ PLANES = (34, 58, 30)
 
 def gpu(settings: Settings) -> list[Comparison]:
     """On a CPU the same with two samples: to try the suite, not to measure."""
-    return [*norms(settings), *roots(settings), *filters(settings), *spectra(settings)]
+    return [*norms(settings), *roots(settings), *filters(settings), *spectra(settings), *overhead(settings)]
 
 
 def samples(shape: tuple[int, ...], settings: Settings) -> tuple[int, ...]:
@@ -106,3 +107,16 @@ def spectra(settings: Settings) -> list[Comparison]:
     work = replace(workload(settings, (channels, channels, 3, 3), "inference"), output=(channels, 34, 18))
     everything = variants(providers, providers[0], settings)
     return [Comparison("gpu_spectrum", work, everything, settings.plan(5, 40), (PADDED_FFT,))]
+
+
+def overhead(settings: Settings) -> list[Comparison]:
+    """What a call costs the host, on data so small that the device is done sooner."""
+    result = []
+    for mode in ("forward", "full"):
+        ours = cat.iter_norm(group_size=64)
+        backends = (cat.on_backend(ours, name) for name in cat.backends(settings.device))
+        work = workload(settings, (2, 64, 8, 8), mode)
+        providers = (ours, cat.batch_norm(), *backends)
+        plan, relative = settings.plan(3, 200), (BATCHNORM, ITERNORM_TRITON)
+        result.append(Comparison("gpu_overhead", work, providers, plan, relative, host=True))
+    return result

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from bench import order
 from bench.goals import Verdict, evaluate, where_we_lose
-from bench.gpu_suite import BATCHNORM_CL, COMPILED, CONV_CL, FFT_SPECTRUM, FLOOR
+from bench.gpu_suite import BATCHNORM_CL, COMPILED, CONV_CL, FFT_SPECTRUM, FLOOR, ITERNORM_TRITON
 from bench.results import Failure, Ratio, Results
 from bench.suites import (
     BATCHNORM,
@@ -43,13 +44,14 @@ TITLES = {
     "gpu_newton": "Newton's iteration alone, G x d x d, forward and backward",
     "gpu_filter": "ConvNorm's filter on a GPU, against copy and torch.fft",
     "gpu_spectrum": "ConvNorm's spectrum on a GPU, planes of 34 x 34",
+    "gpu_overhead": "What a call costs the host, which queues the work and does not wait for it",
 }
 MODES = {"full": "forward + backward", "forward": "forward", "backward": "backward", "inference": "inference"}
 SHOWN_LOSSES = 25
 # Order of the ratio columns.
 REFERENCES = (
     FLOOR, CONV, CONV_CL, GROUPED, BATCHNORM, BATCHNORM_CL, COMPILED, PLAIN, PLAIN_DBN, TRANSPOSED, VGG_ITERNORM,
-    CONV2D, PLAIN_CONV_NORM, COPY, FFT, PADDED_FFT, FFT_SPECTRUM,
+    CONV2D, PLAIN_CONV_NORM, COPY, FFT, PADDED_FFT, FFT_SPECTRUM, ITERNORM_TRITON,
 )  # fmt: skip
 
 
@@ -175,6 +177,7 @@ def markdown(results: Results, plots: Sequence[str] = (), introduction: Sequence
     verdicts = evaluate(results)
     if any(v.measured for v in verdicts):
         lines += ["## Goals", "", goals_table(verdicts), ""]
+    lines += order.section(results)
     for kernel in kernels(results):
         lines += [f"## {TITLES.get(kernel, kernel)}", ""]
         lines += [memory_table(results) if kernel == "memory" else time_tables(results, kernel), ""]

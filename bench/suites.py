@@ -46,6 +46,7 @@ class Comparison:
     """Providers that are measured against each other on one workload.
 
     kernel: the suite, first column of the CSV. relative_to: the providers that ratios are formed with.
+    host: on a GPU, time what the host needs to queue the work, not what the device needs to do it.
     """
 
     kernel: str
@@ -53,6 +54,7 @@ class Comparison:
     providers: tuple[Provider, ...]
     plan: Plan
     relative_to: tuple[str, ...] = (CONV, BATCHNORM, PLAIN)
+    host: bool = False
 
     @property
     def key(self) -> str:
@@ -102,7 +104,7 @@ class Comparison:
                 ready[name] = prepare(name)
             except Exception as error:  # an import error, a failed check, a missing kernel: all belong in the report
                 failures[name] = describe(error)
-        result = interleave(ready, self.plan, clock_for(self.work.device), on_round)
+        result = interleave(ready, self.plan, clock_for(self.work.device, self.host), on_round)
         result.failures.update(failures)
         return result
 
@@ -175,7 +177,7 @@ def vgg(settings: Settings) -> list[Comparison]:
     }
     work = workload(settings, (batch, 3, 32, 32))
     plan = settings.plan(budget_s=60, rounds=15)
-    return [VggComparison("vgg_step", work, (), plan, (BATCHNORM, VGG_ITERNORM), entries)]
+    return [VggComparison("vgg_step", work, (), plan, (BATCHNORM, VGG_ITERNORM), entries=entries)]
 
 
 def scaling(settings: Settings) -> list[Comparison]:

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from typing import Any
 MODES = ("auto", "cuda", "none")
 MINIMUM_TORCH = (2, 11)  # the first release whose stable ABI has all that the extension needs
 MINIMUM_SETUPTOOLS = (77, 0)  # the first that understands pyproject.toml's license expression
+MINIMUM_CAPABILITY = (8, 0)  # the kernels copy asynchronously and multiply bfloat16 on tensor cores
+PTX = "compute_{}{}".format(*MINIMUM_CAPABILITY)
 RECORD_NAME = "_build_record.json"
 GIB = 1 << 30
 BYTES_PER_JOB = 4 * GIB  # what one nvcc process compiling torch's headers for several architectures may take
@@ -39,15 +42,31 @@ class Nvcc:
 
 
 @dataclass(frozen=True)
-class Toolchain:
-    """What a machine offers for compiling the extension; None and False mean absent."""
+class Cudart:
+    """The CUDA runtime: the folders of its headers and of its library, and what the linker calls that."""
 
+    include: str
+    folder: str
+    library: str
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """What a machine offers for compiling the extension; None and False mean absent.
+
+    codes: what nvcc is to make, as in sm_80 and compute_90.
+    """
+
+    platform: str = "linux"
     torch: str | None = None
     torch_error: str = "torch not importable while building (build isolation?)"
     torch_cuda: str | None = None
     nvcc: Nvcc | None = None
     ninja: str | None = None
     pybind11: bool = False
+    cudart: Cudart | None = None
+    codes: tuple[str, ...] = ()
+    codes_error: str = ""
 
 
 def check_setuptools(version: str) -> None:
@@ -55,7 +74,7 @@ def check_setuptools(version: str) -> None:
 
     Without build isolation pip uses the environment's own, and a fresh venv of Python 3.10 or 3.11 has 65.
     """
-    if _version(version) < MINIMUM_SETUPTOOLS:
+    if parse_version(version) < MINIMUM_SETUPTOOLS:
         raise BuildError(
             f"setuptools: expected {_dotted(MINIMUM_SETUPTOOLS)} or newer, got {version}; "
             "`pip install --upgrade setuptools` first"
@@ -91,19 +110,25 @@ def decide(mode: str, cuda_sources: Sequence[object], probe: Callable[[], Toolch
 
 def _obstacle(tools: Toolchain) -> str | None:
     """The first reason why the extension cannot be compiled, None when nothing stands in the way."""
+    if tools.platform != "linux":
+        return f"the extension is for Linux (under Windows in WSL), got {tools.platform}"
     if tools.torch is None:
         return tools.torch_error
-    if _version(tools.torch) < MINIMUM_TORCH:
+    if parse_version(tools.torch) < MINIMUM_TORCH:
         return f"torch {tools.torch} is older than {_dotted(MINIMUM_TORCH)}"
     if tools.torch_cuda is None:
         return f"torch {tools.torch} is built without CUDA (torch.version.cuda is None)"
     if tools.nvcc is None:
         return "no nvcc found (looked in CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda)"
-    if tools.nvcc.version[0] != _version(tools.torch_cuda)[0]:
+    if tools.nvcc.version[0] != parse_version(tools.torch_cuda)[0]:
         return (
             f"nvcc {_dotted(tools.nvcc.version)} ({tools.nvcc.path}) does not match torch's CUDA "
             f"{tools.torch_cuda}: the major versions must be equal"
         )
+    if tools.cudart is None:
+        return f"no cuda_runtime.h and libcudart found for {tools.nvcc.path} (pip install nvidia-cuda-runtime)"
+    if tools.codes_error:
+        return tools.codes_error
     if not tools.ninja:
         return "ninja not found (pip install ninja)"
     if not tools.pybind11:
@@ -112,12 +137,15 @@ def _obstacle(tools: Toolchain) -> str | None:
     return None
 
 
-def probe_toolchain() -> Toolchain:
-    """Look for everything that the extension needs. Imports torch."""
+def probe_toolchain(known: Sequence[Mapping[str, str]]) -> Toolchain:
+    """Look for everything that the extension needs, for ``known`` architectures. Imports torch."""
     import importlib.util
 
+    nvcc = find_nvcc()
     found: dict[str, Any] = {
-        "nvcc": find_nvcc(),
+        "platform": sys.platform,
+        "nvcc": nvcc,
+        "cudart": nvcc and find_cudart(nvcc),
         # pip runs without its environment's scripts on PATH unless that environment is activated.
         "ninja": shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts")),
         "pybind11": importlib.util.find_spec("pybind11") is not None,
@@ -134,6 +162,16 @@ def probe_toolchain() -> Toolchain:
         found["torch_error"] = f"importing torch failed: {error}"
     else:
         found |= {"torch": str(torch.__version__), "torch_cuda": torch.version.cuda}
+        gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        if nvcc is not None:
+            architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "native")
+            if architectures in ("", "native"):
+                capabilities = [torch.cuda.get_device_capability(i) for i in gpus]
+                architectures = default_architectures(known, nvcc.version, capabilities)
+            try:
+                found["codes"] = tuple(architecture_codes(architectures))
+            except BuildError as error:
+                found["codes_error"] = str(error)
     return Toolchain(**found)
 
 
@@ -156,10 +194,69 @@ def find_nvcc(environment: Mapping[str, str] = os.environ) -> Nvcc | None:
     return Nvcc(path, (int(release[1]), int(release[2])), home)
 
 
-def default_architectures(known: Sequence[Mapping[str, str]], nvcc_version: tuple[int, int]) -> str:
-    """TORCH_CUDA_ARCH_LIST for a machine without a GPU: all that this nvcc knows, the newest also as PTX."""
-    usable = [entry["capability"] for entry in known if _version(entry["since_nvcc"]) <= nvcc_version]
-    return ";".join(usable) + "+PTX"
+def find_cudart(nvcc: Nvcc) -> Cudart | None:
+    """The runtime in nvcc's toolkit, or of NVIDIA's wheels, which have no libcudart.so without a version."""
+    wheels = Path(sysconfig.get_path("purelib")) / "nvidia"
+    roots = [Path(nvcc.home), *sorted(Path(nvcc.home).glob("targets/*"))]
+    roots += [wheels / f"cu{nvcc.version[0]}", wheels / "cuda_runtime"]
+    headers = [root / "include" for root in roots if (root / "include" / "cuda_runtime.h").is_file()]
+    versioned = f"libcudart.so.{nvcc.version[0]}"
+    names = {"libcudart.so": "cudart", versioned: f":{versioned}"}
+    places = [(root / lib, name) for root in roots for lib in ("lib64", "lib") for name in names]
+    libraries = [(folder, name) for folder, name in places if (folder / name).is_file()]
+    if not headers or not libraries:
+        return None
+    folder, name = libraries[0]
+    return Cudart(str(headers[0]), str(folder), names[name])
+
+
+def default_architectures(
+    known: Sequence[Mapping[str, str]], nvcc_version: tuple[int, int], gpus: Sequence[tuple[int, int]] = ()
+) -> str:
+    """TORCH_CUDA_ARCH_LIST where it is not set: what the GPUs here need, without one all that this nvcc knows.
+
+    A GPU newer than all of these gets the newest older one, which PTX makes run on it.
+    """
+    usable = [
+        parse_version(entry["capability"]) for entry in known if parse_version(entry["since_nvcc"]) <= nvcc_version
+    ]
+    wanted = {max((each for each in usable if each <= gpu), default=gpu) for gpu in gpus} or usable
+    return ";".join(map(_dotted, sorted(wanted))) + "+PTX"
+
+
+def architecture_codes(architectures: str) -> list[str]:
+    """What nvcc is to make for a TORCH_CUDA_ARCH_LIST: sm_80, sm_90, compute_80 of "8.0;9.0+PTX".
+
+    What is older than the kernels support is left out: the list may be one that is used for other packages, too. The
+    kernels have nothing that PTX of the minimum lacks, so there is one PTX, and 9.0a is 9.0.
+    Raises BuildError for anything but versions, and where nothing is left.
+    """
+    capabilities: set[tuple[int, int]] = set()
+    ptx = False
+    for entry in re.split(r"[;, ]+", architectures.strip("; ")):
+        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry)
+        if match is None:
+            raise BuildError(f'TORCH_CUDA_ARCH_LIST: expected versions as in "8.0;9.0+PTX", got {entry!r}')
+        capability = int(match[1]), int(match[2])
+        if capability >= MINIMUM_CAPABILITY:
+            capabilities.add(capability)
+            ptx |= match[3] is not None
+    if not capabilities:
+        least = _dotted(MINIMUM_CAPABILITY)
+        raise BuildError(f"architectures: expected one of compute capability {least} or newer, got {architectures}")
+    codes = [f"sm_{major}{minor}" for major, minor in sorted(capabilities)]
+    return [*codes, PTX] if ptx else codes
+
+
+def architecture_flags(codes: Sequence[str]) -> list[str]:
+    """nvcc's flags for these, and what our code is to know of them.
+
+    All are made from the same PTX: nvcc runs its front end once instead of for each, which is half of the time.
+    """
+    known = "".join(code.removeprefix("sm") for code in codes if code != PTX)  # nvcc splits what is defined at commas
+    ptx = PTX.removeprefix("compute_") if PTX in codes else "0"
+    generated = [f"-gencode=arch={PTX},code={code}" for code in codes]
+    return [*generated, f"-DNORMKERNELS_ARCHITECTURES={known}", f"-DNORMKERNELS_PTX={ptx}"]
 
 
 def default_jobs(cores: int, memory: int) -> int:
@@ -181,7 +278,7 @@ def build_record(folder: Path = Path(__file__).parent) -> dict[str, Any]:
     return record
 
 
-def _version(text: str) -> tuple[int, int]:
+def parse_version(text: str) -> tuple[int, int]:
     """(major, minor) of a version such as "2.13.0+cpu"."""
     match = re.match(r"(\d+)\.(\d+)", text)
     if match is None:

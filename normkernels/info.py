@@ -19,7 +19,7 @@ import torch
 
 import normkernels as nk
 from normkernels import _build, _selftest
-from normkernels.ops import _library
+from normkernels.ops import _cuda, _library
 
 Report = dict[str, Any]
 
@@ -37,6 +37,7 @@ def collect(selftest: bool = False) -> Report:
         "torch_cuda": torch.version.cuda,
         "nvcc": None if nvcc is None else {"path": nvcc.path, "version": ".".join(map(str, nvcc.version))},
         "build": _build.build_record(),
+        "extension": _extension(),
         "cpu": {
             "capability": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
@@ -79,6 +80,12 @@ def _devices(type: str) -> Iterator[Report]:
         yield from ({"device": f"{type}:{i}"} for i in range(torch.accelerator.device_count()))
 
 
+def _extension() -> Report:
+    """Whether the extension is loaded, and what it says of itself: the build record may be another one's."""
+    module, reason = _cuda.load()
+    return {"loaded": False, "reason": reason} if module is None else {"loaded": True, **module.build}
+
+
 def _backend(name: str) -> Report:
     available, reason = _library.availability(name)
     return {"available": available, "reason": reason}
@@ -101,7 +108,7 @@ def _op_rows(op: str, device: str) -> Iterator[Report]:
 
 def render(report: Report) -> str:
     """The report as text for a terminal."""
-    build, cpu, nvcc = report["build"], report["cpu"], report["nvcc"]
+    build, cpu, nvcc, extension = report["build"], report["cpu"], report["nvcc"], report["extension"]
     lines = [
         f"normkernels  {report['normkernels']}",
         f"torch        {report['torch']}, CUDA {report['torch_cuda'] or 'none'}",
@@ -109,6 +116,7 @@ def render(report: Report) -> str:
         f"python       {report['python']}, {report['platform']}",
         f"nvcc         {'none' if nvcc is None else nvcc['version'] + ', ' + nvcc['path']}",
         f"extension    {'built' if build['built'] else 'not built'}: {build['reason']}",
+        *([f"             {_loaded(extension)}"] if build["built"] or extension["loaded"] else []),
         f"cpu          {cpu['capability']}, {cpu['cores']} cores, {cpu['threads']} threads",
     ]
     for device in report["devices"]:
@@ -132,6 +140,13 @@ def render(report: Report) -> str:
             lines.append(f"  {verdict} {row['op']:24} {row['device']:8} {row['backend']:8} {detail}")
         lines.append("self-test passed" if report["passed"] else "self-test FAILED")
     return "\n".join(lines)
+
+
+def _loaded(extension: Report) -> str:
+    if not extension["loaded"]:
+        return f"not loaded: {extension['reason']}"
+    made = "compiled with torch {torch} (runs from {target} on), CUDA {cuda}, {compiler}".format(**extension)
+    return f"loaded: {', '.join(extension['architectures'])}; {made}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

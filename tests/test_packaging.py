@@ -19,7 +19,15 @@ from normkernels import _build
 
 ROOT = Path(__file__).resolve().parent.parent
 NVCC = _build.Nvcc("/opt/cuda/bin/nvcc", (13, 0), "/opt/cuda")
-COMPLETE = _build.Toolchain(torch="2.13.0+cu130", torch_cuda="13.0", nvcc=NVCC, ninja="/opt/bin/ninja", pybind11=True)
+COMPLETE = _build.Toolchain(
+    torch="2.13.0+cu130",
+    torch_cuda="13.0",
+    nvcc=NVCC,
+    cudart=_build.Cudart("/opt/cuda/include", "/opt/cuda/lib64", "cudart"),
+    ninja="/opt/bin/ninja",
+    pybind11=True,
+    codes=("sm_80", "sm_90", "compute_80"),
+)
 SOURCES = ["csrc/moments.cu"]
 
 
@@ -56,13 +64,21 @@ def test_py_typed_is_part_of_the_package():
     assert importlib.resources.files("normkernels").joinpath("py.typed").is_file()
 
 
+def requirements(name):
+    """The lines of a requirements file: package, version."""
+    lines = [line.partition("#")[0].partition(";")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    found = [re.fullmatch(r"([a-z0-9-]+)={2,3}([0-9.]+)", line) for line in lines if line]
+    assert all(found), lines
+    return dict(match.groups() for match in found if match)
+
+
 def test_development_requirements_are_pinned():
-    lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
-    requirements = [line.partition("#")[0].partition(";")[0].strip() for line in lines]
-    names = [re.fullmatch(r"([a-z0-9-]+)==[0-9.]+", line) for line in requirements if line]
-    assert len(names) > 10
-    assert all(names), requirements
-    assert "torch==2.13.0" in requirements
+    assert len(requirements("requirements-dev.txt")) > 10
+    assert requirements("requirements-dev.txt")["torch"] == "2.13.0"
+
+
+def test_the_extension_is_checked_with_what_it_is_developed_with():
+    assert requirements("requirements-cuda.txt").items() <= requirements("requirements-dev.txt").items()
 
 
 def test_an_old_setuptools_is_named():
@@ -87,11 +103,14 @@ def test_a_complete_toolchain_builds(mode):
 
 
 OBSTACLES = [
+    ({"platform": "win32"}, "the extension is for Linux (under Windows in WSL), got win32"),
     ({"torch": None}, "torch not importable while building (build isolation?)"),
     ({"torch": "2.10.1"}, "torch 2.10.1 is older than 2.11"),
     ({"torch": "2.13.0+cpu", "torch_cuda": None}, "torch 2.13.0+cpu is built without CUDA"),
     ({"nvcc": None}, "no nvcc found"),
     ({"torch_cuda": "12.8"}, "nvcc 13.0 (/opt/cuda/bin/nvcc) does not match torch's CUDA 12.8"),
+    ({"cudart": None}, "no cuda_runtime.h and libcudart found for /opt/cuda/bin/nvcc"),
+    ({"codes_error": "architectures: expected better"}, "architectures: expected better"),
     ({"ninja": None}, "ninja not found"),
     ({"pybind11": False}, "pybind11 not importable"),
 ]
@@ -174,6 +193,66 @@ def test_default_architectures(setup_module_):
 
 
 @pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [
+        ([(9, 0), (9, 0)], "9.0+PTX"),
+        ([(12, 0), (8, 0)], "8.0;12.0+PTX"),
+        ([(8, 7)], "8.6+PTX"),  # whose machine code runs there
+        ([(10, 3)], "10.0+PTX"),
+        ([(11, 0)], "10.0+PTX"),  # whose machine code does not, but the PTX
+        ([(7, 5)], "7.5+PTX"),  # refused, with its number in the message
+    ],
+)
+def test_architectures_of_the_gpus_that_are_there(setup_module_, gpus, expected):
+    known = setup_module_.build_configuration()["architectures"]
+    assert _build.default_architectures(known, (13, 0), gpus) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "codes"),
+    [
+        ("8.0;9.0+PTX", ["sm_80", "sm_90", "compute_80"]),
+        ("9.0 8.0", ["sm_80", "sm_90"]),
+        ("7.5;8.6+PTX;", ["sm_86", "compute_80"]),  # a list that other packages are built for, too
+        ("9.0a,12.0f+PTX", ["sm_90", "sm_120", "compute_80"]),
+        ("10.0;9.0", ["sm_90", "sm_100"]),
+    ],
+)
+def test_architectures_as_nvcc_calls_them(text, codes):
+    assert _build.architecture_codes(text) == codes
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Hopper", "expected versions as in \"8.0;9.0+PTX\", got 'Hopper'"),
+        ("8.0;sm_90", "got 'sm_90'"),
+        ("7.5+PTX", "expected one of compute capability 8.0 or newer, got 7.5+PTX"),
+    ],
+)
+def test_architectures_that_cannot_be_compiled(text, message):
+    with pytest.raises(_build.BuildError, match=re.escape(message)):
+        _build.architecture_codes(text)
+
+
+def test_flags_for_the_architectures():
+    assert _build.architecture_flags(["sm_80", "sm_90", "compute_80"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=sm_90",
+        "-gencode=arch=compute_80,code=compute_80",
+        "-DNORMKERNELS_ARCHITECTURES=_80_90",
+        "-DNORMKERNELS_PTX=80",
+    ]
+    assert _build.architecture_flags(["sm_86"])[1:] == ["-DNORMKERNELS_ARCHITECTURES=_86", "-DNORMKERNELS_PTX=0"]
+
+
+def test_objects_of_the_extension_have_names_of_their_own(setup_module_):
+    """a.cpp and a.cu would both become a.o."""
+    stems = [Path(source).stem for source in setup_module_.source_files(setup_module_.build_configuration())]
+    assert len(set(stems)) == len(stems) > 1
+
+
+@pytest.mark.parametrize(
     ("cores", "gibibytes", "jobs"), [(2, 24, 2), (64, 128, 32), (16, 6, 1), (8, 1, 1), (1, 999, 1)]
 )
 def test_default_jobs(cores, gibibytes, jobs):
@@ -221,6 +300,42 @@ def test_something_else_called_nvcc_is_not_taken(tmp_path):
     assert _build.find_nvcc({"CUDA_HOME": str(tmp_path)}) is None
 
 
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (("include/cuda_runtime.h", "lib64/libcudart.so"), ("include", "lib64", "cudart")),
+        (
+            ("targets/x/include/cuda_runtime.h", "targets/x/lib/libcudart.so"),
+            ("targets/x/include", "targets/x/lib", "cudart"),
+        ),
+        (("include/cuda_runtime.h", "lib/libcudart.so.13"), ("include", "lib", ":libcudart.so.13")),  # NVIDIA's wheels
+        (("include/cuda_runtime.h", "lib/libcudart.so.12"), None),
+        (("lib64/libcudart.so",), None),
+    ],
+)
+def test_the_runtime_is_found_in_every_layout(files, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(_build.sysconfig, "get_path", lambda name: str(tmp_path / "site-packages"))
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    found = _build.find_cudart(_build.Nvcc("nvcc", (13, 0), str(tmp_path)))
+    if expected is None:
+        assert found is None
+    else:
+        include, folder, library = expected
+        assert found == _build.Cudart(str(tmp_path / include), str(tmp_path / folder), library)
+
+
+def test_the_runtime_may_come_from_a_wheel(tmp_path, monkeypatch):
+    monkeypatch.setattr(_build.sysconfig, "get_path", lambda name: str(tmp_path))
+    wheel = tmp_path / "nvidia" / "cu13"
+    for file in ("include/cuda_runtime.h", "lib/libcudart.so.13"):
+        (wheel / file).parent.mkdir(parents=True)
+        (wheel / file).touch()
+    found = _build.find_cudart(_build.Nvcc("nvcc", (13, 0), str(tmp_path / "nothing")))
+    assert found == _build.Cudart(str(wheel / "include"), str(wheel / "lib"), ":libcudart.so.13")
+
+
 # --- the record -------------------------------------------------------------------------------------------
 
 
@@ -253,6 +368,6 @@ def test_a_build_writes_record_types_and_derivations(tmp_path):
     assert record == {"built": False, "reason": "switched off by NORMKERNELS_BUILD=none", "mode": "none"}
     assert [folder.name for folder in built.iterdir()] == ["normkernels"]
     shipped = {path.relative_to(built).as_posix() for path in built.rglob("*") if path.is_file()}
-    wanted = ("*.py", "py.typed", "DERIVATION.md", "triton_configs.json")
+    wanted = ("*.py", "py.typed", "_C.pyi", "DERIVATION.md", "triton_configs.json")
     source = {p.relative_to(ROOT).as_posix() for name in wanted for p in (ROOT / "normkernels").rglob(name)}
     assert shipped == source | {f"normkernels/{_build.RECORD_NAME}"}

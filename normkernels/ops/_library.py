@@ -2,31 +2,44 @@
 
 PyTorch's dispatcher is the only dispatcher. Every op is defined here once, with its eager implementation under
 CompositeExplicitAutograd: that is the fallback on every device. The faster backends' implementations are registered
-under their device's key and so take precedence there; ``use_backend`` replaces these registrations for the time of
-a ``with`` block, which costs nothing outside of it.
+under their device's key and so take precedence there, the compiled ones by the library that has them, the others from
+here, over them; ``use_backend`` replaces the registrations from here for the time of a ``with`` block, which costs
+nothing outside of it.
+
+A compiled kernel leaves a call to the next backend by calling the op's twin in the namespace ``normkernels_next``,
+which takes the reason as a last argument.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normkernels.ops import _triton
+from normkernels.ops import _cuda, _triton
 from normkernels.ops._checks import check_integer, resolve_group_size
 from normkernels.ops._triton import Unsupported
 
 LIBRARY = torch.library.Library("normkernels", "DEF")
-BACKENDS = ("cuda", "triton", "eager")  # fastest first
+NEXT = torch.library.Library("normkernels_next", "DEF")
+BACKENDS = ("cuda", "triton", "eager")
+KEYS = ("CPU", "CUDA")
 
-# op -> backend -> implementation.
+# Op -> backends, fastest first, as `make gpu-check` measures it; "default" is for ops without an entry.
+# The file that NORMKERNELS_BACKEND_ORDER names is laid over it.
+ORDER: dict[str, tuple[str, ...]] = {"default": BACKENDS}
+
+# Op -> backend -> implementation. Those of "cuda" are registered by the extension and not here.
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
+_compiled: set[tuple[str, str]] = set()  # (op, dispatch key) of the kernels that the extension has registered
 _warned: set[str] = set()
 _chosen = "auto"
 _overrides: torch.library.Library | None = None
@@ -59,8 +72,12 @@ def define(
             f"normkernels::{name}", autograd.backward, setup_context=autograd.setup_context, lib=LIBRARY
         )
     _IMPLEMENTATIONS[name] = {"eager": exact}
+    kernels = None
     if triton is not None:
-        _IMPLEMENTATIONS[name]["triton"] = falling_back(name, _triton.implementation(triton, name), exact)
+        kernels = _triton.implementation(triton, name)
+        _IMPLEMENTATIONS[name]["triton"] = falling_back(name, kernels, exact)
+    NEXT.define(schema.replace(") ->", ", str reason) ->"))
+    NEXT.impl(name, reporting(handed_on(name, kernels, exact)), "CompositeExplicitAutograd")
 
 
 def ops() -> tuple[str, ...]:
@@ -75,13 +92,52 @@ def falling_back(op: str, kernels: Callable[..., Any], eager: Callable[..., Any]
         try:
             return kernels(*args)
         except Unsupported as reason:
-            message = f"{op}: plain PyTorch instead of the Triton kernels: {reason}"
-        if message not in _warned:
-            _warned.add(message)
-            warnings.warn(message, stacklevel=2)
+            _warn_once(f"{op}: plain PyTorch instead of the Triton kernels: {reason}")
         return eager(*args)
 
     return call
+
+
+def handed_on(op: str, kernels: Callable[..., Any] | None, eager: Callable[..., Any]) -> Callable[..., Any]:
+    """What serves a call that a compiled kernel leaves to the next backend, for a reason, its last argument.
+
+    Triton's ``kernels`` serve it where they can, else ``eager``. One warning tells that, unless the reason is empty.
+    """
+
+    def call(*args: Any) -> Any:
+        *arguments, reason = args
+        server, refusal, result = "plain PyTorch", "", None
+        if kernels is not None and args[0].is_cuda and _triton.installed() and "triton" in _next_backends(op):
+            try:
+                server, result = "Triton", kernels(*arguments)
+            except Unsupported as unsupported:
+                server, refusal = "plain PyTorch", str(unsupported)
+        if reason:
+            _warn_once(f"{op}: {server} instead of the CUDA kernels: {reason}")
+        elif refusal:
+            _warn_once(f"{op}: plain PyTorch instead of the Triton kernels: {refusal}")
+        return result if server == "Triton" else eager(*arguments)
+
+    return call
+
+
+def reporting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` for a call from C++, which gets the text of its errors this way."""
+
+    def call(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except Exception as error:
+            _cuda.set_error(error)
+            raise
+
+    return call
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)
 
 
 def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -143,7 +199,7 @@ def availability(backend: str) -> tuple[bool, str]:
     """Whether a backend can run here, and why (not)."""
     _check_backend(backend, BACKENDS)
     if backend == "cuda":
-        return False, "this version of normkernels has no compiled CUDA kernels"
+        return _cuda.availability()
     if backend == "eager":
         return True, "plain PyTorch, on every device"
     if not _triton.installed():
@@ -167,26 +223,36 @@ def explain(
         group_size = resolve_group_size(tensor.shape[1], group_size)  # as the op does: more than C means one group
     if plane is not None:
         plane = [check_integer("plane", side, minimum=1) for side in plane]
-    implementations = _IMPLEMENTATIONS[op]
+    chosen = "chosen by use_backend or NORMKERNELS_BACKEND"
     if _chosen == "eager":
-        return "eager", "chosen by use_backend or NORMKERNELS_BACKEND"
-    if _chosen not in ("auto", *implementations):
-        return "eager", f"{_chosen} was chosen and does not implement it"
-    passed_over = [f"cuda: {availability('cuda')[1]}"]
-    available, reason = availability("triton")
-    if "triton" not in implementations:
-        reason = "does not implement it"
-    elif available and (_chosen == "triton" or tensor.is_cuda):
-        try:
-            _triton.check_supported(tensor, group_size=group_size, plane=plane)
-            if group_size is not None:
-                _triton.check_entries(op, tensor, group_size)
-            return "triton", "chosen by use_backend or NORMKERNELS_BACKEND" if _chosen == "triton" else reason
-        except Unsupported as unsupported:
-            reason = str(unsupported)
-    elif available:
-        reason = "serves CUDA tensors only, unless use_backend chooses it"
-    return "eager", "; ".join([*passed_over, f"triton: {reason}"])
+        return "eager", chosen
+    passed_over = []
+    for backend in _candidates(op):
+        reason = _refusal(backend, op, tensor, group_size, plane)
+        if not reason:
+            return backend, chosen if backend == _chosen else availability(backend)[1]
+        passed_over.append(f"{backend}: {reason}")
+    return "eager", "; ".join(passed_over)
+
+
+def _refusal(backend: str, op: str, tensor: Tensor, group_size: int | None, plane: Sequence[int] | None) -> str:
+    """Why a backend that is not eager leaves a call to the next one, "" if it does not."""
+    available, reason = availability(backend)
+    if backend not in _IMPLEMENTATIONS[op] and not (backend == "cuda" and (op, "CUDA") in _compiled):
+        return "does not implement it" if available or backend == "triton" else reason
+    if not available:
+        return reason
+    if not tensor.is_cuda and not (backend == _chosen and backend in _IMPLEMENTATIONS[op]):
+        return "serves CUDA tensors only" + (", unless use_backend chooses it" if backend == "triton" else "")
+    if backend == "cuda":
+        return _cuda.refusal(op, tensor.device, tensor.dtype, group_size=group_size, plane=plane)
+    try:
+        _triton.check_supported(tensor, group_size=group_size, plane=plane)
+        if group_size is not None:
+            _triton.check_entries(op, tensor, group_size)
+    except Unsupported as unsupported:
+        return str(unsupported)
+    return ""
 
 
 def backend_of(op: str, tensor: Tensor, *, group_size: int | None = None, plane: Sequence[int] | None = None) -> str:
@@ -218,19 +284,82 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 def _choose(backend: str) -> None:
-    global _chosen, _overrides
+    global _chosen, _overrides, _compiled
     if _overrides is not None:
         # Before, not after, the next one is registered: the dispatcher warns of kernels that replace kernels.
         _overrides._destroy()
         _overrides = None
     _chosen = backend
-    keys = ("CUDA",) if backend == "auto" else ("CPU", "CUDA")
-    if backend == "auto":
-        backend = "triton" if _triton.installed() else "eager"
+    _compiled = {(op, key) for op in _IMPLEMENTATIONS for key in KEYS if _cuda.registered(op, key)}
     _overrides = torch.library.Library("normkernels", "IMPL")
-    for name, implementations in _IMPLEMENTATIONS.items():
-        for key in keys:
-            _overrides.impl(name, implementations.get(backend, implementations["eager"]), key)
+    with warnings.catch_warnings():
+        # Where a compiled kernel is, replacing it is meant.
+        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+        for op in _IMPLEMENTATIONS:
+            for key in KEYS:
+                implementation = _implementation(op, key)
+                if implementation is not None:
+                    _overrides.impl(op, implementation, key)
+
+
+def _implementation(op: str, key: str) -> Callable[..., Any] | None:
+    """What to register for an op under a dispatch key; nothing where the compiled kernel is to show through."""
+    implementations = _IMPLEMENTATIONS[op]
+    for backend in _candidates(op) if key == "CUDA" or _chosen != "auto" else ():
+        if backend == "cuda" and (op, key) in _compiled:
+            return None
+        usable = key == "CUDA" or backend == _chosen  # on a CPU nothing but what was chosen, or eager
+        if backend in implementations and usable and (backend != "triton" or _triton.installed()):
+            return implementations[backend]
+    return implementations["eager"]
+
+
+def _candidates(op: str) -> tuple[str, ...]:
+    """The backends that may serve an op, in order, without eager, which follows them."""
+    order = _order(op) if _chosen == "auto" else BACKENDS[BACKENDS.index(_chosen) :]
+    return order[: order.index("eager")]
+
+
+def _next_backends(op: str) -> tuple[str, ...]:
+    """Those after the compiled kernels."""
+    order = _order(op) if "cuda" in _order(op) else BACKENDS
+    return order[order.index("cuda") + 1 :]
+
+
+def _order(op: str) -> tuple[str, ...]:
+    table = order()
+    return table.get(op, table["default"])
+
+
+@functools.cache
+def order() -> dict[str, tuple[str, ...]]:
+    """ORDER, and over it the file that NORMKERNELS_BACKEND_ORDER names."""
+    extra = os.environ.get("NORMKERNELS_BACKEND_ORDER")
+    return ORDER | read_order(Path(extra)) if extra else ORDER
+
+
+def read_order(path: Path) -> dict[str, tuple[str, ...]]:
+    """A file such as {"default": ["cuda", "triton", "eager"], "whiten": ["triton", "cuda", "eager"]}.
+
+    Raises ValueError that names what was expected.
+    """
+    try:
+        table = json.loads(path.read_text())
+        if not isinstance(table, Mapping):
+            raise ValueError(f"a {type(table).__name__}")
+        for op, backends in table.items():
+            if op not in ("default", *_IMPLEMENTATIONS):
+                raise ValueError(f"the op {op!r}")
+            if (
+                not isinstance(backends, list)
+                or backends[-1:] != ["eager"]
+                or not all(backend in BACKENDS and backends.count(backend) == 1 for backend in backends)
+            ):
+                raise ValueError(f"{backends!r} for {op}")
+    except (OSError, ValueError) as error:
+        expected = f"a JSON object of ops (or default) and lists of {', '.join(BACKENDS)}, each once, eager last"
+        raise ValueError(f"NORMKERNELS_BACKEND_ORDER: expected {path} to be {expected}; got {error}") from None
+    return {op: tuple(backends) for op, backends in table.items()}
 
 
 def _check_backend(backend: str, names: tuple[str, ...]) -> None:
@@ -247,7 +376,9 @@ def _check_available(backend: str) -> None:
 
 
 def apply_environment() -> None:
-    """Follow NORMKERNELS_BACKEND; called once, when all ops are defined."""
+    """Load the compiled kernels, follow NORMKERNELS_BACKEND and its ORDER; called once, when all ops are defined."""
+    _cuda.load()
+    order()
     backend = os.environ.get("NORMKERNELS_BACKEND", "auto")
     try:
         _check_available(backend)

@@ -1,6 +1,7 @@
 """`make gpu-check` on a CPU, where the same program can be tried; and the GPU's goals."""
 
 import csv
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,16 +11,17 @@ import pytest
 import torch
 
 from bench import catalogue as cat
-from bench import gpu_check
+from bench import gpu_check, order
 from bench.environment import precision
 from bench.goals import evaluate
 from bench.gpu_check import Step, introduction
 from bench.gpu_suite import FLOOR, ITERNORM_CL, gpu
 from bench.report import goals_table
-from bench.results import Results
+from bench.results import Record, Results
 from bench.suites import BATCHNORM, ITERNORM, Comparison, Settings
-from bench.timing import Measurement, Plan
+from bench.timing import HostClock, Measurement, Plan, clock_for
 from bench.workload import Inputs, Workload, prepare_layer
+from normkernels.ops import _library
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CUDA = Settings(torch.device("cuda"))
@@ -110,6 +112,42 @@ def test_make_wants_a_folder():
 
 def test_each_kernel_of_the_suite_has_a_step():
     assert {comparison.kernel for comparison in gpu(CUDA)} == gpu_check.KERNELS.keys()
+
+
+def record(backend, milliseconds, shape="2x64", kernel="gpu_norm"):
+    origin = {"device": "a GPU", "versions": "torch 2", "commit": "abc1234"}
+    where = {"mode": "full", "metric": "time_ms", "shape": shape, "dtype": "float32"}
+    return Record(kernel, f"IterNorm T=5 ({backend})", **where, p50=milliseconds, p20=1.0, p80=1.0, **origin)
+
+
+def test_the_order_of_the_backends_is_that_of_their_times():
+    """Slower than eager is of no use; what has failed somewhere is not ranked."""
+    results = Results("a GPU", "torch 2", "abc1234", "cuda")
+    results.records = [record("cuda", 2.0), record("triton", 1.0), record("eager", 8.0)]
+    results.records += [record("cuda", 2.0, "9x64"), record("triton", 8.0, "9x64"), record("eager", 4.0, "9x64")]
+    assert order.slowness(results, "gpu_norm") == pytest.approx({"cuda": 2**0.5, "triton": 2.0, "eager": 4.0})
+    results.records += [record("cuda", 9.0, kernel="gpu_filter"), record("eager", 3.0, kernel="gpu_filter")]
+    found = order.order(results)
+    assert found["whiten"] == ["cuda", "triton", "eager"] and found["spectral_filter"] == ["eager"]
+    assert set(found) == {*order.OPS["gpu_norm"], *order.OPS["gpu_filter"]}
+    results.records += [record("eager", 1.0, "1x64"), record("cuda", 2.0, "1x64")]
+    assert list(order.slowness(results, "gpu_norm")) == ["cuda", "eager"]
+    page = "\n".join(order.section(results))
+    assert json.loads(page.partition("```json")[2].partition("```")[0]) == order.order(results)
+
+
+def test_every_op_is_ranked_by_some_comparison():
+    ranked = [op for ops in order.OPS.values() for op in ops]
+    assert sorted(ranked) == sorted(_library.ops())
+    assert order.BACKENDS == _library.BACKENDS
+
+
+def test_the_host_is_timed_where_that_is_asked_for(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(0))
+    assert HostClock().time(lambda: waits.append(1)) > 0 and waits == [0, 1]  # not for what the call has queued
+    assert isinstance(clock_for(torch.device("cuda"), host=True), HostClock)
+    assert {comparison.kernel for comparison in gpu(CUDA) if comparison.host} == {"gpu_overhead"}
 
 
 def test_backends_of_a_cpu_leave_the_interpreter_out():

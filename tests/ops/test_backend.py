@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from torch import Tensor
 
 import normkernels as nk
 import tests.oracles.run
-from normkernels.ops import _library, _triton
+from normkernels.ops import _cuda, _library, _triton
 from tests.oracles import inputs
 from tests.oracles.run import Config, incoming_gradient, oracle, plain_path, run
 from tests.tolerances import assert_iter_norm
@@ -145,6 +149,199 @@ def test_auto_inside_a_choice(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> Non
     with nk.use_backend("triton"), nk.use_backend("auto"):
         nk.ops.iter_norm(x, 8)
         assert (calls == ["iter_norm"]) == (nk.backend_of("iter_norm", x) == "triton")
+
+
+# --- the order ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ordered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
+    """Sets NORMKERNELS_BACKEND_ORDER to a file with this text."""
+
+    def order(text: str) -> None:
+        path = tmp_path / "order.json"
+        path.write_text(text)
+        monkeypatch.setenv("NORMKERNELS_BACKEND_ORDER", str(path))
+        _library.order.cache_clear()
+
+    yield order
+    _library.order.cache_clear()
+
+
+def test_the_order_names_every_backend_and_ends_with_eager() -> None:
+    for op, backends in _library.ORDER.items():
+        assert op in ("default", *OPS)
+        assert sorted(backends) == sorted(_library.BACKENDS) and backends[-1] == "eager"
+
+
+def test_an_order_of_ones_own(ordered: Callable[[str], None]) -> None:
+    ordered('{"whiten": ["triton", "cuda", "eager"], "default": ["cuda", "eager"]}')
+    assert _library._candidates("whiten") == ("triton", "cuda")
+    assert _library._candidates("moments") == ("cuda",)
+    assert _library._next_backends("whiten") == ("eager",)
+    assert _library._next_backends("moments") == ("eager",)
+
+
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [
+        ('["cuda", "eager"]', "a list"),
+        ('{"whitening": ["eager"]}', "the op 'whitening'"),
+        ('{"whiten": ["eager", "cuda"]}', "['eager', 'cuda'] for whiten"),
+        ('{"whiten": ["cuda", "cuda", "eager"]}', "['cuda', 'cuda', 'eager'] for whiten"),
+        ('{"whiten": ["cpu", "eager"]}', "['cpu', 'eager'] for whiten"),
+        ('{"whiten": "eager"}', "'eager' for whiten"),
+        ('{"whiten": [1, "eager"]}', "[1, 'eager'] for whiten"),
+        ("{", "Expecting"),
+    ],
+)
+def test_a_bad_order_is_named(text: str, got: str, ordered: Callable[[str], None]) -> None:
+    ordered(text)
+    with pytest.raises(
+        ValueError, match=r"NORMKERNELS_BACKEND_ORDER: expected .*order\.json to be a JSON object"
+    ) as raised:
+        _library.order()
+    assert got in str(raised.value)
+
+
+# --- compiled kernels -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if the extension had registered a kernel for iter_norm, and served CPU tensors."""
+    monkeypatch.setattr(_cuda, "availability", lambda: (True, "compiled CUDA kernels for sm_0"))
+    monkeypatch.setattr(_cuda, "registered", lambda op, key: op == "iter_norm")
+    yield
+    monkeypatch.undo()
+    _library._choose("auto")
+
+
+def registered_by_python(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"normkernels::{op}", key)
+
+
+def test_a_compiled_kernel_shows_through(compiled: None) -> None:
+    """Nothing of Python's is in its place, but where another backend was chosen, and on a CPU in the default order."""
+    with nk.use_backend("cuda"):
+        assert not registered_by_python("iter_norm", "CPU") and not registered_by_python("iter_norm", "CUDA")
+        assert registered_by_python("moments", "CPU") and registered_by_python("moments", "CUDA")
+        with nk.use_backend("eager"):
+            assert registered_by_python("iter_norm", "CPU") and registered_by_python("iter_norm", "CUDA")
+        with nk.use_backend("auto"):
+            assert registered_by_python("iter_norm", "CPU") and not registered_by_python("iter_norm", "CUDA")
+
+
+def test_the_order_decides(compiled: None, ordered: Callable[[str], None]) -> None:
+    ordered('{"iter_norm": ["triton", "cuda", "eager"]}')
+    with nk.use_backend("auto"):
+        assert registered_by_python("iter_norm", "CUDA") == _triton.installed()
+    ordered('{"iter_norm": ["eager"]}')
+    with nk.use_backend("auto"):
+        assert registered_by_python("iter_norm", "CUDA")
+
+
+class OnGpu:
+    """As much of a CUDA tensor as there can be without a GPU."""
+
+    is_cuda = True
+    device, dtype = torch.device("cuda", 0), torch.float32
+
+
+def test_who_serves_and_why(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusals = []
+    monkeypatch.setattr(_cuda, "refusal", lambda op, device, dtype, **_: refusals[-1])
+    monkeypatch.setattr(_triton, "check_supported", lambda tensor, **_: None)
+    monkeypatch.setattr(_triton, "installed", lambda: True)
+    monkeypatch.setattr(_triton, "interpreted", lambda: True)
+    monkeypatch.setattr(_library, "isinstance", lambda *_: True, raising=False)
+    with nk.use_backend("auto"):
+        refusals.append("")
+        assert _library.explain("iter_norm", OnGpu()) == ("cuda", "compiled CUDA kernels for sm_0")  # type: ignore[arg-type]
+        assert _library.explain("moments", OnGpu())[0] == "triton"  # type: ignore[arg-type]
+        refusals.append("expected another group")
+        assert _library.explain("iter_norm", OnGpu())[0] == "triton"  # type: ignore[arg-type]
+    with nk.use_backend("triton"), nk.use_backend("cuda"):
+        assert _library.explain("iter_norm", OnGpu())[0] == "triton"  # type: ignore[arg-type]
+        refusals.append("")
+        assert _library.explain("iter_norm", OnGpu()) == ("cuda", "chosen by use_backend or NORMKERNELS_BACKEND")  # type: ignore[arg-type]
+
+
+def test_the_extension_is_not_tried_without_cuda() -> None:
+    """A torch without CUDA lacks the libraries that the extension is linked with."""
+    if torch.version.cuda is None:
+        assert _cuda.load() == (None, f"torch {torch.__version__} is built without CUDA")
+
+
+# --- what a compiled kernel hands on --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def handed_on(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> Callable[..., Any]:
+    """moments of x as C++ asks for them, with a reason."""
+    monkeypatch.setattr(_library, "_warned", set())
+    return lambda reason, x=x: torch.ops.normkernels_next.moments(x, 8, reason)
+
+
+def test_every_op_has_a_next_one() -> None:
+    for op in OPS:
+        schema = str(getattr(torch.ops.normkernels, op).default._schema)
+        expected = schema.replace("normkernels::", "normkernels_next::").replace(") ->", ", str reason) ->")
+        assert str(getattr(torch.ops.normkernels_next, op).default._schema) == expected
+
+
+def test_it_warns_once_for_each_reason(handed_on: Callable[..., Any], x: Tensor) -> None:
+    for reason in ("expected smaller groups", "expected a newer GPU"):
+        with pytest.warns(UserWarning, match=f"^moments: plain PyTorch instead of the CUDA kernels: {reason}$"):
+            mean, cov = handed_on(reason)
+        handed_on(reason)
+    expected = nk.ops.moments(x, 8)
+    assert torch.equal(mean, expected[1]) and torch.equal(cov, expected[2])
+
+
+def test_without_a_reason_nothing_is_said(handed_on: Callable[..., Any]) -> None:
+    handed_on("")
+
+
+@pytest.mark.parametrize("reason", ["expected smaller groups", ""])
+def test_triton_is_next_on_a_gpu(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it cannot either: then one warning says so, whichever of the two has something to say."""
+    monkeypatch.setattr(_triton, "installed", lambda: True)
+    monkeypatch.setattr(_library, "_warned", set())
+    refusals = [""]
+
+    def kernels(*args: object) -> str:
+        if refusals[-1]:
+            raise _triton.Unsupported(refusals[-1])
+        return "triton"
+
+    serve = _library.handed_on("moments", kernels, lambda *args: ("eager", *args[1:]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert serve(OnGpu(), 8, reason) == "triton"
+        refusals.append("expected another type")
+        assert serve(OnGpu(), 8, reason) == ("eager", 8)
+    said = [str(warning.message) for warning in caught]
+    if reason:
+        assert said == [f"moments: {who} instead of the CUDA kernels: {reason}" for who in ("Triton", "plain PyTorch")]
+    else:
+        assert said == ["moments: plain PyTorch instead of the Triton kernels: expected another type"]
+
+
+def test_an_error_leaves_its_text_for_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+    extension = type("Extension", (), {"set_error": staticmethod(texts.append)})
+    monkeypatch.setattr(_cuda, "load", lambda: (extension, ""))
+
+    def broken(*args: object) -> object:
+        raise ValueError("expected better")
+
+    with pytest.raises(ValueError, match="expected better"):
+        _library.reporting(broken)()
+    assert texts == ["ValueError: expected better"]
+
+
+# --- from the outside -----------------------------------------------------------------------------------------------
 
 
 PROGRAM = """

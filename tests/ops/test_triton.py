@@ -1,7 +1,8 @@
 """The Triton backend: what it serves, how it is launched and configured, and what it promises beside its values.
 
 Its values are tested where every backend's are (fixture ``backend``): test_moments, test_whiten, test_inverse_sqrt,
-test_iter_norm and test_iter_norm_guarantees run once more with its kernels; test_triton_spectral has ConvNorm's.
+test_iter_norm, test_iter_norm_guarantees and test_spectral_kernels run once more with its kernels.
+test_triton_spectral has the spectrum of ConvNorm's weights.
 """
 
 from __future__ import annotations

@@ -1,0 +1,27 @@
+from collections.abc import Sequence
+from typing import TypedDict
+
+class Launch(TypedDict):
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+    read_bytes: int
+    written_bytes: int
+
+build: dict[str, str | list[str]]
+
+def architectures() -> list[str]: ...
+def refusal(op: str, dtype: str, group_size: int, plane: Sequence[int], architecture: int) -> str: ...
+def launch_plan(
+    op: str,
+    shape: Sequence[int],
+    dtype: str,
+    channels_last: bool,
+    group_size: int,
+    plane: Sequence[int],
+    architecture: int,
+    processors: int,
+    shared_bytes: int,
+) -> list[Launch]: ...
+def set_error(text: str) -> None: ...

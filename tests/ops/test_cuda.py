@@ -1,0 +1,532 @@
+"""The CUDA kernels: what they refuse and hand on, how they cut and merge, and what they promise beside their values.
+
+On a CPU as C++ (``--simt``, see tests/simt), on a GPU as the compiled extension. Their values are tested where every
+backend's are (fixture ``backend``); here is what those tests do not reach: many tiles, wide groups, several parts.
+What needs a GPU is in test_cuda_gpu.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normkernels as nk
+from normkernels.ops import _library
+from tests import backends
+from tests.ops import test_inverse_sqrt, test_iter_norm, test_moments, test_whiten
+from tests.ops.test_library import RAW, arguments, spectral_arguments
+from tests.ops.test_spectral_kernels import check as check_filter
+from tests.ops.test_spectral_kernels import values
+from tests.oracles import inputs
+from tests.oracles import run as place
+from tests.oracles.run import Config, back, incoming_gradient, leaf, moved, oracle, plain_path, run
+from tests.tolerances import assert_agree, assert_iter_norm
+
+pytestmark = pytest.mark.usefixtures("backend")
+ANYWHERE = pytest.mark.parametrize("backend", backends.CUDA, indirect=True)
+SIMT = pytest.mark.parametrize("backend", [backends.SIMT], indirect=True)
+
+SERVED = ("moments", "cross_moments", "inverse_sqrt", "inverse_sqrt_backward", "whiten", "iter_norm",
+          "iter_norm_backward", "spectral_filter")  # fmt: skip
+TYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def name(value: object) -> str | None:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+def raw(op: str) -> Callable[..., Any]:
+    """The op as the dispatcher has it, without the checks of the public function."""
+    return getattr(torch.ops.normkernels, op).default
+
+
+def given(op: str, dtype: torch.dtype = torch.float32) -> list[Any]:
+    """Good arguments: two groups of four channels, or filtered planes of 5 x 3."""
+    x = inputs.gaussian(inputs.SHAPE_4D, dtype=dtype, group_size=4)
+    found = arguments(op, x) if op in RAW else spectral_arguments(op, x)
+    return [moved(value) if isinstance(value, Tensor) else value for value in found]
+
+
+def step(x: Tensor, d: int, **options: Any) -> list[Tensor]:
+    """y, mean, W and all gradients of a training step, where it was computed."""
+    leaves = [leaf(t) for t in (x, *test_iter_norm.affine(x.shape[1], x.dtype))]
+    y, mean, W = nk.ops.iter_norm(leaves[0], d, weight=leaves[1], bias=leaves[2], **options)  # type: ignore[arg-type]
+    return [y.detach(), mean, W, *torch.autograd.grad(y, leaves, incoming_gradient(y.detach()))]  # type: ignore[arg-type]
+
+
+def equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# --- what is there --------------------------------------------------------------------------------------------------
+
+
+@SIMT
+def test_every_op_is_registered() -> None:
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert {op for op in _library.ops() if registered(f"normkernels_simt::{op}", "CPU")} == set(SERVED)
+    assert {op for op in _library.ops() if "cuda" in _library._IMPLEMENTATIONS[op]} == set(SERVED)
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "IterNorm": lambda: nk.IterNorm2d(8, group_size=4, device=place.device),
+    "ConvNorm": lambda: nk.ConvNorm2d(8, 8, 3, padding=1, device=place.device),
+}
+
+
+@ANYWHERE
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_trains_a_step(layer: str) -> None:
+    """As with plain PyTorch: output, gradients, and the layer afterwards, in evaluation too."""
+    results = []
+    for backend in ("cuda", "eager"):
+        torch.manual_seed(0)
+        with nk.use_backend(backend):
+            model = LAYERS[layer]()
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            x = leaf(inputs.gaussian((6, 8, 6, 6), dtype=torch.float32))
+            y = model(x)
+            y.backward(incoming_gradient(y.detach()))
+            optimizer.step()
+            evaluated = model.eval()(x).detach()
+        results.append([y.detach(), x.grad, evaluated, *model.state_dict().values()])  # type: ignore[union-attr]
+    assert_agree(*results)
+
+
+@ANYWHERE
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
+@pytest.mark.parametrize("op", SERVED)
+def test_opcheck(op: str) -> None:
+    torch.library.opcheck(raw(op), tuple(given(op)))
+
+
+@ANYWHERE
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
+@pytest.mark.parametrize("layer", LAYERS)
+def test_compiles_whole(layer: str) -> None:
+    x = moved(inputs.gaussian((6, 8, 6, 6), dtype=torch.float32))
+    model = LAYERS[layer]()
+    expected = model(x)
+    torch._dynamo.reset()
+    assert_agree(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+Change = Callable[[Tensor], Tensor]
+
+
+def half(t: Tensor) -> Tensor:
+    return t.half()
+
+
+def shorter(t: Tensor) -> Tensor:
+    return t[:-1]
+
+
+def of_other_width(t: Tensor) -> Tensor:
+    return t[:, :4]
+
+
+def one_group(t: Tensor) -> Tensor:
+    return t[:1]
+
+
+def flat(t: Tensor) -> Tensor:
+    return t.flatten()
+
+
+def oblong(t: Tensor) -> Tensor:
+    return t[:, :3]
+
+
+GROUPS = "expected a group size that divides the 8 channels, got"
+SQUARE = ": expected shape (G, d, d), got"
+
+# Op, number of the argument, the change or the value, what the error says after the op's name. x is (6, 8, 5, 3).
+BAD: list[tuple[str, int, Change | object, str]] = [
+    ("moments", 0, flat, "x: expected shape (N, C) or (N, C, *), got (720)"),
+    ("moments", 1, 3, f"{GROUPS} 3"),
+    ("moments", 1, 0, f"{GROUPS} 0"),
+    ("moments", 1, -4, f"{GROUPS} -4"),
+    ("cross_moments", 0, shorter, "y: expected shape (6, 8, 5, 3), got (5, 8, 5, 3)"),
+    ("cross_moments", 0, half, "y: expected Float, got Half"),
+    ("cross_moments", 1, flat, "x: expected shape (N, C) or (N, C, *), got (720)"),
+    ("cross_moments", 2, shorter, "mean: expected shape (8), got (7)"),
+    ("cross_moments", 2, half, "mean: expected Float, got Half"),
+    ("cross_moments", 3, 5, f"{GROUPS} 5"),
+    ("inverse_sqrt", 0, flat, f"cov{SQUARE} (32)"),
+    ("inverse_sqrt", 0, oblong, f"cov{SQUARE} (2, 3, 4)"),
+    ("inverse_sqrt_backward", 0, oblong, f"grad{SQUARE} (2, 3, 4)"),
+    ("inverse_sqrt_backward", 1, one_group, "W: expected shape (2, 4, 4), got (1, 4, 4)"),
+    ("inverse_sqrt_backward", 1, half, "W: expected Float, got Half"),
+    ("inverse_sqrt_backward", 2, oblong, "residual: expected shape (2, 4, 4), got (2, 3, 4)"),
+    ("inverse_sqrt_backward", 3, one_group, "scale: expected shape (2, 1), got (1, 1)"),
+    ("whiten", 0, flat, "x: expected shape (N, C) or (N, C, *), got (720)"),
+    ("whiten", 1, shorter, "mean: expected shape (8), got (7)"),
+    ("whiten", 1, half, "mean: expected Float, got Half"),
+    ("whiten", 2, flat, f"W{SQUARE} (32)"),
+    ("whiten", 2, oblong, f"W{SQUARE} (2, 3, 4)"),
+    ("whiten", 2, one_group, "W: expected shape (2, 4, 4), got (1, 4, 4)"),
+    ("whiten", 2, lambda w: w[:, :3, :3], f"{GROUPS} 3"),
+    ("whiten", 2, lambda w: w[:, :0, :0], f"{GROUPS} 0"),
+    ("whiten", 2, half, "W: expected Float, got Half"),
+    ("whiten", 3, shorter, "weight: expected shape (8), got (7)"),
+    ("whiten", 3, half, "weight: expected Float, got Half"),
+    ("whiten", 4, lambda b: b.view(1, 8, 1, 1), "bias: expected shape (8), got (1, 8, 1, 1)"),
+    ("whiten", 4, lambda b: b.long(), "bias: expected Float, got Long"),
+    ("iter_norm", 0, flat, "x: expected shape (N, C) or (N, C, *), got (720)"),
+    ("iter_norm", 1, shorter, "weight: expected shape (8), got (7)"),
+    ("iter_norm", 1, half, "weight: expected Float, got Half"),
+    ("iter_norm", 2, shorter, "bias: expected shape (8), got (7)"),
+    ("iter_norm", 2, lambda b: b.double(), "bias: expected Float, got Double"),
+    ("iter_norm", 3, 3, f"{GROUPS} 3"),
+    ("iter_norm_backward", 0, of_other_width, "grad: expected shape (6, 8, 5, 3), got (6, 4, 5, 3)"),
+    ("iter_norm_backward", 0, half, "grad: expected Float, got Half"),
+    ("iter_norm_backward", 1, flat, "x: expected shape (N, C) or (N, C, *), got (720)"),
+    ("iter_norm_backward", 2, shorter, "weight: expected shape (8), got (7)"),
+    ("iter_norm_backward", 2, half, "weight: expected Float, got Half"),
+    ("iter_norm_backward", 3, shorter, "mean: expected shape (8), got (7)"),
+    ("iter_norm_backward", 4, oblong, f"W{SQUARE} (2, 3, 4)"),
+    ("iter_norm_backward", 4, one_group, "W: expected shape (2, 4, 4), got (1, 4, 4)"),
+    ("iter_norm_backward", 5, oblong, "residual: expected shape (2, 4, 4), got (2, 3, 4)"),
+    ("iter_norm_backward", 6, one_group, "scale: expected shape (2, 1), got (1, 1)"),
+    ("spectral_filter", 0, lambda z: z[0], "z: expected shape (N, C, h, w), got (8, 5, 3)"),
+    ("spectral_filter", 1, flat, "v: expected shape (C, H, W), got (120)"),
+    ("spectral_filter", 1, shorter, "v: expected shape (8, 5, 3), got (7, 5, 3)"),
+    ("spectral_filter", 1, half, "v: expected Float, got Half"),
+    ("spectral_filter", 2, [0, 1, 0], "source: expected 4 numbers, got 3"),
+    ("spectral_filter", 2, [1, 1, 0, 1], "source: expected start, step and count within 0:5, got 1, 1, 5"),
+    ("spectral_filter", 2, [0, 1, 0, 2], "source: expected start, step and count within 0:3, got 0, 2, 3"),
+    ("spectral_filter", 2, [0, 0, 0, 1], "source: expected start, step and count within 0:5, got 0, 0, 5"),
+    ("spectral_filter", 3, [0, 1, 5, 0, 1], "target: expected 6 numbers, got 5"),
+    ("spectral_filter", 3, [-1, 1, 5, 0, 1, 3], "target: expected start, step and count within 0:5, got -1, 1, 5"),
+    ("spectral_filter", 3, [0, 1, 6, 0, 1, 3], "target: expected start, step and count within 0:5, got 0, 1, 6"),
+    ("spectral_filter", 3, [0, 1, 5, 0, 2, 3], "target: expected start, step and count within 0:3, got 0, 2, 3"),
+    ("spectral_filter", 3, [0, 1, 5, 0, 1, -1], "target: expected start, step and count within 0:3, got 0, 1, -1"),
+    ("spectral_filter", 3, [2**32, 1, 1, 0, 1, 1], "target: expected start, step and count within 0:5, got 2147483647"),
+]  # fmt: skip
+
+
+@ANYWHERE
+@pytest.mark.parametrize(("op", "at", "bad", "message"), BAD)
+def test_bad_input_is_named(op: str, at: int, bad: Change | object, message: str) -> None:
+    """By the raw op, whoever calls it. It also shows that the op is this backend's: eager has no such checks."""
+    values = given(op)
+    assert raw(op)(*values) is not None
+    values[at] = bad(values[at]) if callable(bad) else bad
+    with pytest.raises(RuntimeError) as raised:
+        raw(op)(*values)
+    assert f"{op}: {message}" in str(raised.value)
+
+
+def test_every_op_is_asked_for_bad_input() -> None:
+    assert {op for op, *_ in BAD} == set(SERVED)
+
+
+# --- what is left to another backend --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unwarned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "_warned", set())
+
+
+def filtered(shape: tuple[int, ...]) -> list[Tensor]:
+    z = leaf(values(shape))
+    y = nk.ops.spectral_filter(z, moved(values(shape[1:], seed=1)))  # type: ignore[arg-type]
+    return [y.detach(), *torch.autograd.grad(y, z, incoming_gradient(y.detach()))]  # type: ignore[arg-type]
+
+
+# The call, its ops that another backend serves, and the reason.
+HANDED_ON: dict[str, tuple[Callable[[], list[Tensor]], list[str], str]] = {
+    "float64": (lambda: step(inputs.gaussian((150, 8)), 8), ["iter_norm", "iter_norm_backward"],
+                "expected float32 or a half type, got float64"),
+    "wide-group": (lambda: step(inputs.gaussian((150, 136), group_size=136, dtype=torch.float32), 136),
+                   ["iter_norm", "iter_norm_backward"], "expected groups of at most 128 channels, got 136"),
+    "high-plane": (lambda: filtered((2, 3, 65, 7)), ["spectral_filter"],
+                   "expected planes of at most 64 x 64, got 65 x 7"),
+    "wide-plane": (lambda: filtered((2, 3, 7, 65)), ["spectral_filter"],
+                   "expected planes of at most 64 x 64, got 7 x 65"),
+}  # fmt: skip
+
+
+@ANYWHERE
+@pytest.mark.usefixtures("unwarned")
+@pytest.mark.parametrize("case", HANDED_ON)
+def test_what_it_does_not_serve_is_handed_on_with_one_warning(case: str) -> None:
+    call, ops, reason = HANDED_ON[case]
+    with nk.use_backend("eager"):
+        expected = call()
+    with pytest.warns(UserWarning) as caught:
+        got = call()
+    message = f"plain PyTorch instead of the CUDA kernels: {reason}"
+    assert [str(warning.message) for warning in caught] == [f"{op}: {message}" for op in ops]
+    assert equal(got, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call()
+
+
+# Another algorithm was asked for, or nothing is there to do: neither is worth a warning.
+SILENT: dict[str, Callable[[], list[Tensor]]] = {
+    "eigh": lambda: step(inputs.gaussian((150, 8), dtype=torch.float32), 8, method="eigh", eps=1e-3),
+    "empty-batch": lambda: step(torch.empty(0, 8, 5, 3), 4),
+    "empty-plane": lambda: filtered((0, 3, 9, 7)),
+    "empty-window": lambda: [nk.ops.spectral_filter(*(moved(values(s)) for s in ((2, 3, 9, 7), (3, 9, 7))),
+                                                    (slice(2, 2), slice(0, 7)))],
+}  # fmt: skip
+
+
+@ANYWHERE
+@pytest.mark.usefixtures("unwarned")
+@pytest.mark.parametrize("case", SILENT)
+def test_what_is_not_for_it_is_handed_on_without_a_warning(case: str) -> None:
+    with nk.use_backend("eager"):
+        expected = SILENT[case]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_agree(SILENT[case](), expected)
+
+
+# --- tiles, parts, merging ------------------------------------------------------------------------------------------
+#
+# The simulated device has three processors, so a single group is cut into six parts that are merged three by three, and
+# two groups into three parts, merged two and one; three have two parts each, and one level. A tile of the reduction
+# has 128 columns up to d = 32, then 64 and 32; backward half of them up to 64. One column more than five tiles makes a
+# last part of one column.
+
+WIDTHS = {16: 641, 20: 641, 33: 321, 64: 321, 100: 161, 128: 161}
+
+
+def many_columns(d: int, groups: int, dtype: torch.dtype, **options: Any) -> Tensor:
+    return inputs.gaussian((WIDTHS[d], d * groups), dtype=dtype, group_size=d, **options)
+
+
+@ANYWHERE
+@pytest.mark.parametrize("dtype", TYPES, ids=name)
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("d", WIDTHS)
+def test_several_parts(d: int, groups: int, dtype: torch.dtype) -> None:
+    """Channels innermost, and as one sample of that many positions, which are not a multiple of anything."""
+    x = many_columns(d, groups, dtype)
+    test_iter_norm.check(x if groups % 2 else x.T.contiguous()[None], Config(group_size=d))
+
+
+# Of moments the gradient is tested, too, which is a mix; of whiten that is the cross moments.
+@ANYWHERE
+@pytest.mark.parametrize("d", [20, 128])
+def test_several_parts_of_the_primitives(d: int) -> None:
+    test_moments.check(many_columns(d, 1, torch.float32, mean=100.0), d)
+    test_whiten.check(test_whiten.arguments(many_columns(d, 1, torch.float32), d))
+
+
+# Four, five and six parts, in sets of two or three, the last set with fewer or the last part with less.
+@ANYWHERE
+@pytest.mark.parametrize("columns", [1, 127, 128, 129, 385, 513, 640, 769, 1409])
+def test_every_number_of_parts(columns: int) -> None:
+    x = inputs.gaussian((columns, 16), dtype=torch.float32, group_size=16)
+    test_moments.check(x, 16)
+    test_iter_norm.check(x, Config(group_size=16), stable=True)
+
+
+@ANYWHERE
+@pytest.mark.parametrize("d", [33, 100, 128])
+def test_a_single_column(d: int) -> None:
+    """m = 1: nothing is left of x, whatever the padding of the tile holds."""
+    x = inputs.gaussian((1, d), dtype=torch.float32, group_size=d)
+    y, mean, W, dx, _, dbias = map(back, step(x, d))
+    bias = test_iter_norm.affine(d, torch.float32)[1]
+    assert torch.equal(y[0], bias) and torch.equal(mean, x[0])  # type: ignore[index, arg-type]
+    assert W.isfinite().all() and not dx.any()  # type: ignore[union-attr]
+    assert torch.equal(dbias, incoming_gradient(x)[0])  # type: ignore[arg-type]
+
+
+@ANYWHERE
+@pytest.mark.parametrize("given_affine", [(False, False), (True, False), (False, True)], ids=str)
+def test_without_weight_or_bias(given_affine: tuple[bool, bool]) -> None:
+    x, config = inputs.gaussian(inputs.SHAPE_4D, dtype=torch.float32), Config()
+    weight, bias = (value if asked else None for value, asked in
+                    zip(test_iter_norm.affine(8, x.dtype), given_affine, strict=True))  # fmt: skip
+    problem = config, x, incoming_gradient(x), weight, bias
+    got = run(nk.ops.iter_norm, *problem)
+    assert_iter_norm(got, oracle(*problem), plain_path(*problem), *problem[1:4], config)
+
+
+# The last has more planes than all resident blocks filter at once.
+@ANYWHERE
+@pytest.mark.parametrize("count", [(11, 3), (2, 100), (29, 7)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_more_planes_than_are_filtered_at_once(count: tuple[int, int], channels_last: bool) -> None:
+    z, v = values((*count, 5, 6)), values((count[1], 5, 6), seed=1)
+    check_filter(z.contiguous(memory_format=torch.channels_last) if channels_last else z, v)
+
+
+# 99 KiB: sm_86, sm_89 and sm_120, where one matrix of d = 128 fits into shared memory. 163 KiB: sm_80, two of them.
+@SIMT
+@pytest.mark.parametrize("shared_bytes", [99 * 1024, 163 * 1024])
+def test_matrices_that_shared_memory_has_no_room_for(shared_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lie in global memory, and nothing else changes. A launch that asks for more fails, so some do."""
+    x = many_columns(128, 2, torch.float32)
+    cov = torch.stack([inputs.covariance(inputs.spectrum(128, 10.0), seed) for seed in range(2)])
+
+    def results() -> list[Tensor]:
+        given = cov.float().requires_grad_()
+        W = nk.ops.inverse_sqrt(given)
+        return [*step(x, 128), W.detach(), *torch.autograd.grad(W, given, torch.cos(cov.float()))]
+
+    expected = results()
+    monkeypatch.setenv("NORMKERNELS_SIMT_SHARED_BYTES", str(shared_bytes))
+    assert equal(results(), expected)
+    test_inverse_sqrt.check(cov, Config(), torch.float32)
+
+
+# --- determinism ----------------------------------------------------------------------------------------------------
+
+
+def all_results(d: int, groups: int, dtype: torch.dtype) -> list[Tensor]:
+    """Of every op, some by way of others."""
+    x = many_columns(d, groups, dtype)
+    given = leaf(x)
+    _, mean, cov = nk.ops.moments(given, d)  # type: ignore[arg-type]
+    W = nk.ops.inverse_sqrt(cov)
+    (dx,) = torch.autograd.grad(nk.ops.whiten(given, mean, W), given, incoming_gradient(given))  # type: ignore[arg-type]
+    return [*step(x, d), mean.detach(), cov.detach(), W.detach(), dx, *filtered((7, 3, 9, 10))]
+
+
+@ANYWHERE
+@pytest.mark.parametrize("dtype", TYPES, ids=name)
+@pytest.mark.parametrize("d", [16, 128])
+def test_two_runs_agree_bit_by_bit(d: int, dtype: torch.dtype) -> None:
+    assert equal(all_results(d, 2, dtype), all_results(d, 2, dtype))
+
+
+@SIMT
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("d", [16, 33, 128])
+def test_the_order_of_threads_and_blocks_does_not_matter(d: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another block comes last and merges; without a barrier, another thread is first."""
+    results = []
+    for threads, blocks in product(("ascending", "descending"), repeat=2):
+        monkeypatch.setenv("NORMKERNELS_SIMT_THREADS", threads)
+        monkeypatch.setenv("NORMKERNELS_SIMT_BLOCKS", blocks)
+        results.append(all_results(d, groups, torch.float32))
+    assert all(equal(results[0], other) for other in results[1:])
+
+
+# --- layouts --------------------------------------------------------------------------------------------------------
+
+# Those of tests/oracles/inputs.py are tested with every backend. name -> x from values of the shape.
+STRIDES: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "unfold": ((8, 60), lambda v: v.unfold(1, 12, 5).permute(1, 0, 2)),  # samples overlap
+    "unfold-planes": ((6, 8, 30), lambda v: v.unfold(2, 6, 4)),  # rows of a plane overlap
+    "overlapping-rows": ((300,), lambda v: v.as_strided((70, 8), (4, 1))),  # channels of one sample are the next one's
+    "expanded-samples": ((1, 8, 40), lambda v: v.expand(3, 8, 40)),
+    "expanded-positions": ((40, 8, 1), lambda v: v.expand(40, 8, 3)),
+    "expanded-plane": ((40, 8, 1, 1), lambda v: v.expand(40, 8, 3, 2)),
+    "1x1-odd-strides": ((40, 8), lambda v: v.as_strided((40, 8, 1, 1), (8, 1, 5, 7))),
+    "1x1-transposed": ((8, 40), lambda v: v.as_strided((40, 8, 1, 1), (1, 40, 3, 999))),
+    "1x1-every-other": ((40, 16), lambda v: v.as_strided((40, 8, 1, 1), (16, 2, 1, 1))),
+    "one-row": ((1, 8, 1, 50), lambda v: v.as_strided((1, 8, 1, 50), (3, 50, 7, 1))),
+    "rows-permuted": ((8, 5, 6, 7), lambda v: v.permute(2, 0, 3, 1)),  # nothing collapses
+    "rows-reversed": ((6, 8, 5, 7), lambda v: v.transpose(2, 3)),
+    "unaligned-NHWC": ((6 * 35 * 8 + 3,), lambda v: v[3:].view(6, 5, 7, 8).permute(0, 3, 1, 2)),
+}  # fmt: skip
+
+
+@ANYWHERE
+@pytest.mark.parametrize("dtype", TYPES, ids=name)
+@pytest.mark.parametrize("case", STRIDES)
+def test_strides(case: str, dtype: torch.dtype) -> None:
+    """Read in place or copied, they are right; with a contiguous gradient and with one as strided as x."""
+    shape, view = STRIDES[case]
+    x = view(torch.randn(shape, dtype=torch.float64, generator=inputs.generator(0)).to(dtype) + 1)
+    assert x.shape[1] == 8
+    test_iter_norm.check(x, Config(), dy=incoming_gradient(x).contiguous())
+    test_moments.check(x)
+    test_iter_norm.check(x, Config(), dy=view(torch.randn(shape, generator=inputs.generator(1)).to(dtype)))
+
+
+PAIRS = ["NCHW", "NHWC", "CHWN", "NCHW-cropped", "NHWC-channel-slice", "NCHW-unaligned"]
+
+
+@ANYWHERE
+@pytest.mark.parametrize("of_dy", PAIRS)
+@pytest.mark.parametrize("of_x", PAIRS)
+def test_mixed_layouts(of_x: str, of_dy: str) -> None:
+    """Groups of 4 in bfloat16: the widest accesses of x and of dy differ, as their strides do."""
+    x = inputs.gaussian(inputs.SHAPE_4D, dtype=torch.bfloat16, group_size=4)
+    dy = incoming_gradient(x)
+    test_iter_norm.check(inputs.LAYOUTS[of_x][1](x), Config(group_size=4), dy=inputs.LAYOUTS[of_dy][1](dy))
+
+
+@ANYWHERE
+@pytest.mark.parametrize("case", ["one-channel", "one-position", "one-channel-one-position"])
+def test_one_of_something(case: str) -> None:
+    """Strides of such a dimension mean nothing; here they are odd."""
+    v = torch.randn(60, generator=inputs.generator(0)) + 1
+    x = {
+        "one-channel": v.as_strided((4, 1, 5, 3), (15, 1, 3, 1)),
+        "one-position": v[:56].as_strided((7, 8, 1), (8, 1, 1)),
+        "one-channel-one-position": v.as_strided((30, 1, 1, 1), (2, 17, 1, 3)),
+    }[case]
+    test_iter_norm.check(x, Config(group_size=1), stable=True)
+
+
+@ANYWHERE
+def test_strided_parameters() -> None:
+    """W, mean, weight and bias by their strides, or packed."""
+    x, mean, W, weight, bias = test_whiten.arguments(inputs.gaussian((41, 8), dtype=torch.float32), 4)
+    both = torch.stack((weight, bias, mean), 1)
+    expected = nk.ops.whiten(*map(moved, (x, mean, W, weight, bias)))
+    strided = moved(both)
+    got = nk.ops.whiten(moved(x), strided[:, 2], moved(W.mT.contiguous()).mT, strided[:, 0], strided[:, 1])
+    assert torch.equal(got, expected)
+    expanded = nk.ops.whiten(moved(x), moved(mean), moved(W[:1]).expand(2, 4, 4))
+    assert torch.equal(expanded, nk.ops.whiten(moved(x), moved(mean), moved(W[:1].repeat(2, 1, 1))))
+
+
+@ANYWHERE
+def test_offsets_beyond_2_31_elements() -> None:
+    """Two samples 2^31 elements apart, in memory of which on a CPU only these are touched."""
+    near = moved(inputs.gaussian((2, 8, 15), dtype=torch.float16))
+    count = 2**31 + 120
+    on_cpu = near.device.type == "cpu"
+    memory = torch.from_numpy(np.empty(count, np.float16)) if on_cpu else torch.empty(count).half().to(near.device)
+    far = memory.as_strided((2, 8, 15), (2**31, 15, 1)).copy_(near)
+    assert equal(on_device(far, 8), on_device(near, 8))
+
+
+def on_device(x: Tensor, d: int) -> list[Tensor]:
+    """y, mean, W and dx, of x as it is."""
+    x = x.detach().requires_grad_()
+    y, mean, W = nk.ops.iter_norm(x, d)
+    return [y.detach(), mean, W, *torch.autograd.grad(y, x, incoming_gradient(y.detach()))]
+
+
+# --- precision ------------------------------------------------------------------------------------------------------
+
+
+# 0 and 3: about the bound where half data are shifted. 200: where bfloat16 holds one bit of a standard deviation.
+@ANYWHERE
+@pytest.mark.parametrize("mean", [0.0, 0.9, 1.2, 3.0, 30.0, 200.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)
+def test_half_data_of_any_mean(dtype: torch.dtype, mean: float) -> None:
+    """In standard deviations. Differences to the shift must be exact, or few digits of the covariance are left."""
+    test_moments.check(inputs.gaussian((701, 16), dtype=dtype, group_size=16, mean=mean), 16)
+
+
+@ANYWHERE
+@pytest.mark.parametrize("dtype", TYPES, ids=name)
+def test_long_sums(dtype: torch.dtype) -> None:
+    """A tensor core truncates where it adds; in sums of so many products that would be more than rounding errors."""
+    x = inputs.gaussian((40_000, 48), dtype=dtype, group_size=16, mean=0.0)
+    test_moments.check(x, 16)
+    test_whiten.check(test_whiten.arguments(x, 16, mean=0.0))
