@@ -73,6 +73,7 @@ def test_every_op_is_registered() -> None:
     registered = torch._C._dispatch_has_kernel_for_dispatch_key
     assert {op for op in _library.ops() if registered(f"normkernels_simt::{op}", "CPU")} == set(SERVED)
     assert {op for op in _library.ops() if "cuda" in _library._IMPLEMENTATIONS[op]} == set(SERVED)
+    assert {op for op, *_ in BAD} == set(SERVED)
 
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -225,10 +226,6 @@ def test_bad_input_is_named(op: str, at: int, bad: Change | object, message: str
     with pytest.raises(RuntimeError) as raised:
         raw(op)(*values)
     assert f"{op}: {message}" in str(raised.value)
-
-
-def test_every_op_is_asked_for_bad_input() -> None:
-    assert {op for op, *_ in BAD} == set(SERVED)
 
 
 # --- what is left to another backend --------------------------------------------------------------------------------
@@ -405,12 +402,11 @@ def all_results(d: int, groups: int, dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", TYPES, ids=name)
 @pytest.mark.parametrize("d", [16, 128])
 def test_two_runs_agree_bit_by_bit(d: int, dtype: torch.dtype) -> None:
-    assert equal(all_results(d, 2, dtype), all_results(d, 2, dtype))
+    assert equal(all_results(d, 1, dtype), all_results(d, 1, dtype))
 
 
 @SIMT
-@pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("d", [16, 33, 128])
+@pytest.mark.parametrize(("d", "groups"), [(16, 1), (16, 3), (33, 2), (128, 1)])
 def test_the_order_of_threads_and_blocks_does_not_matter(d: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another block comes last and merges; without a barrier, another thread is first."""
     results = []
@@ -514,13 +510,15 @@ def on_device(x: Tensor, d: int) -> list[Tensor]:
 # --- precision ------------------------------------------------------------------------------------------------------
 
 
-# 0 and 3: about the bound where half data are shifted. 200: where bfloat16 holds one bit of a standard deviation.
+# 1.9, 2.1: about where half data are shifted. 200: where bfloat16 holds one bit of a standard deviation. In few columns the
+# errors of single differences do not average out.
 @ANYWHERE
-@pytest.mark.parametrize("mean", [0.0, 0.9, 1.2, 3.0, 30.0, 200.0])
+@pytest.mark.parametrize("columns", [50, 701])
+@pytest.mark.parametrize("mean", [0.0, 1.9, 2.1, 3.0, 30.0, 200.0])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)
-def test_half_data_of_any_mean(dtype: torch.dtype, mean: float) -> None:
-    """In standard deviations. Differences to the shift must be exact, or few digits of the covariance are left."""
-    test_moments.check(inputs.gaussian((701, 16), dtype=dtype, group_size=16, mean=mean), 16)
+def test_half_data_of_any_mean(dtype: torch.dtype, mean: float, columns: int) -> None:
+    """In standard deviations. Differences to the shift must be exact, or the covariance loses digits."""
+    test_moments.check(inputs.gaussian((columns, 16), dtype=dtype, group_size=16, mean=mean), 16)
 
 
 @ANYWHERE

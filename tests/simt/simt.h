@@ -9,6 +9,7 @@
 // Environment variables, read at every launch:
 //   NORMKERNELS_SIMT_THREADS, NORMKERNELS_SIMT_BLOCKS   ascending (default) or descending, the order in which they run;
 //                                                       some missing barriers show in one of them only
+//   NORMKERNELS_SIMT_RUN                                0: launches are checked and not run, to time the way there
 //   NORMKERNELS_SIMT_SHARED_BYTES                       the largest shared memory of a block, if not 227 KiB
 #pragma once
 
