@@ -26,6 +26,21 @@ inline void check_cuda(const char* op, cudaError_t status) {
   (void)op, (void)status;
 }
 
+inline const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
 inline std::string text(const std::vector<int64_t>& shape) {
   std::ostringstream out;
   out << "(";
@@ -42,8 +57,8 @@ inline std::vector<int64_t> shape_of(const Tensor& t) {
 inline void check_like(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& shape,
                        ScalarType type, const Tensor& x) {
   STD_TORCH_CHECK(shape_of(t) == shape, op, ": ", name, ": expected shape ", text(shape), ", got ", text(shape_of(t)));
-  STD_TORCH_CHECK(t.scalar_type() == type, op, ": ", name, ": expected ", torch::headeronly::toString(type), ", got ",
-                  torch::headeronly::toString(t.scalar_type()));
+  STD_TORCH_CHECK(t.scalar_type() == type, op, ": ", name, ": expected ", name_of(type), ", got ",
+                  name_of(t.scalar_type()));
   STD_TORCH_CHECK(t.device() == x.device(), op, ": ", name, ": expected a tensor on the device of the data, index ",
                   x.get_device_index(), ", got one on device index ", t.get_device_index());
 }

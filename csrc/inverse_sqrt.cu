@@ -89,8 +89,8 @@ std::tuple<Tensor, Tensor, Tensor> inverse_sqrt(const Tensor& matrix, int64_t it
   Tensor scale = empty({groups, 1}, ScalarType::Float, cov);
   const Room room = small_matrix_room(on.run.device, d, FORWARD_MATRICES);
   const Tensor scratch = scratch_for(room, cov, groups);
-  launch_inverse_sqrt(on.run, floats(cov), groups, newton_of(d, iterations, scaling.value, eps), room, floats(scratch),
-                      floats(W), floats(S), floats(scale));
+  launch_inverse_sqrt(on.run, floats(cov), groups, newton_of("inverse_sqrt", d, iterations, scaling.value, eps), room,
+                      floats(scratch), floats(W), floats(S), floats(scale));
   return {W, S, scale};
 }
 
@@ -114,7 +114,8 @@ Tensor inverse_sqrt_backward(const Tensor& gradient, const Tensor& root, const T
   const Room room = small_matrix_room(on.run.device, d, BACKWARD_MATRICES);
   const Tensor scratch = scratch_for(room, grad, groups);
   launch_inverse_sqrt_backward(on.run, floats(grad), floats(W), floats(S), floats(scale), groups,
-                               newton_of(d, iterations, scaling.value, 0.), room, floats(scratch), floats(grad_cov));
+                               newton_of(op, d, iterations, scaling.value, 0.), room, floats(scratch),
+                               floats(grad_cov));
   return grad_cov;
 }
 

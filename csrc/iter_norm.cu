@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> iter_norm(const Tensor& data,
   Tensor W = empty({groups, d, d}, ScalarType::Float, x), S = empty({groups, d, d}, ScalarType::Float, x);
   Tensor scale = empty({groups, 1}, ScalarType::Float, x);
   const Parameter scaled = parameter("iter_norm", "weight", gamma, x);
-  launch_forward(on.run, seen, element, groups, newton_of(d, iterations, scaling.value, eps), reduction,
+  launch_forward(on.run, seen, element, groups, newton_of("iter_norm", d, iterations, scaling.value, eps), reduction,
                  memory.workspace, room, floats(scratch), scaled, parameter("iter_norm", "bias", beta, x),
                  {floats(mean), floats(W), floats(S), floats(scale), floats(constant)});
   launch_mix(on.run, seen, floats(mean), nullptr, nullptr, columns_of(y, d), element, {floats(W), d * d, d, 1}, scaled,
@@ -187,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> iter_norm_backward(const Tensor& gradient, co
   Tensor grad_bias = empty({channels}, ScalarType::Float, x), constant = empty({channels}, ScalarType::Float, x);
   Tensor matrix = empty({groups, d, 2 * d}, ScalarType::Float, x);
   Tensor grad_mean = empty({channels}, ScalarType::Float, x);
-  launch_backward(on.run, left, seen, element, groups, newton_of(d, iterations, scaling.value, 0.), reduction,
+  launch_backward(on.run, left, seen, element, groups, newton_of(op, d, iterations, scaling.value, 0.), reduction,
                   memory.workspace, room, floats(scratch), parameter(op, "weight", gamma, x),
                   {floats(mean), floats(W), floats(S), floats(scale)},
                   {floats(matrix), floats(grad_mean), floats(constant), floats(grad_weight), floats(grad_bias)});

@@ -376,6 +376,27 @@ struct Place {
   }
 };
 
+// Merges the parts of a group in two levels, when this block has left its own; true in the group's last block, which
+// alone goes on. merge(partials, count, columns of each, columns of all, f) merges some and calls f(i, j, entry) for
+// their matrix; vectors(c, first, second) gives the vectors of what it has merged.
+template <int D, int THREADS, class Merge, class Vectors, class F>
+__device__ __forceinline__ bool merge_levels(const Place<D>& here, const Split& cut, const Merging& merging,
+                                             int64_t total, float* slots, Merge merge, Vectors vectors, F f) {
+  if (!comes_last(here.ticket, here.in_set, slots)) return false;
+  if (merging.sets == 1) {
+    merge(here.parts, cut.parts, cut.chunk, total, f);
+    return true;
+  }
+  const int64_t each = merging.fan * cut.chunk, rest = total - here.set * each;
+  const Partial<D> merged{here.sets + here.set * Partial<D>::SIZE};
+  merge(here.parts + int64_t(here.set) * merging.fan * Partial<D>::SIZE, here.in_set, cut.chunk, min(each, rest),
+        [&](int i, int j, float entry) { merged.matrix()[i * D + j] = entry; });
+  for (int c = threadIdx.x; c < D; c += THREADS) vectors(c, merged.first()[c], merged.second()[c]);
+  if (!comes_last(here.last_ticket, merging.sets, slots)) return false;
+  merge(here.sets, merging.sets, each, total, f);
+  return true;
+}
+
 // Moments of all columns of a group, in its last block, which alone goes on after it: the exact mean is in
 // shared.exact, and f(i, j, m cov) has been called for all entries.
 template <class T, int D, class F>
@@ -385,24 +406,16 @@ __device__ __forceinline__ bool reduce_moments(const Columns& x, int d, const Sp
   const Place<D> here(workspace, cut, merging);
   const int64_t start = here.part * cut.chunk, stop = min(start + cut.chunk, x.total);
   partial_moments<T, D>(x, here.group * d, d, start, stop, shared, {here.parts + here.part * Partial<D>::SIZE});
-  if (!comes_last(here.ticket, here.in_set, shared.slots)) return false;
-  if (merging.sets == 1) {
-    merge_moments<D, THREADS>(here.parts, cut.parts, cut.chunk, x.total, shared, f);
-    return true;
-  }
-  const int64_t each = merging.fan * cut.chunk, first = here.set * each;
-  const Partial<D> merged{here.sets + here.set * Partial<D>::SIZE};
-  merge_moments<D, THREADS>(here.parts + int64_t(here.set) * merging.fan * Partial<D>::SIZE, here.in_set, cut.chunk,
-                            min(each, x.total - first), shared,
-                            [&](int i, int j, float entry) { merged.matrix()[i * D + j] = entry; });
-  for (int c = threadIdx.x; c < D; c += THREADS) {
-    const float mean = float(shared.exact[c]);
-    merged.first()[c] = mean;
-    merged.second()[c] = float(shared.exact[c] - double(mean));
-  }
-  if (!comes_last(here.last_ticket, merging.sets, shared.slots)) return false;
-  merge_moments<D, THREADS>(here.sets, merging.sets, each, x.total, shared, f);
-  return true;
+  return merge_levels<D, THREADS>(
+      here, cut, merging, x.total, shared.slots,
+      [&](const float* partials, int count, int64_t each, int64_t columns, auto g) {
+        merge_moments<D, THREADS>(partials, count, each, columns, shared, g);
+      },
+      [&](int c, float& mean, float& rest) {
+        mean = float(shared.exact[c]);
+        rest = float(shared.exact[c] - double(mean));
+      },
+      f);
 }
 
 // The same for cross moments: sum y is in shared.first, sum (x - mean) in shared.second.
@@ -414,21 +427,12 @@ __device__ __forceinline__ bool reduce_cross(const Columns& y, const Columns& x,
   const Place<D> here(workspace, cut, merging);
   const int64_t start = here.part * cut.chunk, stop = min(start + cut.chunk, x.total);
   partial_cross<T, D>(y, x, mean, here.group * d, d, start, stop, shared, {here.parts + here.part * Partial<D>::SIZE});
-  if (!comes_last(here.ticket, here.in_set, shared.slots)) return false;
-  if (merging.sets == 1) {
-    merge_cross<D, THREADS>(here.parts, cut.parts, shared, f);
-    return true;
-  }
-  const Partial<D> merged{here.sets + here.set * Partial<D>::SIZE};
-  merge_cross<D, THREADS>(here.parts + int64_t(here.set) * merging.fan * Partial<D>::SIZE, here.in_set, shared,
-                          [&](int i, int j, float entry) { merged.matrix()[i * D + j] = entry; });
-  for (int c = threadIdx.x; c < D; c += THREADS) {
-    merged.first()[c] = shared.first[c];
-    merged.second()[c] = shared.second[c];
-  }
-  if (!comes_last(here.last_ticket, merging.sets, shared.slots)) return false;
-  merge_cross<D, THREADS>(here.sets, merging.sets, shared, f);
-  return true;
+  return merge_levels<D, THREADS>(
+      here, cut, merging, x.total, shared.slots,
+      [&](const float* partials, int count, int64_t, int64_t, auto g) {
+        merge_cross<D, THREADS>(partials, count, shared, g);
+      },
+      [&](int c, float& of_y, float& of_x) { of_y = shared.first[c], of_x = shared.second[c]; }, f);
 }
 
 // --- host: how a reduction is cut and what it needs

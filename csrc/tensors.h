@@ -73,21 +73,6 @@ std::tuple<Results...> next(const char* op, const std::string& reason, const Arg
   }(std::index_sequence_for<Results...>{});
 }
 
-inline const char* name_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Double:
-      return "float64";
-    default:
-      return torch::headeronly::toString(type);
-  }
-}
-
 // The current stream of x's device, which is made the current device meanwhile.
 struct OnDevice {
 #ifdef NORMKERNELS_SIMT
@@ -251,7 +236,10 @@ struct Memory {
         workspace{floats(partials), static_cast<unsigned*>(counters.data_ptr())} {}
 };
 
-inline Newton newton_of(int64_t d, int64_t iterations, const std::string& scaling, double eps) {
+inline Newton newton_of(const char* op, int64_t d, int64_t iterations, const std::string& scaling, double eps) {
+  STD_TORCH_CHECK(iterations >= 0, op, ": num_iterations: expected at least 0, got ", iterations);
+  STD_TORCH_CHECK(scaling == "trace" || scaling == "frobenius", op, ": scaling: expected trace or frobenius, got ",
+                  scaling);
   return {int(d), int(std::min<int64_t>(iterations, INT32_MAX)), scaling == "frobenius", float(eps)};
 }
 

@@ -36,7 +36,8 @@ def training_step() -> Callable[[], None]:
 
     def step() -> None:
         layer(x).backward(grad)
-        x.grad = layer.weight.grad = layer.bias.grad = None
+        layer.zero_grad()
+        x.grad = None
 
     return step
 

@@ -123,18 +123,16 @@ class _Whitening(nn.Module):
     def _update_running_stats(self, mean: Tensor, W: Tensor) -> None:
         """eq. 8, skipped as a whole for a batch whose statistics are not finite; no synchronization with the host.
 
-        In few operations, for on a GPU each is a launch. A mean that is not finite makes its W NaN, so W tells for both;
-        its entries are at most 1e19, and their sum is finite where they are.
+        In few operations, for on a GPU each is a launch. A mean that is not finite makes its W NaN, so W tells for
+        both; its entries are at most 1e19, and their sum is finite where they are.
         """
         assert self.running_mean is not None and self.running_whitening is not None
         assert self.num_batches_tracked is not None
         finite = W.sum() * 0 == 0
         self.num_batches_tracked.add_(finite)
-        factor: float | Tensor
-        if self.momentum is None:  # the cumulative average
+        factor: Any = self.momentum
+        if factor is None:  # the cumulative average
             factor = 1.0 / self.num_batches_tracked.clamp(min=1).to(mean.dtype)
-        else:
-            factor = self.momentum
         for running, batch in ((self.running_mean, mean), (self.running_whitening, W)):
             running.lerp_(torch.where(finite, batch, running), factor)
 

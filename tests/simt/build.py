@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -97,8 +98,9 @@ def link(
                 list(pool.map(_make, commands, objects.values()))
             _make(["-shared", *mode, *map(str, objects.values()), *link_flags, "-o"], library)
             for old in {*folder.glob(f"{name}-*.o"), *folder.glob(f"lib{name}.*.so")} - {library, *objects.values()}:
-                if time.time() - old.stat().st_mtime > 600:  # nobody is about to load it
-                    old.unlink()
+                with suppress(FileNotFoundError):  # another process is tidying up, too
+                    if time.time() - old.stat().st_mtime > 600:  # nobody is about to load it
+                        old.unlink()
     return library
 
 
