@@ -178,8 +178,9 @@ def describe() -> dict[str, Any]:
         "include_dirs": extension.include_dirs,
         "library_dirs": extension.library_dirs,
         "libraries": extension.libraries,
-        "cxx_flags": extension.extra_compile_args["cxx"],
-        "nvcc_flags": COMMON_NVCC_FLAGS + extension.extra_compile_args["nvcc"],
+        # CMake takes nvcc's default for C++20, which it is not; torch's helper, which would add it, is not asked.
+        "cxx_flags": ["-std=c++20"] + extension.extra_compile_args["cxx"],
+        "nvcc_flags": ["-std=c++20"] + COMMON_NVCC_FLAGS + extension.extra_compile_args["nvcc"],
         "nvcc": os.path.join(probe().nvcc.home, "bin", "nvcc"),
         "architectures": probe().codes,
     }

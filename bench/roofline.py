@@ -8,6 +8,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+import torch
+
+from normkernels.ops import _cuda
 from normkernels.ops._triton import WAVES, padded
 
 # (N, C, H, W), group size
@@ -86,6 +89,24 @@ def table(rates: Rates) -> str:
     return "\n".join(lines)
 
 
+def extension_table(rates: Rates) -> str:
+    """The launches of the compiled extension, and the bytes that it says it needs."""
+    lines = [
+        "| (N, C, H, W), d | type | kernel | blocks x threads | KiB shared | MB | floor of the bytes, us |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for shape, d in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            for op in ("iter_norm", "iter_norm_backward"):
+                for one in _cuda.launch_plan(op, shape, dtype, group_size=d):
+                    moved = one["read_bytes"] + one["written_bytes"]
+                    lines.append(
+                        f"| {shape}, {d} | {dtype} | {one['kernel']} | {one['grid'][0]} x {one['threads']} | "
+                        f"{one['shared_bytes'] / 1024:.0f} | {moved / 1e6:.1f} | {1e6 * moved / rates.bandwidth:.1f} |"
+                    )
+    return "\n".join(lines).replace("torch.", "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__.splitlines()[0])
     defaults = Rates()
@@ -94,7 +115,12 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=defaults.bandwidth, help="bytes/s of a copy")
     parser.add_argument("--tf32", type=float, default=defaults.tf32, help="FLOP/s")
     parser.add_argument("--bf16", type=float, default=defaults.bf16, help="FLOP/s")
-    print(table(Rates(**vars(parser.parse_args()))))
+    parser.add_argument(
+        "--extension", action="store_true", help="of the compiled extension instead of Triton's kernels"
+    )
+    options = vars(parser.parse_args())
+    chosen = extension_table if options.pop("extension") else table
+    print(chosen(Rates(**options)))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "plans.h"
 #include "precision.cuh"
 
 namespace nk {
@@ -192,12 +193,18 @@ struct Split {
   int64_t chunk;
 };
 
-constexpr int BLOCKS_FOR_A_PROCESSOR = 2;
+// Blocks that are on the device at once, by shared memory and by 168 registers a thread: what most kernels of up to 192
+// threads take; of wider ones there is one on a multiprocessor either way.
+inline int64_t resident(const Device& device, int threads, int64_t shared_bytes) {
+  const int64_t by_registers = 65536 / (threads * 168),
+                by_shared = (device.shared_bytes + 1024) / (shared_bytes + 1024);
+  return device.processors * std::max<int64_t>(std::min(by_registers, by_shared), 1);
+}
 
-inline Split split(int64_t total, int64_t groups, int tile, int processors, int most) {
+// For about `blocks` blocks: one wave of them, none of which waits for the others to end.
+inline Split split(int64_t total, int64_t groups, int tile, int64_t blocks, int most) {
   const int64_t tiles = (total + tile - 1) / tile;
-  const int64_t wanted =
-      std::clamp<int64_t>(BLOCKS_FOR_A_PROCESSOR * processors / groups, 1, std::min<int64_t>(tiles, most));
+  const int64_t wanted = std::clamp<int64_t>(blocks / groups, 1, std::min<int64_t>(tiles, most));
   const int64_t chunk = (tiles + wanted - 1) / wanted * tile;
   return {int((total + chunk - 1) / chunk), chunk};
 }

@@ -1,9 +1,8 @@
 // What the kernels use of a GPU, in one place: shared memory, asynchronous copies, tensor-core products, launching.
 //
 // tests/simt compiles the same kernels as C++ for a CPU; there simt.h has everything that CUDA or this file has here.
-// A kernel therefore uses nothing but what is below and threadIdx, blockIdx, gridDim, blockDim (all with .x and .y),
-// __syncthreads, __syncwarp, __shfl_sync, __shfl_xor_sync (float, int, unsigned), __threadfence, atomicAdd(unsigned*),
-// __ldcg(const float*), float2, float4, uint2, uint4, and C's mathematics.
+// A kernel therefore uses nothing but what is below and threadIdx, blockIdx, gridDim, __syncthreads, __shfl_xor_sync,
+// __threadfence, atomicAdd(unsigned*), __ldcg, float2, float4, and C's mathematics.
 #pragma once
 
 #include <cstddef>
@@ -64,16 +63,19 @@ __device__ __forceinline__ void wait_for_copies() {
 //   bf16, K = 16, two in a register, the first in the low half:
 //                  a[0..3]: (row, 2 column..), (row + 8, 2 column..), (row, 2 column + 8..), (row + 8, 2 column + 8..)
 //                  b[0..1]: (2 column.., row), (2 column + 8.., row)
-// The hardware truncates where it adds to c: long sums belong into more than one accumulator.
+// The hardware truncates where it adds to c: long sums belong into more than one accumulator. (volatile: the compiler
+// must not move a product into a branch that some lanes do not take.)
 
 __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -81,11 +83,12 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], 
 // --- launching
 // ---------------------------------------------------------------------------------------------------------
 
-// One launch: blocks, threads of a block, bytes of dynamic shared memory, and the stream.
+// One launch: blocks, threads of a block, bytes of dynamic shared memory, the most that the device has of it, the
+// stream.
 struct Launch {
   dim3 grid;
   unsigned threads;
-  size_t shared_bytes;
+  size_t shared_bytes, most_shared;
   cudaStream_t stream;
 };
 
@@ -93,8 +96,9 @@ struct Launch {
 template <class... Parameters, class... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), const Launch& how, Arguments... arguments) {
   if (how.shared_bytes > 48 * 1024) {
+    // Not shared_bytes: it is the kernel's, and another thread may be about to launch it with more.
     check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared_bytes)));
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.most_shared)));
   }
   kernel<<<how.grid, how.threads, how.shared_bytes, how.stream>>>(Parameters(arguments)...);
   check_cuda(op, cudaGetLastError());

@@ -16,10 +16,11 @@ __device__ __forceinline__ float warp_sum(int count, F f) {
 
 // Mean, W with what its adjoint needs, and constant = bias + A (mean - exact mean) with A = diag(weight) W.
 template <class T, int D>
-__global__ __launch_bounds__(Warps<D, true>::THREADS, 1) void forward_kernel(Columns x, Split cut, Merging merging,
-                                                                             Workspace workspace, Newton how, int fit,
-                                                                             float* scratch, Parameter weight,
-                                                                             Parameter bias, ForwardResults out) {
+__global__ __launch_bounds__(Warps<D, true>::THREADS,
+                             D == 64 ? 2 : 1) void forward_kernel(Columns x, Split cut, Merging merging,
+                                                                  Workspace workspace, Newton how, int fit,
+                                                                  float* scratch, Parameter weight, Parameter bias,
+                                                                  ForwardResults out) {
   constexpr int WARPS = Warps<D, true>::COUNT;
   const int d = how.d;
   const Shared<D> shared(shared_memory());
@@ -94,25 +95,26 @@ __global__ __launch_bounds__(Warps<D, false>::THREADS,
 }
 
 void launch_forward(const Run& run, const Columns& x, int element, int64_t groups, const Newton& how,
-                    const Reduction& reduction, const Workspace& workspace, const Room& room, float* scratch,
-                    const Parameter& weight, const Parameter& bias, const ForwardResults& out) {
+                    const Reduction& reduction, const Workspace& workspace, float* scratch, const Parameter& weight,
+                    const Parameter& bias, const ForwardResults& out) {
   run.zero(workspace.tickets, reduction.counters);
   with_kernel(element, how.d, [&]<class T, int D>() {
-    run.launch("iter_norm", forward_kernel<T, D>, groups * reduction.cut.parts, Warps<D, true>::THREADS, room.bytes,
-               {x.total * groups * how.d * element, groups * how.d * (2 * how.d + 2) * 4}, x, reduction.cut,
-               reduction.merging, workspace, how, room.fit, scratch, weight, bias, out);
+    run.launch("iter_norm", forward_kernel<T, D>, groups * reduction.cut.parts, Warps<D, true>::THREADS,
+               reduction.room.bytes, {x.total * groups * how.d * element, groups * how.d * (2 * how.d + 2) * 4}, x,
+               reduction.cut, reduction.merging, workspace, how, reduction.room.fit, scratch, weight, bias, out);
   });
 }
 
 void launch_backward(const Run& run, const Columns& grad, const Columns& x, int element, int64_t groups,
-                     const Newton& how, const Reduction& reduction, const Workspace& workspace, const Room& room,
-                     float* scratch, const Parameter& weight, const BackwardInputs& in, const BackwardResults& out) {
+                     const Newton& how, const Reduction& reduction, const Workspace& workspace, float* scratch,
+                     const Parameter& weight, const BackwardInputs& in, const BackwardResults& out) {
   run.zero(workspace.tickets, reduction.counters);
   with_kernel(element, how.d, [&]<class T, int D>() {
     run.launch(
-        "iter_norm_backward", backward_kernel<T, D>, groups * reduction.cut.parts, Warps<D, false>::THREADS, room.bytes,
+        "iter_norm_backward", backward_kernel<T, D>, groups * reduction.cut.parts, Warps<D, false>::THREADS,
+        reduction.room.bytes,
         {2 * x.total * groups * how.d * element + groups * how.d * 2 * how.d * 4, groups * how.d * (2 * how.d + 4) * 4},
-        grad, x, reduction.cut, reduction.merging, workspace, how, room.fit, scratch, weight, in, out);
+        grad, x, reduction.cut, reduction.merging, workspace, how, reduction.room.fit, scratch, weight, in, out);
   });
 }
 
@@ -136,17 +138,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> iter_norm(const Tensor& data,
   const int element = int(x.element_size());
   const int64_t channels = x.size(1), groups = channels / d;
   const Columns seen = columns_of(x, d);
-  const Reduction reduction(on.run.device, seen, groups, d, 1);
+  const Reduction reduction(on.run.device, seen, element, groups, d, 1, FORWARD_MATRICES);
   const Memory memory(reduction, x);
-  const Room room = reduction_room(on.run.device, element, d, 1, FORWARD_MATRICES);
-  const Tensor scratch = scratch_for(room, x, groups);
-  Tensor y = empty_output(x), mean = empty({channels}, ScalarType::Float, x),
+  const Tensor scratch = scratch_for(reduction.room, x, groups);
+  Tensor y = empty_output(data), mean = empty({channels}, ScalarType::Float, x),
          constant = empty({channels}, ScalarType::Float, x);
   Tensor W = empty({groups, d, d}, ScalarType::Float, x), S = empty({groups, d, d}, ScalarType::Float, x);
   Tensor scale = empty({groups, 1}, ScalarType::Float, x);
   const Parameter scaled = parameter("iter_norm", "weight", gamma, x);
   launch_forward(on.run, seen, element, groups, newton_of("iter_norm", d, iterations, scaling.value, eps), reduction,
-                 memory.workspace, room, floats(scratch), scaled, parameter("iter_norm", "bias", beta, x),
+                 memory.workspace, floats(scratch), scaled, parameter("iter_norm", "bias", beta, x),
                  {floats(mean), floats(W), floats(S), floats(scale), floats(constant)});
   launch_mix(on.run, seen, floats(mean), nullptr, nullptr, columns_of(y, d), element, {floats(W), d * d, d, 1}, scaled,
              {floats(constant)}, groups, d);
@@ -179,16 +180,15 @@ std::tuple<Tensor, Tensor, Tensor> iter_norm_backward(const Tensor& gradient, co
   const auto gamma = packed(weight);
   const int element = int(x.element_size());
   const Columns left = columns_of(grad, d), seen = columns_of(x, d);
-  const Reduction reduction(on.run.device, seen, groups, d, 2);
+  const Reduction reduction(on.run.device, seen, element, groups, d, 2, BACKWARD_MATRICES);
   const Memory memory(reduction, x);
-  const Room room = reduction_room(on.run.device, element, d, 2, BACKWARD_MATRICES);
-  const Tensor scratch = scratch_for(room, x, groups);
-  Tensor dx = empty_output(x), grad_weight = empty({channels}, ScalarType::Float, x);
+  const Tensor scratch = scratch_for(reduction.room, x, groups);
+  Tensor dx = empty_output(data), grad_weight = empty({channels}, ScalarType::Float, x);
   Tensor grad_bias = empty({channels}, ScalarType::Float, x), constant = empty({channels}, ScalarType::Float, x);
   Tensor matrix = empty({groups, d, 2 * d}, ScalarType::Float, x);
   Tensor grad_mean = empty({channels}, ScalarType::Float, x);
   launch_backward(on.run, left, seen, element, groups, newton_of(op, d, iterations, scaling.value, 0.), reduction,
-                  memory.workspace, room, floats(scratch), parameter(op, "weight", gamma, x),
+                  memory.workspace, floats(scratch), parameter(op, "weight", gamma, x),
                   {floats(mean), floats(W), floats(S), floats(scale)},
                   {floats(matrix), floats(grad_mean), floats(constant), floats(grad_weight), floats(grad_bias)});
   launch_mix(on.run, left, floats(grad_mean), &seen, floats(mean), columns_of(dx, d), element,

@@ -41,12 +41,12 @@ struct BackwardResults {
 };
 
 void launch_forward(const Run& run, const Columns& x, int element, int64_t groups, const Newton& how,
-                    const Reduction& reduction, const Workspace& workspace, const Room& room, float* scratch,
-                    const Parameter& weight, const Parameter& bias, const ForwardResults& out);
+                    const Reduction& reduction, const Workspace& workspace, float* scratch, const Parameter& weight,
+                    const Parameter& bias, const ForwardResults& out);
 
 void launch_backward(const Run& run, const Columns& grad, const Columns& x, int element, int64_t groups,
-                     const Newton& how, const Reduction& reduction, const Workspace& workspace, const Room& room,
-                     float* scratch, const Parameter& weight, const BackwardInputs& in, const BackwardResults& out);
+                     const Newton& how, const Reduction& reduction, const Workspace& workspace, float* scratch,
+                     const Parameter& weight, const BackwardInputs& in, const BackwardResults& out);
 
 // Where the values of a tensor (N, C, h, w) lie: on the H x W plane at start + step i, and in memory.
 struct Window {

@@ -15,7 +15,7 @@ std::string dotted(int major, int minor) {
   return std::to_string(major) + "." + std::to_string(minor);
 }
 
-// "sm_80" for machine code, "compute_120" for PTX, as nvcc calls them.
+// "sm_80" for machine code, "compute_80" for PTX, as nvcc calls them.
 std::vector<std::string> architectures() {
   std::vector<std::string> names;
   for (int number : nk::compiled_architectures()) names.push_back("sm_" + std::to_string(number));
@@ -38,11 +38,11 @@ py::dict build() {
 }
 
 py::list launch_plan(const std::string& op, const std::vector<int64_t>& shape, const std::string& dtype,
-                     bool channels_last, int64_t group_size, const std::vector<int64_t>& plane, int architecture,
-                     int processors, int shared_bytes) {
+                     int64_t group_size, const std::vector<int64_t>& plane, int architecture, int processors,
+                     int shared_bytes) {
   py::list launches;
   const nk::Device device{architecture, processors, shared_bytes};
-  for (const auto& plan : nk::launch_plan(op, shape, dtype, channels_last, group_size, plane, device)) {
+  for (const auto& plan : nk::launch_plan(op, shape, dtype, group_size, plane, device)) {
     py::dict launch;
     launch["kernel"] = plan.kernel;
     launch["grid"] = py::make_tuple(plan.grid[0], plan.grid[1], plan.grid[2]);
@@ -60,14 +60,13 @@ py::list launch_plan(const std::string& op, const std::vector<int64_t>& shape, c
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled CUDA kernels of normkernels: what was built, and what it would launch.";
   m.attr("build") = build();
-  m.def("architectures", &architectures, "As nvcc calls them: sm_80 for machine code, compute_120 for PTX.");
+  m.def("architectures", &architectures, "As nvcc calls them: sm_80 for machine code, compute_80 for PTX.");
   m.def("refusal", &nk::refusal, py::arg("op"), py::arg("dtype"), py::arg("group_size"), py::arg("plane"),
         py::arg("architecture"), R"(Why the kernels do not serve a call, "" if they do.
 
 group_size 0 and plane [] are unknown, and left out of the answer. architecture: 90 for sm_90.)");
-  m.def("launch_plan", &launch_plan, py::arg("op"), py::arg("shape"), py::arg("dtype"), py::arg("channels_last"),
-        py::arg("group_size"), py::arg("plane"), py::arg("architecture"), py::arg("processors"),
-        py::arg("shared_bytes"),
+  m.def("launch_plan", &launch_plan, py::arg("op"), py::arg("shape"), py::arg("dtype"), py::arg("group_size"),
+        py::arg("plane"), py::arg("architecture"), py::arg("processors"), py::arg("shared_bytes"),
         R"(What an op would launch: kernel, grid, threads, and bytes of shared memory and to move.
 
 Raises ValueError for what refusal() refuses.)");

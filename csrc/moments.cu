@@ -6,9 +6,9 @@
 namespace nk {
 
 template <class T, int D>
-__global__ __launch_bounds__(Warps<D, true>::THREADS, 1) void moments_kernel(Columns x, int d, Split cut,
-                                                                             Merging merging, Workspace workspace,
-                                                                             float* mean, float* cov) {
+__global__ __launch_bounds__(Warps<D, true>::THREADS,
+                             D == 64 ? 2 : 1) void moments_kernel(Columns x, int d, Split cut, Merging merging,
+                                                                  Workspace workspace, float* mean, float* cov) {
   const Shared<D> shared(shared_memory());
   const Matrix<D> total{reinterpret_cast<float*>(shared.rest)};
   if (!reduce_moments<T, D>(x, d, cut, merging, workspace, shared,
@@ -44,8 +44,7 @@ void launch_moments(const Run& run, const Columns& x, int element, int64_t group
                     const Workspace& workspace, float* mean, float* cov) {
   run.zero(workspace.tickets, how.counters);
   with_kernel(element, d, [&]<class T, int D>() {
-    run.launch("moments", moments_kernel<T, D>, groups * how.cut.parts, Warps<D, true>::THREADS,
-               reduction_room(run.device, element, d, 1, 1).bytes,
+    run.launch("moments", moments_kernel<T, D>, groups * how.cut.parts, Warps<D, true>::THREADS, how.room.bytes,
                {x.total * groups * d * element, groups * d * (d + 1) * 4}, x, int(d), how.cut, how.merging, workspace,
                mean, cov);
   });
@@ -57,9 +56,8 @@ void launch_cross_moments(const Run& run, const Columns& y, const Columns& x, in
   run.zero(workspace.tickets, how.counters);
   with_kernel(element, d, [&]<class T, int D>() {
     run.launch("cross_moments", cross_moments_kernel<T, D>, groups * how.cut.parts, Warps<D, false>::THREADS,
-               reduction_room(run.device, element, d, 2, 1).bytes,
-               {2 * x.total * groups * d * element, groups * d * (d + 1) * 4}, y, x, mean, int(d), how.cut, how.merging,
-               workspace, cross, sum);
+               how.room.bytes, {2 * x.total * groups * d * element, groups * d * (d + 1) * 4}, y, x, mean, int(d),
+               how.cut, how.merging, workspace, cross, sum);
   });
 }
 
@@ -71,12 +69,13 @@ std::tuple<Tensor, Tensor> moments(const Tensor& data, int64_t d) {
   if (const auto reason = not_served("moments", data, d)) return next<Tensor, Tensor>("moments", *reason, data, d);
   const OnDevice on("moments", data);
   const Tensor x = collapsible(data);
+  const int element = int(x.element_size());
   const int64_t groups = x.size(1) / d;
   const Columns seen = columns_of(x, d);
-  const Reduction how(on.run.device, seen, groups, d, 1);
+  const Reduction how(on.run.device, seen, element, groups, d, 1, 1);
   const Memory memory(how, x);
   Tensor mean = empty({x.size(1)}, ScalarType::Float, x), cov = empty({groups, d, d}, ScalarType::Float, x);
-  launch_moments(on.run, seen, int(x.element_size()), groups, d, how, memory.workspace, floats(mean), floats(cov));
+  launch_moments(on.run, seen, element, groups, d, how, memory.workspace, floats(mean), floats(cov));
   return {mean, cov};
 }
 
@@ -89,13 +88,14 @@ std::tuple<Tensor, Tensor> cross_moments(const Tensor& left, const Tensor& data,
   check_like("cross_moments", "mean", mean, {data.size(1)}, ScalarType::Float, data);
   const OnDevice on("cross_moments", data);
   const Tensor x = collapsible(data), y = in_layout_of(x, left, d), center = packed(mean);
+  const int element = int(x.element_size());
   const int64_t groups = x.size(1) / d;
   const Columns seen = columns_of(x, d);
-  const Reduction how(on.run.device, seen, groups, d, 2);
+  const Reduction how(on.run.device, seen, element, groups, d, 2, 1);
   const Memory memory(how, x);
   Tensor cross = empty({groups, d, d}, ScalarType::Float, x), sum = empty({x.size(1)}, ScalarType::Float, x);
-  launch_cross_moments(on.run, columns_of(y, d), seen, int(x.element_size()), floats(center), groups, d, how,
-                       memory.workspace, floats(cross), floats(sum));
+  launch_cross_moments(on.run, columns_of(y, d), seen, element, floats(center), groups, d, how, memory.workspace,
+                       floats(cross), floats(sum));
   return {cross, sum};
 }
 

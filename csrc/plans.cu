@@ -1,9 +1,9 @@
 // What the kernels serve, the devices that they run on, and the launches of an op on data of a given shape.
 #include "plans.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <mutex>
-#include <numeric>
 #include <sstream>
 #include <stdexcept>
 
@@ -35,19 +35,26 @@ int compiled_ptx() {
   return NORMKERNELS_PTX;
 }
 
-// Machine code serves its own generation from its minor version on, PTX everything newer.
+// Machine code serves its own generation from its minor version on, but for 8.7, which has its own; PTX everything
+// newer.
 static bool compiled_for(int architecture) {
   static const std::vector<int> all = compiled_architectures();
   for (int known : all) {
-    if (known / 10 == architecture / 10 && known <= architecture) return true;
+    if (known == architecture) return true;
+    if (known / 10 == architecture / 10 && known < architecture && architecture != 87) return true;
   }
   return compiled_ptx() != 0 && compiled_ptx() <= architecture;
 }
 
 std::string refusal(const std::string& op, const std::string& dtype, int64_t group_size,
                     const std::vector<int64_t>& plane, int architecture) {
+  static const std::vector<std::string> ops = {
+      "moments", "cross_moments", "inverse_sqrt",       "inverse_sqrt_backward",
+      "whiten",  "iter_norm",     "iter_norm_backward", "spectral_filter"};
   std::ostringstream reason;
-  if (!compiled_for(architecture)) {
+  if (std::find(ops.begin(), ops.end(), op) == ops.end()) {
+    reason << "expected an op with CUDA kernels, got " << op;
+  } else if (!compiled_for(architecture)) {
     reason << "expected a GPU that the extension was compiled for (";
     for (int known : compiled_architectures()) reason << "sm_" << known << ", ";
     reason << (compiled_ptx() ? "newer ones by PTX" : "no PTX") << "), got sm_" << architecture;
@@ -59,34 +66,14 @@ std::string refusal(const std::string& op, const std::string& dtype, int64_t gro
     reason << "expected planes of at most " << LARGEST_PLANE << " x " << LARGEST_PLANE << ", got " << plane[0] << " x "
            << plane[1];
   }
-  (void)op;
   return reason.str();
 }
 
 // --- launch plans
 // ----------------------------------------------------------------------------------------------------------
 
-// Contiguous or channels_last data of this shape, nowhere.
-static Columns columns_like(const std::vector<int64_t>& shape, bool channels_last, int64_t d, int64_t bytes) {
-  Columns seen;
-  const int64_t samples = shape[0], channels = shape[1];
-  int64_t positions = 1;
-  for (size_t i = 2; i < shape.size(); ++i) positions *= shape[i];
-  seen.total = samples * positions;
-  seen.inner = channels > 1 && (channels_last || positions == 1);
-  seen.positions = seen.inner || samples == 1 ? seen.total : positions;
-  seen.sample_stride = channels * positions;
-  seen.channel_stride = seen.inner ? 1 : positions;
-  seen.position_stride = seen.inner ? channels : 1;
-  seen.width = 16;
-  const int64_t along = seen.inner ? std::gcd(d, channels) : positions;
-  while (seen.width > bytes && along * bytes % seen.width) seen.width /= 2;
-  return seen;
-}
-
 std::vector<KernelPlan> launch_plan(const std::string& op, const std::vector<int64_t>& shape, const std::string& dtype,
-                                    bool channels_last, int64_t group_size, const std::vector<int64_t>& plane,
-                                    const Device& device) {
+                                    int64_t group_size, const std::vector<int64_t>& plane, const Device& device) {
   const auto expect = [&](bool met, const std::string& what) {
     if (!met) throw std::invalid_argument(op + ": " + what);
   };
@@ -118,24 +105,24 @@ std::vector<KernelPlan> launch_plan(const std::string& op, const std::vector<int
                                  small_matrix_room(device, d, BACKWARD_MATRICES), nullptr, nullptr);
     return plans;
   }
-  const Columns x = columns_like(shape, channels_last, d, element);
-  const auto reduction = [&](int sources) { return Reduction(device, x, groups, d, sources); };
+  Columns x;
+  x.total = shape[0];
+  for (size_t i = 2; i < shape.size(); ++i) x.total *= shape[i];
+  const auto reduction = [&](int sources, int matrices) {
+    return Reduction(device, x, element, groups, d, sources, matrices);
+  };
   if (op == "moments") {
-    launch_moments(run, x, element, groups, d, reduction(1), {}, nullptr, nullptr);
+    launch_moments(run, x, element, groups, d, reduction(1, 1), {}, nullptr, nullptr);
   } else if (op == "cross_moments") {
-    launch_cross_moments(run, x, x, element, nullptr, groups, d, reduction(2), {}, nullptr, nullptr);
+    launch_cross_moments(run, x, x, element, nullptr, groups, d, reduction(2, 1), {}, nullptr, nullptr);
   } else if (op == "whiten") {
     launch_mix(run, x, nullptr, nullptr, nullptr, x, element, {}, {}, {}, groups, d);
   } else if (op == "iter_norm") {
-    launch_forward(run, x, element, groups, how, reduction(1), {},
-                   reduction_room(device, element, d, 1, FORWARD_MATRICES), nullptr, {}, {}, {});
+    launch_forward(run, x, element, groups, how, reduction(1, FORWARD_MATRICES), {}, nullptr, {}, {}, {});
     launch_mix(run, x, nullptr, nullptr, nullptr, x, element, {}, {}, {}, groups, d);
   } else if (op == "iter_norm_backward") {
-    launch_backward(run, x, x, element, groups, how, reduction(2), {},
-                    reduction_room(device, element, d, 2, BACKWARD_MATRICES), nullptr, {}, {}, {});
+    launch_backward(run, x, x, element, groups, how, reduction(2, BACKWARD_MATRICES), {}, nullptr, {}, {}, {});
     launch_mix(run, x, nullptr, &x, nullptr, x, element, {}, {}, {}, groups, d);
-  } else {
-    expect(false, "expected an op with CUDA kernels");
   }
   return plans;
 }
@@ -152,7 +139,7 @@ void set_error(std::string text) {
 std::string take_error(const char* op) {
   std::string text = std::move(pending_error);
   pending_error.clear();
-  return text.empty() ? std::string(op) + ": the next backend raised an error, which it has printed" : text;
+  return text.empty() ? std::string(op) + ": the next backend raised an error" : text;
 }
 
 // --- devices
@@ -167,6 +154,7 @@ Device device_of(int index) {
   static std::mutex mutex;
   static std::vector<Device> known;
   const std::lock_guard<std::mutex> lock(mutex);
+  STD_TORCH_CHECK(index >= 0, "expected the index of a CUDA device, got ", index);
   if (int(known.size()) <= index) known.resize(size_t(index) + 1, Device{0, 0, 0});
   Device& device = known[size_t(index)];
   if (device.architecture == 0) {

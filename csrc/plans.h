@@ -27,8 +27,7 @@ struct KernelPlan {
 // group_size: channels whitened together; 0 for spectral_filter. plane: {H, W} of its filter; empty for the others.
 // Throws std::invalid_argument for what refusal() refuses.
 std::vector<KernelPlan> launch_plan(const std::string& op, const std::vector<int64_t>& shape, const std::string& dtype,
-                                    bool channels_last, int64_t group_size, const std::vector<int64_t>& plane,
-                                    const Device& device);
+                                    int64_t group_size, const std::vector<int64_t>& plane, const Device& device);
 
 // Why the kernels do not serve a call, "" if they do. Unknown, and left out of the answer: group_size 0, plane {}.
 std::string refusal(const std::string& op, const std::string& dtype, int64_t group_size,

@@ -160,7 +160,7 @@ __device__ __forceinline__ void partial_moments(const Columns& x, int64_t channe
     const Activations tile = tile_at(number % Pipeline::COUNT);
     const int valid = int(min(stop - start - int64_t(number) * Pipeline::COLUMNS, int64_t(Pipeline::COLUMNS)));
     if (number == 0) {
-      // Shifted by a mean of a few columns, so that no large mean cancels; which one does not matter.
+      // Shifted by a mean of a few columns, so that no large mean cancels; which one matters little.
       const int few = min(valid, 32);
       with_constant(x.inner, [&](auto inner) {
         for (int i = threadIdx.x; i < D; i += Blocks::THREADS) {
@@ -195,13 +195,14 @@ __device__ __forceinline__ void partial_moments(const Columns& x, int64_t channe
   const Matrix<D> total{reinterpret_cast<float*>(shared.rest)};
   gather<D, true>(gram, total);
   gather_sums<Blocks::SPLITS>(sums, Blocks::share(), row == column, shared.second + row);
-  const float count = float(stop - start);
+  const float count = float(stop - start), root = sqrtf(count);
   for (int i = threadIdx.x; i < D; i += Blocks::THREADS) {
     out.first()[i] = shared.first[i];
     out.second()[i] = shared.second[i] / count;
   }
   for_entries<D, Blocks::COUNT>([&](int i, int j) {
-    out.matrix()[i * D + j] = total(min(i, j), max(i, j)) - shared.second[i] * shared.second[j] / count;
+    // symmetric bit by bit; the sums as they are would overflow when they are multiplied
+    out.matrix()[i * D + j] = total(min(i, j), max(i, j)) - shared.second[i] / root * (shared.second[j] / root);
   });
 }
 
@@ -447,32 +448,25 @@ void with_kernel(int element, int64_t d, F f) {
   });
 }
 
+// How a reduction of `sources` tensors is cut, and what it needs, also for the matrices of what follows it.
 struct Reduction {
-  Split cut;
-  Merging merging;
+  Room room;
+  Split cut{};
+  Merging merging{1};
   int64_t floats = 0, counters = 0;  // of the workspace
 
-  Reduction(const Device& device, const Columns& x, int64_t groups, int64_t d, int sources)
-      : cut{1, x.total}, merging(1) {
-    with_padded(d, [&](auto padded) {
-      constexpr int D = decltype(padded)::value;
-      const int tile = sources == 1 ? Stages<D, 1>::COLUMNS : Stages<D, 2>::COLUMNS;
-      cut = split(x.total, groups, tile, device.processors, MOST_MERGED * MOST_MERGED);
+  Reduction(const Device& device, const Columns& x, int element, int64_t groups, int64_t d, int sources, int matrices) {
+    with_kernel(element, d, [&]<class T, int D>() {
+      const bool one = sources == 1;
+      room = make_room<D>(device, matrices, Shared<D>::VECTORS, one ? tile_bytes<T, D, 1>() : tile_bytes<T, D, 2>());
+      const int threads = one ? Warps<D, true>::THREADS : Warps<D, false>::THREADS;
+      const int tile = one ? Stages<D, 1>::COLUMNS : Stages<D, 2>::COLUMNS;
+      cut = split(x.total, groups, tile, resident(device, threads, room.bytes), MOST_MERGED * MOST_MERGED);
       merging = Merging(cut.parts);
       floats = groups * (cut.parts + merging.sets) * Partial<D>::SIZE;
       counters = groups * (merging.sets + 1);
     });
   }
 };
-
-// The shared memory of a block that reduces, and after that needs matrices.
-inline Room reduction_room(const Device& device, int element, int64_t d, int sources, int matrices) {
-  Room room;
-  with_kernel(element, d, [&]<class T, int D>() {
-    const int64_t tiles = sources == 1 ? tile_bytes<T, D, 1>() : tile_bytes<T, D, 2>();
-    room = make_room<D>(device, matrices, Shared<D>::VECTORS, tiles);
-  });
-  return room;
-}
 
 }  // namespace nk

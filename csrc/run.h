@@ -25,8 +25,10 @@ struct Run {
     if (plan != nullptr) {
       plan->push_back({name, {blocks, 1, 1}, threads, shared_bytes, traffic.read, traffic.written});
     } else {
-      nk::launch(op, kernel, Launch{dim3(unsigned(blocks)), unsigned(threads), size_t(shared_bytes), stream},
-                 arguments...);
+      nk::launch(
+          op, kernel,
+          Launch{dim3(unsigned(blocks)), unsigned(threads), size_t(shared_bytes), size_t(device.shared_bytes), stream},
+          arguments...);
     }
   }
 

@@ -80,23 +80,27 @@ struct Product {
   template <class Left, class Right>
   __device__ __forceinline__ void add(Left left, Right right) {
     for_tiles([&](int row, int column, float (&tile)[2][4]) {
-      // Each pass of the three its own sums: they do not wait for each other.
-      float large[2][4] = {}, first[2][4] = {}, second[2][4] = {};
+      // The large terms are added in float32: where tensor cores add they truncate, and in a converged iteration P Q is
+      // P but for that. The small ones have sums of their own, in which it does not matter.
+      float first[2][4] = {}, second[2][4] = {};
 #pragma unroll 1
       for (int k = 0; k < D; k += TF32x3::K) {
         const Operand<4> a = TF32x3::left([&](int i, int j) { return left(row + i, k + j); });
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const Operand<2> b = TF32x3::right([&](int i, int j) { return right(k + i, column + 8 * n + j); });
+          float large[4] = {};
           TF32x3::multiply(first[n], a.lo, b.hi);
           TF32x3::multiply(second[n], a.hi, b.lo);
-          TF32x3::multiply(large[n], a.hi, b.hi);
+          TF32x3::multiply(large, a.hi, b.hi);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) tile[n][i] += large[i];
         }
       }
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) tile[n][i] += large[n][i] + (first[n][i] + second[n][i]);
+        for (int i = 0; i < 4; ++i) tile[n][i] += first[n][i] + second[n][i];
       }
     });
   }

@@ -226,9 +226,9 @@ void launch_filter(const Run& run, const Planes& z, const Planes& y, int element
   const int at_once = planes_at_once(run.device, int(H), int(W));
   const int64_t total = samples * channels, batches = (total + at_once - 1) / at_once;
   const int64_t bytes = SpectralLayout(int(H), int(W), at_once).floats() * int64_t(sizeof(float));
-  const int64_t resident = std::max<int64_t>(run.device.shared_bytes / bytes, 1) * run.device.processors;
+  const int64_t at_a_time = resident(run.device, SPECTRAL_THREADS, bytes);
   const auto size = [&](const Planes& planes) { return total * planes.rows.count * planes.columns.count * element; };
-  run.launch("spectral_filter", element == 4 ? filter_kernel<float> : filter_kernel<Half>, std::min(batches, resident),
+  run.launch("spectral_filter", element == 4 ? filter_kernel<float> : filter_kernel<Half>, std::min(batches, at_a_time),
              SPECTRAL_THREADS, bytes, {size(z) + coefficient_floats(H, W, channels) * 4, size(y)}, z, y, coefficients,
              int(H), int(W), int(channels), total, at_once);
 }

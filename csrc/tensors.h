@@ -27,7 +27,8 @@
 
 namespace nk {
 
-// A string argument. Not std::string: torch 2.11 to 2.13 leak one at each conversion.
+// A string argument. Not std::string: torch 2.11 to 2.13 leak one at each conversion, which is why strings go back to
+// Python as numbers, too.
 struct Text {
   std::string value;
 };
@@ -51,7 +52,9 @@ struct ToImpl<nk::Text> {
 template <>
 struct FromImpl<nk::Text> {
   static StableIValue call(const nk::Text& text, [[maybe_unused]] uint64_t version, [[maybe_unused]] bool internal) {
-    return from(text.value);
+    std::vector<int64_t> bytes;
+    for (unsigned char each : text.value) bytes.push_back(each);
+    return from(bytes);
   }
 };
 HIDDEN_NAMESPACE_END(torch, stable, detail)
@@ -63,7 +66,8 @@ template <class... Results, class... Arguments>
 std::tuple<Results...> next(const char* op, const std::string& reason, const Arguments&... arguments) {
   namespace stable = torch::stable::detail;
   constexpr size_t size = sizeof...(Arguments) + 1 > sizeof...(Results) ? sizeof...(Arguments) + 1 : sizeof...(Results);
-  std::array<StableIValue, size> stack{stable::from(arguments)..., stable::from(reason)};
+  set_error("");  // of another call
+  std::array<StableIValue, size> stack{stable::from(arguments)..., stable::from(Text{reason})};
   const std::string name = std::string("normkernels_next::") + op;
   if (torch_call_dispatcher(name.c_str(), "", stack.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
     throw std::runtime_error(take_error(op));  // the stable ABI drops what was raised; Python has left its text
@@ -93,6 +97,9 @@ struct OnDevice {
 inline std::optional<std::string> not_served(const char* op, const Tensor& x, int64_t group_size,
                                              const std::vector<int64_t>& plane = {}) {
   if (x.numel() == 0) return "";
+#ifndef NORMKERNELS_SIMT  // another argument on a GPU is enough for the dispatcher to come here
+  STD_TORCH_CHECK(x.is_cuda(), op, ": expected data on a CUDA device, got data on a CPU");
+#endif
   const std::string reason =
       refusal(op, name_of(x.scalar_type()), group_size, plane, device_of(x.get_device_index()).architecture);
   return reason.empty() ? std::nullopt : std::optional<std::string>(reason);

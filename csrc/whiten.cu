@@ -14,8 +14,7 @@ struct MixShape {
   static constexpr int COLUMNS = 64, STAGES = 3, WARPS = 4, THREADS = WARPS * WARP;
   static constexpr int HEIGHT = ROWS < 32 ? ROWS : 32, WARPS_DOWN = ROWS / HEIGHT, WIDTH = COLUMNS * WARPS_DOWN / WARPS;
   static constexpr int MT = HEIGHT / 16, NT = WIDTH / 8;
-  static constexpr int CHUNKS = SOURCES * D / CHANNELS;  // products for a tile
-  static constexpr int STRIDE = SOURCES * D + 4;         // of the matrix in shared memory: no bank conflicts
+  static constexpr int STRIDE = SOURCES * D + 4;  // of the matrix in shared memory: no bank conflicts
   static constexpr int MATRIX_BYTES = (ROWS * STRIDE + SOURCES * D + ROWS) * int(sizeof(float));
 };
 
@@ -48,15 +47,19 @@ __global__ __launch_bounds__(MixShape<D, SOURCES>::THREADS,
   unsigned char* const tiles = shared_memory() + Shape::MATRIX_BYTES;
 
   const auto tile_at = [&](int number) { return Activations(tiles + number % Shape::STAGES * Activations::BYTES); };
-  const int numbers = int((stop - start + Shape::COLUMNS - 1) / Shape::COLUMNS) * Shape::CHUNKS;
+  // Products for a tile of columns, one for each piece of up to CHANNELS channels of a source.
+  const int of_a = (d + Shape::CHANNELS - 1) / Shape::CHANNELS, pieces = SOURCES * of_a;
+  const int numbers = int((stop - start + Shape::COLUMNS - 1) / Shape::COLUMNS) * pieces;
   const auto load = [&](int number) {
     if (number < numbers) {
-      const int64_t first = start + int64_t(number / Shape::CHUNKS) * Shape::COLUMNS;
-      const int term = number % Shape::CHUNKS * Shape::CHANNELS;
-      if (SOURCES == 1 || term < D) {
+      const int64_t first = start + int64_t(number / pieces) * Shape::COLUMNS;
+      const int piece = number % pieces;
+      if (SOURCES == 1 || piece < of_a) {
+        const int term = piece * Shape::CHANNELS;
         tile_at(number).template load<Shape::THREADS>(a, channel + term, d - term, first, stop);
       } else {
-        tile_at(number).template load<Shape::THREADS>(b, channel + term - D, d - (term - D), first, stop);
+        const int term = (piece - of_a) * Shape::CHANNELS;
+        tile_at(number).template load<Shape::THREADS>(b, channel + term, d - term, first, stop);
       }
     }
     commit_copies();
@@ -91,8 +94,10 @@ __global__ __launch_bounds__(MixShape<D, SOURCES>::THREADS,
     load(number + Shape::STAGES - 1);
     if (number < 0) continue;
     const Activations tile = tile_at(number);
-    const int term = number % Shape::CHUNKS * Shape::CHANNELS;
-    with_constant(SOURCES == 1 || term < D ? a.inner : b.inner, [&](auto inner) {
+    const int piece = number % pieces;
+    const bool second = SOURCES == 2 && piece >= of_a;
+    const int term = second ? D + (piece - of_a) * Shape::CHANNELS : piece * Shape::CHANNELS;  // column of A
+    with_constant(second ? b.inner : a.inner, [&](auto inner) {
 #pragma unroll 1
       for (int k = 0; k < Shape::CHANNELS; k += Precision::K) {
         sum.add(
@@ -102,9 +107,9 @@ __global__ __launch_bounds__(MixShape<D, SOURCES>::THREADS,
             });
       }
     });
-    if (term + Shape::CHANNELS < SOURCES * D) continue;
+    if (piece + 1 < pieces) continue;
 
-    const int64_t first = start + int64_t(number / Shape::CHUNKS) * Shape::COLUMNS + column + 2 * (lane() % 4);
+    const int64_t first = start + int64_t(number / pieces) * Shape::COLUMNS + column + 2 * (lane() % 4);
 #pragma unroll
     for (int n = 0; n < Shape::NT; ++n) {
       const int64_t at = first + 8 * n;
@@ -141,9 +146,11 @@ void launch_mix(const Run& run, const Columns& a, const float* a_shift, const Co
     const auto launch = [&]<int SOURCES>(const char* name) {
       using Shape = MixShape<D, SOURCES>;
       constexpr int BLOCKS = D / Shape::ROWS;
-      const Split cut = split(y.total, groups * BLOCKS, Shape::COLUMNS, run.device.processors, 1 << 20);
-      run.launch(name, mix_kernel<T, D, SOURCES>, groups * BLOCKS * cut.parts, Shape::THREADS,
-                 Shape::MATRIX_BYTES + Shape::STAGES * int64_t(Tile<T, Shape::CHANNELS, Shape::COLUMNS, false>::BYTES),
+      constexpr int64_t shared =
+          Shape::MATRIX_BYTES + Shape::STAGES * int64_t(Tile<T, Shape::CHANNELS, Shape::COLUMNS, false>::BYTES);
+      const Split cut =
+          split(y.total, groups * BLOCKS, Shape::COLUMNS, resident(run.device, Shape::THREADS, shared), 1 << 20);
+      run.launch(name, mix_kernel<T, D, SOURCES>, groups * BLOCKS * cut.parts, Shape::THREADS, shared,
                  {SOURCES * (y.total * groups * d * element + groups * d * d * 4), y.total * groups * d * element}, a,
                  a_shift, b == nullptr ? a : *b, b_shift, y, matrix, weight, bias, int(d), cut);
     };
@@ -168,7 +175,7 @@ Tensor whiten(const Tensor& data, const Tensor& mean, const Tensor& W, const std
   const OnDevice on("whiten", data);
   const Tensor x = collapsible(data), center = packed(mean);
   const auto gamma = packed(weight), beta = packed(bias);
-  Tensor y = empty_output(x);
+  Tensor y = empty_output(data);
   launch_mix(on.run, columns_of(x, d), floats(center), nullptr, nullptr, columns_of(y, d), int(x.element_size()),
              {floats(W), W.stride(0), W.stride(1), W.stride(2)}, parameter("whiten", "weight", gamma, x),
              parameter("whiten", "bias", beta, x), groups, d);

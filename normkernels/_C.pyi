@@ -17,7 +17,6 @@ def launch_plan(
     op: str,
     shape: Sequence[int],
     dtype: str,
-    channels_last: bool,
     group_size: int,
     plane: Sequence[int],
     architecture: int,

@@ -233,7 +233,7 @@ def architecture_codes(architectures: str) -> list[str]:
     """
     capabilities: set[tuple[int, int]] = set()
     ptx = False
-    for entry in re.split(r"[;, ]+", architectures.strip("; ")):
+    for entry in re.split(r"[;,\s]+", architectures.strip(";, \n\t")):
         match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry)
         if match is None:
             raise BuildError(f'TORCH_CUDA_ARCH_LIST: expected versions as in "8.0;9.0+PTX", got {entry!r}')

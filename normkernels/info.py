@@ -83,7 +83,23 @@ def _devices(type: str) -> Iterator[Report]:
 def _extension() -> Report:
     """Whether the extension is loaded, and what it says of itself: the build record may be another one's."""
     module, reason = _cuda.load()
-    return {"loaded": False, "reason": reason} if module is None else {"loaded": True, **module.build}
+    if module is None:
+        return {"loaded": False, "reason": reason}
+    return {"loaded": True, **module.build, "launches": _launches()}
+
+
+PLANNED_SHAPE = (64, 64, 32, 32)
+
+
+def _launches() -> Report:
+    """What a training step of IterNorm2d launches, for an example; empty where the build does not serve this GPU."""
+    try:
+        return {
+            op: _cuda.launch_plan(op, PLANNED_SHAPE, torch.float32, group_size=64)
+            for op in ("iter_norm", "iter_norm_backward")
+        }
+    except ValueError:
+        return {}
 
 
 def _backend(name: str) -> Report:
@@ -117,6 +133,7 @@ def render(report: Report) -> str:
         f"nvcc         {'none' if nvcc is None else nvcc['version'] + ', ' + nvcc['path']}",
         f"extension    {'built' if build['built'] else 'not built'}: {build['reason']}",
         *([f"             {_loaded(extension)}"] if build["built"] or extension["loaded"] else []),
+        *(f"             {line}" for line in _planned(extension.get("launches", {}))),
         f"cpu          {cpu['capability']}, {cpu['cores']} cores, {cpu['threads']} threads",
     ]
     for device in report["devices"]:
@@ -140,6 +157,12 @@ def render(report: Report) -> str:
             lines.append(f"  {verdict} {row['op']:24} {row['device']:8} {row['backend']:8} {detail}")
         lines.append("self-test passed" if report["passed"] else "self-test FAILED")
     return "\n".join(lines)
+
+
+def _planned(launches: Report) -> Iterator[str]:
+    for op, plan in launches.items():
+        kernels = (f"{one['kernel']} {one['grid'][0]} x {one['threads']}" for one in plan)
+        yield f"launches of {op} on {PLANNED_SHAPE} float32, blocks x threads: {', '.join(kernels)}"
 
 
 def _loaded(extension: Report) -> str:

@@ -32,10 +32,8 @@ DEVICES = {80: (108, 166912), 89: (128, 101376), 90: (132, 232448), 100: (148, 2
 COMPILED = [arch for arch in DEVICES if not extension.refusal("moments", "float32", 0, [], arch)]
 
 
-def plan(op, shape, dtype="float32", channels_last=False, group_size=0, plane=(), architecture=COMPILED[0]):
-    return extension.launch_plan(
-        op, shape, dtype, channels_last, group_size, plane, architecture, *DEVICES[architecture]
-    )
+def plan(op, shape, dtype="float32", group_size=0, plane=(), architecture=COMPILED[0]):
+    return extension.launch_plan(op, shape, dtype, group_size, plane, architecture, *DEVICES[architecture])
 
 
 # --- what was built ---------------------------------------------------------------------------------------
@@ -77,15 +75,14 @@ def test_it_needs_nothing_of_torch_but_the_stable_interface():
 
 @pytest.mark.parametrize("architecture", COMPILED)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
     ("shape", "d"),
     [((256, 64, 56, 56), 64), ((3, 8, 5, 3), 8), ((1, 128, 7, 7), 128), ((2, 50, 31), 25), ((9, 16), 16)],
 )
 @pytest.mark.parametrize("op", [*REDUCE, *MIX])
-def test_launches_of_a_pass(op, shape, d, channels_last, dtype, architecture):
+def test_launches_of_a_pass(op, shape, d, dtype, architecture):
     """They fit the device, and move at least the data that the op is about."""
-    launches = plan(op, shape, dtype, channels_last, d, architecture=architecture)
+    launches = plan(op, shape, dtype, d, architecture=architecture)
     assert launches
     for launch in launches:
         assert launch["kernel"]
@@ -139,7 +136,7 @@ def test_an_architecture_that_was_not_compiled_is_named():
     answer = extension.refusal("moments", "float32", 8, [], 75)
     assert "sm_75" in answer and extension.architectures()[0] in answer
     with pytest.raises(ValueError, match="sm_75"):
-        extension.launch_plan("moments", (4, 8), "float32", False, 8, [], 75, 40, 65536)
+        extension.launch_plan("moments", (4, 8), "float32", 8, [], 75, 40, 65536)
 
 
 def test_what_is_served_is_not_refused():
@@ -228,6 +225,13 @@ def test_a_call_is_handed_on_through_the_dispatcher():
     assert mean.shape == (8,) and cov.shape == (2, 4, 4)
 
 
+def test_data_on_a_cpu_is_refused():
+    """As where only another argument is on a GPU, which is enough to bring the call here."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(RuntimeError, match="moments: expected data on a CUDA device, got data on a CPU"):
+        torch.ops.normkernels.moments.default.redispatch(keys, torch.ones(2, 8, 3, 3), 4)
+
+
 def test_the_text_of_an_error_comes_back(monkeypatch):
     """The stable interface tells only that there was one."""
 
@@ -245,9 +249,13 @@ def test_the_text_of_an_error_comes_back(monkeypatch):
 
 def test_info_shows_it(capsys):
     report = info.collect()
+    launches = report["extension"].pop("launches")
     assert report["extension"] == {"loaded": True, **extension.build}
+    assert [len(plan) for plan in launches.values()] == [2, 2]
     assert report["build"]["built"] is True
     assert info.main([]) == 0
     text = capsys.readouterr().out
     assert f"loaded: {', '.join(extension.architectures())}" in text
     assert extension.build["compiler"] in text
+    (first, second) = launches["iter_norm"]
+    assert f"{first['kernel']} {first['grid'][0]} x {first['threads']}, {second['kernel']}" in text

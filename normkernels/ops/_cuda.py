@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from normkernels import _build
 from normkernels.ops._triton import first_line
 
 PACKAGE = Path(__file__).resolve().parent.parent
+OTHER_GPU = "expected a GPU that the extension was compiled for"  # how csrc/plans.cu begins this reason
 REBUILD = "build again with `pip install --no-build-isolation --force-reinstall --no-deps .`"
 
 
@@ -74,12 +76,39 @@ def refusal(
     return module.refusal(op, type, group_size or 0, list(plane or ()), 10 * major + minor)
 
 
+# Architecture, multiprocessors and shared memory of a block: an H200's, for plans where there is no GPU.
+PLANNED = (90, 132, 232448)
+
+
+def launch_plan(
+    op: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    group_size: int | None = None,
+    plane: Sequence[int] | None = None,
+) -> list[dict[str, Any]]:
+    """The launches of an op: kernel, grid, threads, shared_bytes, read_bytes and written_bytes, on the current GPU.
+
+    Raises ValueError for what the kernels do not serve, RuntimeError where they are not here.
+    """
+    module, reason = load()
+    if module is None:
+        raise RuntimeError(f"launch_plan: {reason}")
+    device = PLANNED
+    if torch.cuda.is_available():
+        found: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+        device = (10 * found.major + found.minor, found.multi_processor_count, found.shared_memory_per_block_optin)
+    type = str(dtype).removeprefix("torch.")
+    return module.launch_plan(op, list(shape), type, group_size or 0, list(plane or ()), *device)
+
+
 def registered(op: str, key: str) -> bool:
     """Whether a kernel serves tensors of this dispatch key: a compiled one, as long as Python registers none there."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"normkernels::{op}", key)
 
 
-def set_error(error: Exception) -> None:
+def set_error(error: BaseException) -> None:
     """Leave the text of an exception to the C++ that called: all that it gets to know else is that there was one."""
     module, _ = load()
     if module is not None:

@@ -76,8 +76,10 @@ def define(
     if triton is not None:
         kernels = _triton.implementation(triton, name)
         _IMPLEMENTATIONS[name]["triton"] = falling_back(name, kernels, exact)
-    NEXT.define(schema.replace(") ->", ", str reason) ->"))
-    NEXT.impl(name, reporting(handed_on(name, kernels, exact)), "CompositeExplicitAutograd")
+    parameters, _, results = schema.partition(") ->")
+    NEXT.define(f"{parameters}, str reason) ->{results}".replace("str ", "int[] "))
+    texts = [i for i, one in enumerate(parameters.split(", ")) if "str " in one]
+    NEXT.impl(name, reporting(handed_on(name, kernels, exact, texts)), "CompositeExplicitAutograd")
 
 
 def ops() -> tuple[str, ...]:
@@ -98,14 +100,20 @@ def falling_back(op: str, kernels: Callable[..., Any], eager: Callable[..., Any]
     return call
 
 
-def handed_on(op: str, kernels: Callable[..., Any] | None, eager: Callable[..., Any]) -> Callable[..., Any]:
+def handed_on(
+    op: str, kernels: Callable[..., Any] | None, eager: Callable[..., Any], texts: Sequence[int] = ()
+) -> Callable[..., Any]:
     """What serves a call that a compiled kernel leaves to the next backend, for a reason, its last argument.
 
     Triton's ``kernels`` serve it where they can, else ``eager``. One warning tells that, unless the reason is empty.
+    The reason, and the arguments number ``texts``, come as UTF-8: LibTorch would leak strings (csrc/tensors.h).
     """
 
     def call(*args: Any) -> Any:
         *arguments, reason = args
+        reason = bytes(reason).decode()
+        for i in texts:
+            arguments[i] = bytes(arguments[i]).decode()
         server, refusal, result = "plain PyTorch", "", None
         if kernels is not None and args[0].is_cuda and _triton.installed() and "triton" in _next_backends(op):
             try:
@@ -113,7 +121,9 @@ def handed_on(op: str, kernels: Callable[..., Any] | None, eager: Callable[..., 
             except Unsupported as unsupported:
                 server, refusal = "plain PyTorch", str(unsupported)
         if reason:
-            _warn_once(f"{op}: {server} instead of the CUDA kernels: {reason}")
+            # A GPU that was not compiled for is one reason, not one for each op.
+            subject = "" if reason.startswith(_cuda.OTHER_GPU) else f"{op}: "
+            _warn_once(f"{subject}{server} instead of the CUDA kernels: {reason}")
         elif refusal:
             _warn_once(f"{op}: plain PyTorch instead of the Triton kernels: {refusal}")
         return result if server == "Triton" else eager(*arguments)
@@ -127,7 +137,7 @@ def reporting(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         try:
             return function(*args)
-        except Exception as error:
+        except BaseException as error:  # a KeyboardInterrupt, too
             _cuda.set_error(error)
             raise
 
@@ -232,6 +242,8 @@ def explain(
         if not reason:
             return backend, chosen if backend == _chosen else availability(backend)[1]
         passed_over.append(f"{backend}: {reason}")
+        if backend == "triton" and availability(backend)[0] and backend in _IMPLEMENTATIONS[op] and tensor.is_cuda:
+            break  # what it does not serve it leaves to eager, whatever the order
     return "eager", "; ".join(passed_over)
 
 
@@ -270,8 +282,8 @@ def backend_of(op: str, tensor: Tensor, *, group_size: int | None = None, plane:
 def use_backend(backend: str) -> Iterator[None]:
     """Serve every op from one backend inside a ``with`` block; "auto" is the default order.
 
-    Ops that the backend does not implement stay with eager. It holds for the whole process (all threads),
-    like the dispatcher it changes.
+    Ops that the backend does not implement get the next one of cuda, triton and eager. It holds for the whole process
+    (all threads), like the dispatcher it changes.
     Raises ValueError for an unknown name, RuntimeError for a backend that cannot run here.
     """
     _check_available(backend)

@@ -280,13 +280,14 @@ def test_the_extension_is_not_tried_without_cuda() -> None:
 def handed_on(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> Callable[..., Any]:
     """moments of x as C++ asks for them, with a reason."""
     monkeypatch.setattr(_library, "_warned", set())
-    return lambda reason, x=x: torch.ops.normkernels_next.moments(x, 8, reason)
+    return lambda reason, x=x: torch.ops.normkernels_next.moments(x, 8, list(reason.encode()))
 
 
 def test_every_op_has_a_next_one() -> None:
     for op in OPS:
         schema = str(getattr(torch.ops.normkernels, op).default._schema)
-        expected = schema.replace("normkernels::", "normkernels_next::").replace(") ->", ", str reason) ->")
+        expected = schema.replace("normkernels::", "normkernels_next::").replace("str ", "int[] ")
+        expected = expected.replace(") ->", ", int[] reason) ->")
         assert str(getattr(torch.ops.normkernels_next, op).default._schema) == expected
 
 
@@ -318,9 +319,9 @@ def test_triton_is_next_on_a_gpu(reason: str, monkeypatch: pytest.MonkeyPatch) -
     serve = _library.handed_on("moments", kernels, lambda *args: ("eager", *args[1:]))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert serve(OnGpu(), 8, reason) == "triton"
+        assert serve(OnGpu(), 8, reason.encode()) == "triton"
         refusals.append("expected another type")
-        assert serve(OnGpu(), 8, reason) == ("eager", 8)
+        assert serve(OnGpu(), 8, reason.encode()) == ("eager", 8)
     said = [str(warning.message) for warning in caught]
     if reason:
         assert said == [f"moments: {who} instead of the CUDA kernels: {reason}" for who in ("Triton", "plain PyTorch")]

@@ -109,6 +109,18 @@ def test_opcheck(op: str) -> None:
 
 
 @ANYWHERE
+@pytest.mark.parametrize("op", ["whiten", "iter_norm", "iter_norm_backward"])
+def test_a_copied_input_has_an_output_of_its_own_layout(op: str) -> None:
+    """channels_last cut in width: the spatial dimensions do not collapse, and the kernels get a copy."""
+    found = given(op)
+    for i, value in enumerate(found):
+        if isinstance(value, Tensor) and value.dim() == 4:
+            wide = torch.cat((value, value), 3).contiguous(memory_format=torch.channels_last)
+            found[i] = wide[..., : value.shape[3]]
+    torch.library.opcheck(raw(op), tuple(found), test_utils="test_faketensor")
+
+
+@ANYWHERE
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
 @pytest.mark.parametrize("layer", LAYERS)
 def test_compiles_whole(layer: str) -> None:

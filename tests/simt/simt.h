@@ -178,7 +178,7 @@ namespace nk {
 struct Launch {
   dim3 grid;
   unsigned threads;
-  size_t shared_bytes;
+  size_t shared_bytes, most_shared = 0;
   cudaStream_t stream;
 };
 
