@@ -83,13 +83,14 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], 
 // --- launching
 // ---------------------------------------------------------------------------------------------------------
 
-// One launch: blocks, threads of a block, bytes of dynamic shared memory, the most that the device has of it, the
-// stream.
+// One launch: blocks, threads of a block, bytes of dynamic shared memory, the stream, and the most shared memory that a
+// block may have on the device.
 struct Launch {
   dim3 grid;
   unsigned threads;
-  size_t shared_bytes, most_shared;
+  size_t shared_bytes;
   cudaStream_t stream;
+  size_t most_shared;
 };
 
 // Runs a kernel; every launch of the extension is this one. `op` is named if that fails. Nothing waits for the GPU.

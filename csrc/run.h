@@ -27,7 +27,7 @@ struct Run {
     } else {
       nk::launch(
           op, kernel,
-          Launch{dim3(unsigned(blocks)), unsigned(threads), size_t(shared_bytes), size_t(device.shared_bytes), stream},
+          Launch{dim3(unsigned(blocks)), unsigned(threads), size_t(shared_bytes), stream, size_t(device.shared_bytes)},
           arguments...);
     }
   }

@@ -178,8 +178,9 @@ namespace nk {
 struct Launch {
   dim3 grid;
   unsigned threads;
-  size_t shared_bytes, most_shared = 0;
+  size_t shared_bytes;
   cudaStream_t stream;
+  size_t most_shared = 0;
 };
 
 template <class... Parameters, class... Arguments>
