@@ -46,7 +46,7 @@ template <class T, int ROWS, int COLUMNS, bool LEFT>
 struct Tile {
   static constexpr int NARROW = 16 / sizeof(T), WIDE = 8;
   static constexpr int ROW_STEP = COLUMNS + (LEFT ? NARROW : WIDE), COLUMN_STEP = ROWS + (LEFT ? WIDE : NARROW);
-  static constexpr int SIZE = ROWS * ROW_STEP > COLUMNS* COLUMN_STEP ? ROWS * ROW_STEP : COLUMNS * COLUMN_STEP;
+  static constexpr int SIZE = std::max(ROWS * ROW_STEP, COLUMNS* COLUMN_STEP);
   static constexpr int BYTES = (SIZE * int(sizeof(T)) + 15) / 16 * 16;
 
   T* data;
@@ -112,73 +112,6 @@ struct Tile {
       *to = real ? *from : T{};
     }
   }
-};
-
-// MT x NT tiles of 16 x 8 of a product, in the registers of a warp.
-template <class Precision, int MT, int NT>
-struct Fragment {
-  float value[MT][NT][4] = {};
-
-  // += left right over Precision::K terms from `start` on: left(row, term), right(term, column).
-  template <class Left, class Right>
-  __device__ __forceinline__ void add(int start, Left left, Right right) {
-    Operand<4> a[MT];
-#pragma unroll
-    for (int m = 0; m < MT; ++m) a[m] = Precision::left([&](int i, int j) { return left(16 * m + i, start + j); });
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      const Operand<2> b = Precision::right([&](int i, int j) { return right(start + i, 8 * n + j); });
-#pragma unroll
-      for (int m = 0; m < MT; ++m) multiply_add<Precision>(value[m][n], a[m], b);
-    }
-  }
-
-  // f(row, column, entry) for this thread's entries.
-  template <class F>
-  __device__ __forceinline__ void for_each(F f) const {
-#pragma unroll
-    for (int m = 0; m < MT; ++m) {
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        nk::for_each(value[m][n], [&](int i, int j, float entry) { f(16 * m + i, 8 * n + j, entry); });
-      }
-    }
-  }
-};
-
-// Sums of 16 MT rows of a left factor, beside the product: exact in float32, where those of its parts are not.
-template <class Precision, int MT>
-struct RowSums {
-  float value[MT][2] = {};
-
-  template <class Left>
-  __device__ __forceinline__ void add(int start, Left left) {
-#pragma unroll
-    for (int m = 0; m < MT; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        value[m][half] += Precision::sum([&](int i, int j) { return left(16 * m + i, start + j); }, row(half));
-      }
-    }
-  }
-
-  // f(row, sum), once for each row.
-  template <class F>
-  __device__ __forceinline__ void for_each(F f) const {
-#pragma unroll
-    for (int m = 0; m < MT; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float sum = value[m][half];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        if (lane() % 4 == 0) f(16 * m + row(half), sum);
-      }
-    }
-  }
-
- private:
-  static __device__ __forceinline__ int row(int half) { return lane() / 4 + 8 * half; }
 };
 
 // f(std::true_type()) or f(std::false_type()).

@@ -25,8 +25,7 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return memory;
 }
 
-// --- asynchronous copies (sm_80): global to shared memory, BYTES = 4, 8 or 16, both aligned to BYTES
-// ------------------
+// --- asynchronous copies (sm_80): global to shared memory, BYTES = 4, 8 or 16, both aligned to BYTES ---------------
 
 // Copies BYTES, or writes BYTES of zeros where not `real`; `global` is then not read, but must be a valid address.
 template <int BYTES>
@@ -52,8 +51,7 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// --- tensor cores (sm_80)
-// ----------------------------------------------------------------------------------------------
+// --- tensor cores (sm_80) ------------------------------------------------------------------------------------------
 //
 // c += a b for a 16 x 8 tile of c in float32. With lane = 4 row + column, row in 0..7 and column in 0..3, a thread has
 //   c[0], c[1]: (row, 2 column), (row, 2 column + 1)      c[2], c[3]: the same of row + 8
@@ -80,8 +78,7 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// --- launching
-// ---------------------------------------------------------------------------------------------------------
+// --- launching -----------------------------------------------------------------------------------------------------
 
 // One launch: blocks, threads of a block, bytes of dynamic shared memory, the stream, and the most shared memory that a
 // block may have on the device.

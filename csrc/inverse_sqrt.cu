@@ -63,8 +63,7 @@ void launch_inverse_sqrt_backward(const Run& run, const float* grad, const float
   });
 }
 
-// --- ops
-// -------------------------------------------------------------------------------------------------------------------
+// --- ops -----------------------------------------------------------------------------------------------------------
 
 static int64_t check_square(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 3 && t.size(1) == t.size(2) && t.size(1) >= 1, op, ": ", name,

@@ -118,8 +118,7 @@ void launch_backward(const Run& run, const Columns& grad, const Columns& x, int 
   });
 }
 
-// --- ops
-// -------------------------------------------------------------------------------------------------------------------
+// --- ops -----------------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> iter_norm(const Tensor& data, const std::optional<Tensor>& weight,
                                                              const std::optional<Tensor>& bias, int64_t d,

@@ -61,8 +61,7 @@ void launch_cross_moments(const Run& run, const Columns& y, const Columns& x, in
   });
 }
 
-// --- ops
-// ---------------------------------------------------------------------------------------------------------------
+// --- ops -----------------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> moments(const Tensor& data, int64_t d) {
   check_data("moments", "x", data, d);

@@ -69,8 +69,7 @@ std::string refusal(const std::string& op, const std::string& dtype, int64_t gro
   return reason.str();
 }
 
-// --- launch plans
-// ----------------------------------------------------------------------------------------------------------
+// --- launch plans --------------------------------------------------------------------------------------------------
 
 std::vector<KernelPlan> launch_plan(const std::string& op, const std::vector<int64_t>& shape, const std::string& dtype,
                                     int64_t group_size, const std::vector<int64_t>& plane, const Device& device) {
@@ -127,8 +126,7 @@ std::vector<KernelPlan> launch_plan(const std::string& op, const std::vector<int
   return plans;
 }
 
-// --- errors of Python
-// ----------------------------------------------------------------------------------------------------
+// --- errors of Python ----------------------------------------------------------------------------------------------
 
 static thread_local std::string pending_error;
 
@@ -142,8 +140,7 @@ std::string take_error(const char* op) {
   return text.empty() ? std::string(op) + ": the next backend raised an error" : text;
 }
 
-// --- devices
-// -------------------------------------------------------------------------------------------------------------
+// --- devices -------------------------------------------------------------------------------------------------------
 
 Device device_of(int index) {
 #ifdef NORMKERNELS_SIMT

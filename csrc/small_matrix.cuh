@@ -297,8 +297,7 @@ __device__ void covariance_adjoint(const Matrices<D>& of, const Newton& how, flo
   __syncthreads();
 }
 
-// --- host
-// --------------------------------------------------------------------------------------------------------------
+// --- host ----------------------------------------------------------------------------------------------------------
 
 // Calls f with std::integral_constant<int, D> for the padded group size.
 template <class F>

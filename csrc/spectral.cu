@@ -233,8 +233,7 @@ void launch_filter(const Run& run, const Planes& z, const Planes& y, int element
              int(H), int(W), int(channels), total, at_once);
 }
 
-// --- op
-// ------------------------------------------------------------------------------------------------------------------
+// --- op ------------------------------------------------------------------------------------------------------------
 
 static Planes planes_of(const Tensor& t, const Window& rows, const Window& columns) {
   return {static_cast<unsigned char*>(t.data_ptr()),

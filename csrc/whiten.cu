@@ -158,8 +158,7 @@ void launch_mix(const Run& run, const Columns& a, const float* a_shift, const Co
   });
 }
 
-// --- op
-// ------------------------------------------------------------------------------------------------------------------
+// --- op ------------------------------------------------------------------------------------------------------------
 
 Tensor whiten(const Tensor& data, const Tensor& mean, const Tensor& W, const std::optional<Tensor>& weight,
               const std::optional<Tensor>& bias) {
