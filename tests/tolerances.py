@@ -51,7 +51,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tests.oracles import convnorm, iternorm
+from tests.oracles import convnorm, iternorm, popnorm
 from tests.oracles.plain import stat_dtype
 from tests.oracles.run import Config, Result
 
@@ -278,6 +278,105 @@ def assert_agree(got: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Ten
         assert_within(f"{i}", a, b.double(), None, bound, largest(b.double()))
 
 
+# POP-Norm
+#
+#     r   the root of the second moment of x~ plus eps, a = gamma / (kappa r), y = a x~; |x~| its largest value
+#     e   2 u |x|_max, the rounding of the mean, which all of x - mean may be off by
+#
+#     r       The second moment is a sum of m terms, relative to itself u (4 + sqrt(m)), and half of it for the root;
+#             a mean that is off by e changes it by e^2.
+#     y       a (x - mean + beta): the rounding of the difference, 2 u |x~| + e, and the relative error of a.
+#     dx      a dy - a f / m - a <dy, x~> (x - mean) / (m r^2): |<dy, x~>| <= m |dy| r, so the last term is at most
+#             a |dy| t with t = |x~| / r, the first two 2 a |dy|. Errors: those of a in all of them, of two sums of m
+#             terms, and of x~ in the sum and beside it: (e / r + 2 u t)(1 + t).
+#     dgamma  sum dy x~ / (kappa r).
+#     dbeta   a (f - beta <dy, x~> / r^2): sums of m terms, with |beta| <= r.
+#
+# With running statistics r is theirs, and x - mean and beta, which are summed apart then, may cancel: |x - mean| +
+# |beta| takes the place of |x~|. dx is only a dy, and dbeta's <dy, x~> is at most |x~| sum |dy|: the bounds above hold.
+
+
+def pop_norm_floors(
+    x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, kappa: float, eps: float, center: bool,
+    scale: bool, oracle: Sequence[Tensor | None], running: tuple[Tensor, Tensor] | None = None,
+) -> list[float]:  # fmt: skip
+    """Of y and the gradients of x, weight and bias; ``oracle`` has their values. x is in the type of the test.
+
+    running: mean and variance, in evaluation.
+    """
+    u = unit(stat_dtype(x.dtype))
+    m, e = x.numel() // x.shape[1], 2 * u * largest(x.double())
+    beta = torch.zeros(x.shape[1], dtype=torch.float64) if bias is None else bias.double()
+    if running is None:
+        rows = popnorm.pop_norm(x.double(), None, beta, 1.0, eps, center, False)[0].movedim(1, 0).flatten(1)
+        second = rows.square().mean(1)
+    else:
+        mean, var = (value.double() for value in running)
+        second = var + (beta if center else mean).square()
+        rows = (x.double().movedim(1, 0).flatten(1) - mean[:, None] * center).abs() + beta.abs()[:, None]
+    r = (second + eps).sqrt() if scale else torch.ones_like(second)
+    peak, gamma = rows.abs().amax(1), torch.ones_like(r) if weight is None else weight.double().abs()
+    a = gamma / (kappa * r) if scale else torch.ones_like(r)
+    t = peak / r
+    relative = u * (4 + m**0.5) + (e / r) ** 2
+    of_x = e + 2 * u * peak
+    sum_dy = dy.double().abs().movedim(1, 0).flatten(1).sum(1)
+    floors = [
+        a * (of_x + relative * peak),
+        a * largest(dy.double()) * (2 * relative * (2 + t) + (of_x / r) * (1 + t)),
+        sum_dy * (of_x + 2 * relative * peak) / (kappa * r),
+        a * sum_dy * (2 * relative * (1 + t) + of_x / r),
+    ]
+    types = (x, x, weight, bias)
+    return [
+        floor.max().item() + (0.0 if exact is None or like is None else (unit(like.dtype) + u) * largest(exact))
+        for floor, exact, like in zip(floors, oracle, types, strict=True)
+    ]
+
+
+# BNP
+#
+#     Gw  (Gw - mu Gb) / (q2 v~): seven roundings (v~ has three operations, q2 v~ and its reciprocal two, difference and
+#         product one each) of the terms' sizes, 8 u (|Gw| + |mu Gb|) / (q2 v~), and the rounding of the result.
+#     Gb  Gb / q2 - sum of n = I k terms mu Gw: each has the error of Gw and one more product, and sums of n terms in
+#         any order u (4 + sqrt(n)); the rounding of the result.
+#     Results below the smallest normal number are rounded to multiples of 2 u times that.
+
+
+def precondition_floors(
+    Gw: Tensor, Gb: Tensor | None, mean: Tensor, var: Tensor, q2: float, exact_w: Tensor, exact_b: Tensor | None,
+    eps1: float = 1e-2, eps2: float = 1e-4,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Entry by entry; Gw and Gb in the type of the test, exact_w and exact_b the oracle's results."""
+    u, n, groups = unit(stat_dtype(Gw.dtype)), Gw[0].numel(), len(mean) // Gw.shape[1]
+    var, mean = (value.double().view(groups, -1) for value in (var, mean))
+    factor = 1 / (q2 * (var + eps1 * var.amax(1, keepdim=True) + eps2))
+    one = [1] * (Gw.dim() - 2)
+    factor, mu = (
+        value.repeat_interleave(len(Gw) // groups, 0).view(*Gw.shape[:2], *one) for value in (factor, mean.abs())
+    )
+    taken = 0.0 if Gb is None else mu * Gb.double().abs().view(-1, 1, *one)
+    floor_w = 8 * u * (Gw.double().abs() + taken) * factor
+    u_out, smallest = unit(Gw.dtype), torch.finfo(Gw.dtype).smallest_normal
+    rounded_w = floor_w + u_out * exact_w.abs().clamp(min=smallest)
+    if Gb is None or exact_b is None:
+        return rounded_w, None
+    terms = (mu * (floor_w / u * (1 + n**0.5 / 4) + 2 * exact_w.abs())).flatten(1).sum(1)
+    floor_b = u * (terms + 4 * Gb.double().abs() / q2 + exact_b.abs())
+    return rounded_w, floor_b + u_out * exact_b.abs().clamp(min=smallest)
+
+
+def merged_floors(x: Tensor, var: Tensor, merges: int) -> tuple[float, Tensor]:
+    """Mean, and variance of each channel, of x in the type of the test, merged so often by Chan's formula.
+
+    Each merge rounds the mean, e = 2 u |x|_max. Two means that are off by e make their difference delta off by 2 e, and
+    t (1 - t) delta^2, which is at most the variance, by 4 e sqrt(t (1 - t) var) <= 2 e sqrt(var).
+    """
+    e = 2 * unit(stat_dtype(x.dtype)) * largest(x.double())
+    cov = cov_floor(x, var.view(-1, 1, 1)).flatten()
+    return mean_floor(x) + merges * e, cov + merges * (2 * e * var.sqrt() + e**2)
+
+
 # ConvNorm
 #
 # Glossary
@@ -451,3 +550,64 @@ def assert_conv_norm(
         assert (value is None) == (exact is None), name
         if value is not None and exact is not None:
             assert_within(name, value, exact, other, getattr(floor, name), largest(exact))
+
+
+# Analysis
+#
+#     identity    One equation on two paths in float64, on well-conditioned problems of at most 1e4 terms: u sqrt(1e4)
+#                 = 1e-14 for each, and four digits for what cancels.
+#     kappa       An error E of a symmetric matrix moves its eigenvalues by |E|_2 at most (Weyl); the smallest nonzero
+#                 one by the most for its size. E_ij is u (4 + sqrt(m)) of what the terms of H_ij add up to, which is
+#                 at most a_i a_j with a_i = sqrt(H_ii); so |E|_2 <= u (4 + sqrt(m)) |a|^2. With P, P^T E P has
+#                 |P|^T a for a. Eigenvalues are good to u sqrt(n) of the largest, which is no more than |a|^2. Of
+#                 kappa: twice |E|_2 / lambda_min, for both eigenvalues, and the oracle has an error of its own.
+#     kappa(x)    The same for singular values (Weyl): the decomposition errs by u (4 + sqrt(n)) of the largest, and
+#                 the rounding of x, of its mean and of their difference by 2 u |mean| in each of n d entries. kappa is
+#                 a square: twice the relative error of the smallest value.
+#     SND         N = 3, B = 2, F = x - mean_B: a sample has two outputs, of which one comes with frequency p = 1/2 in
+#                 s draws. Eq. 10 is 4 p (1 - p) = 1 - (2 p - 1)^2 of eq. 9, and 2 p - 1 has standard deviation s^-1/2:
+#                 five of these are 25 / s.
+#     BIM         Signs are exact; of a step x + alpha and a bound x + eps each is rounded once, u |x|, and a path that
+#                 forms bounds as x + clip(x' - x) twice more.
+#     samples     The mean of n numbers is within five of its standard deviations, std / sqrt(n).
+#     types       Values are computed in a wider type and rounded, once as input and once as output: 2 u.
+#     gap         w . grad cancels to u sqrt(m) of its terms, which are at most a hundred times |w| |grad| here.
+
+IDENTITY = 1e-10
+INVARIANCE_GAP = 1e-12
+
+
+def assert_identity(got: Tensor | float, expected: Tensor | float) -> None:
+    """Equal but for float64's rounding, relative to the largest entry."""
+    got, expected = (torch.as_tensor(t, dtype=torch.float64) for t in (got, expected))
+    torch.testing.assert_close(got, expected, rtol=0, atol=IDENTITY * largest(expected), equal_nan=True)
+
+
+def condition_error(H: Tensor, P: Tensor, rank: int, terms: int, dtype: torch.dtype = torch.float64) -> float:
+    """Relative error of kappa(P^T H P), for H of this rank, each entry a sum of so many terms in this type."""
+    a = P.abs().mT @ H.diagonal().abs().sqrt()
+    values = torch.linalg.svdvals(P.mT @ H @ P)
+    return 4 * unit(dtype) * (4 + terms**0.5 + len(H) ** 0.5) * (a.square().sum() / values[rank - 1]).item()
+
+
+def covariance_condition_error(values: Sequence[float], n: int, mean: float = 0.0) -> float:
+    """Relative error of kappa for n samples with these singular values once centered."""
+    entries = (n * len(values)) ** 0.5
+    return 2 * unit(torch.float64) * ((4 + n**0.5) * max(values) + 2 * entries * mean) / min(values)
+
+
+def snd_sampling(draws: int) -> float:
+    return 25 / draws
+
+
+def sampling(std: float, n: int) -> float:
+    return 5 * std / n**0.5
+
+
+def rounding(exact: Tensor | float, dtype: torch.dtype) -> float:
+    return 2 * unit(dtype) * largest(torch.as_tensor(exact))
+
+
+def assert_bim(got: Tensor, expected: Tensor, steps: int) -> None:
+    bound = 4 * steps * unit(got.dtype) * largest(expected.double())
+    assert_within("attacked samples", got, expected.double(), None, bound, largest(expected.double()))

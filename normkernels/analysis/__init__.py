@@ -1,5 +1,33 @@
-"""What a trained network's weights do, measured."""
+"""What the papers measure, on any model: spectra, condition numbers, stochasticity, growth, attacks."""
 
+from normkernels.analysis.adversarial import SimBAResult, accuracy, bim, gaussian_noise, simba
+from normkernels.analysis.conditioning import HessianCondition, covariance_condition, hessian_condition
 from normkernels.analysis.conv_spectrum import channel_condition, conv_singular_values, layer_spectral_norm
+from normkernels.analysis.pruning import PruningCandidate, pruning_candidates
+from normkernels.analysis.sphere import Decomposition, decompose, scale_invariance_gap
+from normkernels.analysis.stochasticity import snd
+from normkernels.analysis.weight_growth import BatchNormGap, Tracker, batch_norm_gaps, weight_norms
 
-__all__ = ["channel_condition", "conv_singular_values", "layer_spectral_norm"]
+__all__ = [
+    "BatchNormGap",
+    "Decomposition",
+    "HessianCondition",
+    "PruningCandidate",
+    "SimBAResult",
+    "Tracker",
+    "accuracy",
+    "batch_norm_gaps",
+    "bim",
+    "channel_condition",
+    "conv_singular_values",
+    "covariance_condition",
+    "decompose",
+    "gaussian_noise",
+    "hessian_condition",
+    "layer_spectral_norm",
+    "pruning_candidates",
+    "scale_invariance_gap",
+    "simba",
+    "snd",
+    "weight_norms",
+]

@@ -1,0 +1,348 @@
+"""What small changes of its inputs do to a classifier: gradient-based attack, black-box attack, noise."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normkernels.analysis._checks import check_finite, check_floating
+from normkernels.analysis._progress import track
+from normkernels.ops._checks import check_choice, check_flag, check_integer, check_number, check_tensor
+
+Model = Callable[[Tensor], Tensor]
+Bounds = tuple[float, float]
+
+
+def bim(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    step_size: float,
+    num_steps: int,
+    bounds: Bounds = (0.0, 1.0),
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    targeted: bool = False,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    r"""Basic iterative method in an l_inf ball (Kurakin et al., 2017, "Adversarial Examples in the Physical World").
+
+    .. math:: x_0 = x, \quad x_{t+1} = \mathrm{clip}_{[x - \epsilon, x + \epsilon] \cap [a, b]}
+        \left( x_t + \alpha \, \mathrm{sign} \, \nabla_x L(x_t, y) \right)
+
+    The model is run in eval mode and gets its modes back; parameters and their gradients stay as they are.
+
+    Args:
+        model: from (N, *) to logits (N, K), differentiable. A module, or any function.
+        x: (N, *), any floating-point type, within the bounds.
+        y: (N,), classes on x's device; what L takes.
+        eps: the radius, in the units of x, from 0 to b - a.
+        step_size: alpha, greater than 0.
+        num_steps: at least 1.
+        bounds: [a, b], of valid inputs.
+        loss: L, from logits and y; a tensor of several values is summed.
+        targeted: y are classes to reach, and L is descended.
+        batch_size: samples at a time. None: all.
+        progress: shows a bar; needs tqdm.
+
+    Returns: The attacked samples, like x, without gradient.
+
+    Raises:
+        TypeError: x is no floating-point tensor, y no tensor, or an option has another type.
+        ValueError: x and y differ in length, x is not within the bounds, an option is out of range, the model is not
+            differentiable in its input, or the gradient is not finite.
+    """
+    _check_attack(x, y, bounds)
+    check_number("eps", eps, maximum=bounds[1] - bounds[0])
+    _check_positive("step_size", step_size)
+    check_integer("num_steps", num_steps, minimum=1)
+    check_flag("targeted", targeted)
+    step = -step_size if targeted else step_size
+    chunks = _chunks(x.detach(), y, size=batch_size)
+    attacked = []
+    with _evaluating(model):
+        for clean, label in track(chunks, len(chunks), "BIM", progress):
+            low, high = (clean - eps).clamp(min=bounds[0]), (clean + eps).clamp(max=bounds[1])
+            adversarial = clean
+            for _ in range(num_steps):
+                gradient = _input_gradient(model, loss, adversarial, label)
+                adversarial = (adversarial + step * gradient.sign()).clamp(low, high)
+            attacked.append(adversarial)
+    return torch.cat(attacked)
+
+
+def _input_gradient(model: Model, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = loss(model(x), y)
+        check_tensor("loss", value)
+        gradient = None
+        if value.requires_grad:
+            (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            "model: expected a model that is differentiable in its input, got a loss without a gradient there"
+        )
+    check_finite("gradient of the loss", gradient)  # the sign of NaN is 0
+    return gradient
+
+
+def gaussian_noise(
+    x: Tensor, std: float, bounds: Bounds | None = (0.0, 1.0), generator: torch.Generator | None = None
+) -> Tensor:
+    """x plus independent normal noise of this standard deviation, clipped to the bounds (None: not clipped).
+
+    The noise is drawn on the generator's device (None: on x's), in float32 for half types.
+
+    Raises:
+        TypeError: x is no floating-point tensor, or std no number.
+        ValueError: std is negative or not finite, or the bounds are not in order.
+    """
+    check_floating("x", x)
+    check_number("std", std)
+    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    device = x.device if generator is None else generator.device
+    noise = torch.randn(x.shape, generator=generator, device=device, dtype=dtype).to(x.device)
+    noisy = x.to(dtype) + std * noise
+    if bounds is not None:
+        _check_bounds(bounds)
+        noisy = noisy.clamp(*bounds)
+    return noisy.to(x.dtype)
+
+
+@torch.no_grad()
+def accuracy(model: Model, x: Tensor, y: Tensor, batch_size: int | None = None, *, progress: bool = False) -> float:
+    """The share of samples x (N, *) whose largest logit is that of their class y (N,), with the model in eval mode.
+
+    Raises:
+        TypeError: x or y is no tensor.
+        ValueError: there are no samples, x and y differ in length, or batch_size is less than 1.
+    """
+    check_tensor("x", x)
+    _check_labelled(x, y)
+    _check_classes(x, y)
+    chunks = _chunks(x, y, size=batch_size)
+    with _evaluating(model):
+        right = [(model(a).argmax(1) == b).sum() for a, b in track(chunks, len(chunks), "accuracy", progress)]
+    return torch.stack(right).sum().item() / len(x)
+
+
+class SimBAResult(NamedTuple):
+    """What simba returns, for N samples."""
+
+    x: Tensor  # like the input
+    queries: Tensor  # (N,) int64, how often the model was asked about the sample
+    succeeded: Tensor  # (N,) bool
+
+
+@torch.no_grad()
+def simba(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    max_queries: int,
+    basis: str = "pixel",
+    frequencies: int | None = None,
+    bounds: Bounds = (0.0, 1.0),
+    targeted: bool = False,
+    batch_size: int | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> SimBAResult:
+    r"""Simple black-box attack (Guo et al., 2019, Algorithm 1): forward passes only.
+
+    Directions q of an orthonormal basis are tried in random order, each once. If the probability of class y falls for
+    :math:`x' + \epsilon q`, or else for :math:`x' - \epsilon q`, the step is taken; and so on until the class is
+    another, queries are spent, or there are no more directions. After k steps :math:`\lVert x' - x \rVert_2` is
+    :math:`\epsilon \sqrt k`, less where pixels are clipped.
+
+    Samples are attacked in one batch, each by itself, with an order of its own; the model is run in eval mode and
+    gets its modes back. Its output for a sample must not depend on the other samples.
+
+    Args:
+        model: from (N, *) to logits (N, K). A module, or any function; nothing is differentiated.
+        x: (N, *), any floating-point type, within the bounds.
+        y: (N,), classes on x's device.
+        eps: the length of a step, greater than 0 and at most b - a.
+        max_queries: per sample, at least 1; the first one is for x itself.
+        basis: "pixel", the entries of x, or "dct", the cosine basis (DCT-II) of each channel of x (N, C, *).
+        frequencies: with "dct", only the so many lowest of each axis (28 of 224 in the paper). None: all.
+        bounds: [a, b], of valid inputs, to which candidates are clipped.
+        targeted: y are classes to reach, whose probability is to rise.
+        batch_size: samples at a time; the result does not depend on it. None: all.
+        generator: of the orders. None for torch's default.
+        progress: shows a bar of the samples' batches; needs tqdm.
+
+    Returns:
+        SimBAResult(x, queries, succeeded): like x without gradient, (N,) int64 and (N,) bool. A sample that needs no
+        attack has succeeded with one query.
+
+    Raises:
+        TypeError: x is no floating-point tensor, y no tensor, or an option has another type.
+        ValueError: x and y differ in length, x is not within the bounds, has no axes for "dct", or an option is out of
+            range.
+    """
+    _check_attack(x, y, bounds)
+    _check_positive("eps", eps, maximum=bounds[1] - bounds[0])
+    check_integer("max_queries", max_queries, minimum=1)
+    _check_classes(x, y)
+    check_choice("basis", basis, ("pixel", "dct"))
+    check_flag("targeted", targeted)
+    directions = _Directions(x, basis, frequencies)
+    device = "cpu" if generator is None else generator.device
+    seeds = torch.randint(
+        2**62, (len(x),), generator=generator, device=device
+    )  # one a sample: batch_size does not matter
+    chunks = _chunks(x, y, seeds, size=batch_size)
+    with _evaluating(model):
+        results = [
+            _simba(model, clean, label, directions, seed, eps, max_queries, bounds, targeted)
+            for clean, label, seed in track(chunks, len(chunks), "SimBA", progress)
+        ]
+    return SimBAResult(*map(torch.cat, zip(*results, strict=True)))
+
+
+def _simba(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    directions: _Directions,
+    seeds: Tensor,
+    eps: float,
+    max_queries: int,
+    bounds: Bounds,
+    targeted: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def ask(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """What is to rise, and whether the class is as wanted. Of probabilities the logarithm: they saturate."""
+        logits = model(x).double()
+        gain = logits.log_softmax(1).gather(1, y[:, None])[:, 0]
+        return gain if targeted else -gain, (logits.argmax(1) == y) == targeted
+
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+    orders = torch.stack([torch.randperm(directions.count, generator=g) for g in generators]).to(x.device)
+    x, queries = x.clone(), torch.ones_like(y)
+    best, succeeded = ask(x, y)
+    for k in range(directions.count):
+        left = (~succeeded & (queries < max_queries)).nonzero()[:, 0]
+        if not len(left):
+            break
+        q = directions(orders[left, k])
+        for step in (eps, -eps):
+            candidate = (x[left] + step * q).clamp(*bounds)
+            gain, reached = ask(candidate, y[left])
+            queries[left] += 1
+            better = gain > best[left]
+            taken = left[better]
+            x[taken], best[taken], succeeded[taken] = candidate[better], gain[better], reached[better]
+            rest = ~better & (queries[left] < max_queries)
+            left, q = left[rest], q[rest]
+            if not len(left):
+                break
+    return x, queries, succeeded
+
+
+class _Directions:
+    """An orthonormal basis of samples shaped like x[0]: ``count`` directions, made when they are asked for."""
+
+    def __init__(self, x: Tensor, basis: str, frequencies: int | None) -> None:
+        self.like, self.shape = x, x.shape[1:]
+        self.waves: list[Tensor] = []  # of each axis (frequencies, n); none for pixels
+        if basis == "pixel":
+            if frequencies is not None:
+                raise ValueError(f"frequencies: expected None with basis='pixel', got {frequencies}")
+            self.sizes: tuple[int, ...] = (self.shape.numel(),)
+        else:
+            if x.dim() < 3:
+                raise ValueError(f"x: expected shape (N, C, *) with basis='dct', got {tuple(x.shape)}")
+            smallest = min(self.shape[1:])
+            if frequencies is not None and check_integer("frequencies", frequencies, minimum=1) > smallest:
+                raise ValueError(
+                    f"frequencies: expected at most the {smallest} of the shortest axis, got {frequencies}"
+                )
+            self.waves = [_cosines(n, x.device)[:frequencies] for n in self.shape[1:]]
+            self.sizes = (self.shape[0], *(len(waves) for waves in self.waves))
+        self.count = math.prod(self.sizes)
+
+    def __call__(self, index: Tensor) -> Tensor:
+        """(n,) to (n, *shape)."""
+        channel, *axes = torch.unravel_index(index, self.sizes)
+        q = torch.zeros(len(index), self.shape[0] if axes else self.count, dtype=torch.float64, device=index.device)
+        q.scatter_(1, channel[:, None], 1.0)
+        for waves, frequency in zip(self.waves, axes, strict=True):
+            q = q.unsqueeze(-1) * waves[frequency].view(len(q), *[1] * (q.dim() - 1), -1)
+        return q.view(len(q), *self.shape).to(self.like.dtype)
+
+
+def _cosines(n: int, device: torch.device) -> Tensor:
+    """The orthonormal DCT-II, (n frequencies, n)."""
+    i = torch.arange(n, dtype=torch.float64, device=device)
+    waves = torch.cos(math.pi / n * i[:, None] * (i + 0.5)) * (2 / n) ** 0.5
+    waves[0] *= 0.5**0.5
+    return waves
+
+
+@contextlib.contextmanager
+def _evaluating(model: Model) -> Iterator[None]:
+    """In eval mode; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    try:
+        if isinstance(model, nn.Module):
+            model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _chunks(x: Tensor, *others: Tensor, size: int | None) -> list[tuple[Tensor, ...]]:
+    size = len(x) if size is None else check_integer("batch_size", size, minimum=1)
+    return list(zip(*(t.split(size) for t in (x, *others)), strict=True))
+
+
+def _check_labelled(x: Tensor, y: object) -> None:
+    check_tensor("y", y)
+    assert isinstance(y, Tensor)
+    if x.dim() < 2 or x.numel() == 0:
+        raise ValueError(f"x: expected a non-empty shape (N, *), got {tuple(x.shape)}")
+    if y.dim() == 0 or len(y) != len(x):
+        raise ValueError(f"y: expected as many as the {len(x)} samples, got shape {tuple(y.shape)}")
+
+
+def _check_classes(x: Tensor, y: Tensor) -> None:
+    if y.dtype != torch.int64:
+        raise TypeError(f"y: expected classes of type torch.int64, got {y.dtype}")
+    if y.dim() != 1:
+        raise ValueError(f"y: expected shape ({len(x)},), got {tuple(y.shape)}")
+
+
+def _check_bounds(bounds: Bounds) -> None:
+    low, high = bounds
+    for value in bounds:
+        check_number("bounds", value, minimum=-math.inf)
+    if not -math.inf < low < high:
+        raise ValueError(f"bounds: expected two finite numbers, the lower one first, got {bounds}")
+
+
+def _check_attack(x: Tensor, y: Tensor, bounds: Bounds) -> None:
+    check_floating("x", x)
+    _check_labelled(x, y)
+    _check_bounds(bounds)
+    if not ((x >= bounds[0]) & (x <= bounds[1])).all():  # false for NaN
+        raise ValueError(f"x: expected values within the bounds {bounds}, got {x.min().item():g} to {x.max().item():g}")
+
+
+def _check_positive(name: str, value: float, maximum: float = math.inf) -> None:
+    check_number(name, value, maximum=maximum)
+    if value == 0:
+        raise ValueError(f"{name}: expected more than 0, got 0")
