@@ -204,6 +204,45 @@ def _check_cross_spectrum(p: _Problem) -> Result:
     return got, torch.autograd.grad(_filtered(z, exact), exact, z.flip(0)), FILTER
 
 
+KAPPA, EPS1, EPS2, Q2 = 4.0, 1e-2, 1e-4, 1.5
+
+
+def _pop_norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """POP-Norm, eq. 11 and 12."""
+    rows = x.transpose(0, 1).flatten(1)
+    mean = rows.mean(1)
+    centred = rows - mean.view(-1, 1)
+    shifted = centred + bias.view(-1, 1)
+    y = weight.view(-1, 1) * shifted / (KAPPA * (shifted.square().mean(1, keepdim=True) + EPS).sqrt())
+    return y.view(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1), mean, centred.square().mean(1)
+
+
+def _check_pop_norm(p: _Problem) -> Result:
+    x, weight, bias = p.here(p.x, p.weight, p.bias)
+    return nk.ops.pop_norm(x, weight, bias, KAPPA, EPS), _pop_norm(p.x, p.weight, p.bias), M * ROUNDOFF
+
+
+def _check_pop_norm_backward(p: _Problem) -> Result:
+    x, weight, bias = inputs = p.here(p.x, p.weight, p.bias, requires_grad=True)
+    got = torch.autograd.grad(nk.ops.pop_norm(x, weight, bias, KAPPA, EPS)[0], inputs, p.here(p.y))
+    exact = [value.clone().requires_grad_() for value in (p.x, p.weight, p.bias)]
+    return got, torch.autograd.grad(_pop_norm(*exact)[0], exact, p.y), 2 * M * ROUNDOFF
+
+
+def _check_precondition(p: _Problem) -> Result:
+    """BNP, Algorithm 3, for a layer of 8 inputs, 5 outputs and 6 taps."""
+    channels = GROUPS * D
+    Gw, Gb = p.y.reshape(-1)[: 5 * channels * 6].view(5, channels, 2, 3), p.x.reshape(-1)[:5]
+    mean, var = p.mean, p.cov.diagonal(dim1=1, dim2=2).flatten()
+    sigma2 = (var + EPS1 * var.max() + EPS2).view(-1, 1, 1)
+    mu = mean.view(-1, 1, 1)
+    new = (Gw - mu * Gb.view(-1, 1, 1, 1)) / (Q2 * sigma2)
+    grad, grad_bias, *statistics = p.here(Gw, Gb, mean, var)
+    nk.ops.precondition([grad], [grad_bias], [statistics[0]], [statistics[1]], [1], [Q2], EPS1, EPS2)
+    n = channels * 6
+    return (grad, grad_bias), (new, Gb / Q2 - (mu * new).flatten(1).sum(1)), n * ROUNDOFF
+
+
 CHECKS: dict[str, Callable[[_Problem], Result]] = {
     "moments": _check_moments,
     "cross_moments": _check_cross_moments,
@@ -212,6 +251,9 @@ CHECKS: dict[str, Callable[[_Problem], Result]] = {
     "whiten": _check_whiten,
     "iter_norm": _check_iter_norm,
     "iter_norm_backward": _check_iter_norm_backward,
+    "pop_norm": _check_pop_norm,
+    "pop_norm_backward": _check_pop_norm_backward,
+    "precondition": _check_precondition,
     "kernel_spectrum": _check_kernel_spectrum,
     "kernel_spectrum_backward": _check_kernel_spectrum_backward,
     "spectral_filter": _check_spectral_filter,

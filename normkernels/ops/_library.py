@@ -115,7 +115,8 @@ def handed_on(
         for i in texts:
             arguments[i] = bytes(arguments[i]).decode()
         server, refusal, result = "plain PyTorch", "", None
-        if kernels is not None and args[0].is_cuda and _triton.installed() and "triton" in _next_backends(op):
+        on_gpu = device_of(args).type == "cuda"
+        if kernels is not None and on_gpu and _triton.installed() and "triton" in _next_backends(op):
             try:
                 server, result = "Triton", kernels(*arguments)
             except Unsupported as unsupported:
@@ -150,6 +151,12 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, stacklevel=3)
 
 
+def device_of(args: Sequence[Any]) -> torch.device:
+    """Of the first tensor among an op's arguments, or in the first list of them that has one; without one, the CPU."""
+    tensors = (each for arg in args for each in (arg if isinstance(arg, list | tuple) else (arg,)))
+    return next((each.device for each in tensors if isinstance(each, Tensor)), torch.device("cpu"))
+
+
 def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     """Run ``function`` without autocast and without reduced-precision float32 products.
 
@@ -160,7 +167,7 @@ def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        device = device_of(args).type
         with contextlib.ExitStack() as stack:
             if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
@@ -191,8 +198,7 @@ def traceable_full_precision(function: Callable[..., Any]) -> Callable[..., Any]
     def wrapped(*args: Any) -> Any:
         if not torch.compiler.is_compiling():
             return exact(*args)
-        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device_of(args).type, enabled=False):
             return function(*args)
 
     return wrapped

@@ -47,6 +47,8 @@ def arguments(op: str, x: Tensor, method: str = "newton", affine: bool = True) -
         "whiten": (x, mean, w, weight, bias),
         "iter_norm": (x, weight, bias, 4, 3, 1e-3, "trace", method),
         "iter_norm_backward": (grad, x, weight, mean, w, residual, scale, 3, "trace", method),
+        "pop_norm": (x, weight, bias, 4.0, 1e-3, True, True),
+        "pop_norm_backward": (grad, x, weight, bias, mean, mean.square(), 4.0, 1e-3, True, True),
     }[op]
 
 
@@ -67,12 +69,28 @@ def spectral_arguments(op: str, z: Tensor, weight_dtype: torch.dtype | None = No
     }[op]
 
 
-RAW = ["moments", "cross_moments", "inverse_sqrt", "inverse_sqrt_backward", "whiten", "iter_norm", "iter_norm_backward"]
+RAW = [
+    "moments", "cross_moments", "inverse_sqrt", "inverse_sqrt_backward", "whiten", "iter_norm", "iter_norm_backward",
+    "pop_norm", "pop_norm_backward",
+]  # fmt: skip
 SPECTRAL = ["kernel_spectrum", "kernel_spectrum_backward", "spectral_filter", "cross_spectrum"]
 
 
 def test_every_op_is_checked_here() -> None:
-    assert {*RAW, *SPECTRAL} == set(_library.ops())
+    assert {*RAW, *SPECTRAL, "precondition"} == set(_library.ops())
+
+
+@DTYPES
+def test_opcheck_of_precondition(dtype: torch.dtype) -> None:
+    """Schema: it changes the gradients and nothing else."""
+    stat = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = [torch.randn(4, 3, 2, 2, dtype=dtype), torch.randn(6, 2, dtype=dtype)]
+    biases = [torch.randn(4, dtype=dtype), torch.empty(0, dtype=dtype)]
+    statistics = [torch.rand(3, dtype=stat), torch.rand(2, dtype=stat)]
+    torch.library.opcheck(
+        torch.ops.normkernels.precondition.default,
+        (weights, biases, statistics, [s + 1 for s in statistics], [1, 1], [1.0, 2.0], 1e-2, 1e-4),
+    )
 
 
 @pytest.mark.parametrize("op", SPECTRAL)
@@ -112,7 +130,7 @@ def test_opcheck_of_small_batches(op: str, shape: tuple[int, ...]) -> None:
     torch.library.opcheck(getattr(torch.ops.normkernels, op).default, arguments(op, torch.randn(shape)))
 
 
-DIFFERENTIABLE = ["moments", "cross_moments", "inverse_sqrt", "whiten", "iter_norm"]
+DIFFERENTIABLE = ["moments", "cross_moments", "inverse_sqrt", "whiten", "iter_norm", "pop_norm"]
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)

@@ -23,9 +23,24 @@ def mix(sources: list[tuple[Tensor, Tensor | None]], matrix: Tensor, bias: Tenso
     out = as_image(result)
     images = [(as_image(source), shift) for source, shift in sources]
     for samples, at in tiles(out):
-        parts = ((image[samples, :, :, at], shift) for image, shift in images)
-        out[samples, :, :, at].copy_(product(matrix, stack(*parts, groups=len(matrix), dtype=matrix.dtype), bias))
+        parts = [(image[samples, :, :, at], shift) for image, shift in images]
+        if matrix.shape[1] == 1:
+            mixed = scaled(parts, matrix, bias)
+        else:
+            mixed = product(matrix, stack(*parts, groups=len(matrix), dtype=matrix.dtype), bias)
+        out[samples, :, :, at].copy_(mixed)
     return result
+
+
+def scaled(parts: list[tuple[Tensor, Tensor | None]], matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """What ``product`` is for groups of one channel: sum of factor * (tile - shift), + bias, in reused memory."""
+    *others, (tile, shift) = parts
+    factors = matrix.view(len(matrix), len(parts), 1, 1).unbind(1)
+    total = stack((tile, shift), groups=len(matrix), dtype=matrix.dtype).mul_(factors[-1])
+    for (tile, shift), factor in zip(others, factors, strict=False):
+        part = tile if shift is None else stack((tile, shift), groups=len(matrix), dtype=matrix.dtype, slot="other")
+        total.addcmul_(part.to(matrix.dtype), factor)
+    return total if bias is None else total.add_(bias.view(-1, 1, 1))
 
 
 def product(matrix: Tensor, image: Tensor, bias: Tensor | None) -> Tensor:
@@ -52,6 +67,9 @@ def whiten(x: Tensor, mean: Tensor, W: Tensor, weight: Tensor | None, bias: Tens
     if x.dtype != A.dtype or x.numel() == 0 or not _small(mean, W):
         return mix([(x, mean)], A, bias, like=x)
     # Nothing has to be prepared for the product, so it is one call for all of x, whose result is y.
+    if A.shape[1] == 1:
+        y = torch.batch_norm(x, A.flatten(), bias, mean, torch.ones_like(mean), False, 0.0, 0.0, True)
+        return in_layout_of(x, y)
     c = -torch.bmm(A, mean.view(*A.shape[:2], 1)).flatten()
     y = product(A, as_image(x), c if bias is None else c + bias)
     return in_layout_of(x, of_image(y, x))
