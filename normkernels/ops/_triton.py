@@ -128,7 +128,7 @@ class Config:
     """How a kernel is compiled.
 
     block: columns of a tile, or the step of a product of small matrices. rows: of a result that one program computes,
-    at most. precision: of the products, as Triton calls it.
+    at most; for single channels those of a tile. precision: of the products, as Triton calls it.
     """
 
     block: int
@@ -166,8 +166,8 @@ def configuration(kernel: str, size: int, layout: str, dtype: torch.dtype, arch:
 
     GPUs for desktops have less shared memory: from sm_120 on they use what sm_80 does, not sm_90's or sm_100's entries.
 
-    size: the padded group size or plane; layout as Columns.layout, "" where a kernel does not read activations or does
-    not care.
+    size: the padded group size or plane, 1 for single channels and for gradients; layout as Columns.layout, "" where a
+    kernel does not read activations or does not care.
     """
     kind = "float32" if dtype == torch.float32 else "half"
     older = [
@@ -188,6 +188,11 @@ def configuration(kernel: str, size: int, layout: str, dtype: torch.dtype, arch:
 def padded(size: int) -> int:
     """The side of a tile: a power of two, at least 16, the smallest that tensor cores multiply."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+def tile_size(group_size: int) -> int:
+    """The size by which the table knows a pass: 1 for single channels, which no tensor core multiplies."""
+    return 1 if group_size == 1 else padded(group_size)
 
 
 # --- activations as the kernels see them ----------------------------------------------------------------------------
@@ -250,22 +255,25 @@ class Split(NamedTuple):
 
 
 WAVES = 2  # programs for each multiprocessor
+WARPS = 32  # for each where a pass is elementwise, what registers allow: programs of so many warps together
 
 
-def split(total: int, groups: int, block: int, device: torch.device) -> Split:
-    wanted = max(1, WAVES * properties(device).processors // groups)
+def split(total: int, groups: int, block: int, device: torch.device, waves: int = WAVES) -> Split:
+    wanted = max(1, waves * properties(device).processors // groups)
     blocks = -(-total // block)
     chunk = -(-blocks // min(wanted, blocks)) * block
     return Split(-(-total // chunk), chunk)
 
 
-# Whitening op -> kernels whose entries depend on its data.
+# Op on activations -> kernels whose entries depend on its data.
 PASSES = {
     "moments": ("moments",),
     "cross_moments": ("cross_moments",),
     "whiten": ("mix",),
     "iter_norm": ("moments", "mix"),
     "iter_norm_backward": ("cross_moments", "stacked_mix"),
+    "pop_norm": ("moments", "mix"),
+    "pop_norm_backward": ("cross_moments", "stacked_mix"),
 }
 
 
@@ -274,7 +282,7 @@ def check_entries(op: str, tensor: Tensor, group_size: int) -> None:
     if tensor.dim() >= 2:
         layout = columns(tensor).layout
         for kernel in PASSES.get(op, ()):
-            configuration(kernel, padded(group_size), layout, tensor.dtype, architecture(tensor.device))
+            configuration(kernel, tile_size(group_size), layout, tensor.dtype, architecture(tensor.device))
 
 
 # --- launching ------------------------------------------------------------------------------------------------------

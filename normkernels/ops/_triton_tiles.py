@@ -43,3 +43,10 @@ def bounds(part, chunk, columns, WIDE: tl.constexpr, RUN: tl.constexpr):
         start = part.to(tl.int64) * chunk
     stop = tl.minimum(start + chunk, columns)
     return start, tl.multiple_of(stop, RUN)
+
+
+@triton.jit
+def count_of(part, parts, chunk, columns):
+    """Columns of a part: the last one is shorter; zero beyond it."""
+    count = tl.minimum(chunk, columns - part.to(tl.int64) * chunk)
+    return tl.where(part < parts, count, 0)

@@ -3,7 +3,8 @@
 reduce (parts of the data) -> finish (merge the parts, small matrix function) -> mix, in both directions. The second
 launch has several programs for each group, which merge some rows each; the last of them to arrive goes on to
 the small matrix function. Merging by one program would read the parts at the speed of one multiprocessor, and take
-longer than the pass over a small batch.
+longer than the pass over a small batch. method="eigh", and groups of one channel, whose matrices are numbers, have
+their small matrix function from plain PyTorch between our passes.
 """
 
 from __future__ import annotations
@@ -52,9 +53,11 @@ def last_of_group(ticket, group):
 @triton.jit
 def vector(values, start, row, d: tl.constexpr, default: tl.constexpr):
     """values[start + row] in float32, or a default where there is no vector or no row."""
-    if values is None:
-        return tl.full(row.shape, default, tl.float32)
-    return tl.load(values + start + row, mask=row < d, other=default).to(tl.float32)
+    if values is None:  # an early return would not compile: what follows it is compiled all the same
+        result = tl.full(row.shape, default, tl.float32)
+    else:
+        result = tl.load(values + start + row, mask=row < d, other=default).to(tl.float32)
+    return result
 
 
 @triton.jit(do_not_specialize=["columns"])
@@ -161,7 +164,7 @@ def iter_norm(
     if x.numel() == 0:
         return full_precision(eager.iter_norm)(x, weight, bias, group_size, num_iterations, eps, scaling, method)
     weight, bias = (None if value is None else value.contiguous() for value in (weight, bias))
-    if method == "eigh":
+    if method == "eigh" or group_size == 1:
         return full_precision(eager.iter_norm)(
             x, weight, bias, group_size, num_iterations, eps, scaling, method, reduce=shifted_moments, mix=mix
         )
@@ -199,7 +202,7 @@ def iter_norm_backward(
         )
     weight = None if weight is None else weight.contiguous()
     mean, W, residual, scale = (value.contiguous() for value in (mean, W, residual, scale))
-    if method == "eigh":
+    if method == "eigh" or d == 1:
         return full_precision(eager.iter_norm_backward)(
             grad, x, weight, mean, W, residual, scale, num_iterations, scaling, method, reduce=summed_products, mix=mix
         )

@@ -19,7 +19,8 @@ from normkernels.ops._triton import (
     padded,
     split,
 )
-from normkernels.ops._triton_tiles import bounds, load_tile, positions_of
+from normkernels.ops._triton_diagonal import merge_channel_cross, merge_channel_moments
+from normkernels.ops._triton_tiles import bounds, count_of, load_tile, positions_of
 from normkernels.ops.moments import eager
 
 BATCH = 16  # parts that a program merges at a time
@@ -128,13 +129,6 @@ def merged_mean(shift, delta, group, parts, chunk, columns, row, D: tl.constexpr
         mean += tl.load(delta + at, mask=mask, other=0.0).to(tl.float64)
         total += tl.sum(mean * count_of(part, parts, chunk, columns).to(tl.float64)[:, None], 0)
     return total / columns.to(tl.float64)
-
-
-@triton.jit
-def count_of(part, parts, chunk, columns):
-    """Columns of a part: the last one is shorter; zero beyond it."""
-    count = tl.minimum(chunk, columns - part.to(tl.int64) * chunk)
-    return tl.where(part < parts, count, 0)
 
 
 @triton.jit
@@ -271,6 +265,8 @@ def reduce_cross(y: Tensor, x: Tensor, mean: Tensor, group_size: int) -> Partial
 
 def merge_moments(x: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (C,) in float32, the same in float64, and covariance (G, d, d)."""
+    if group_size == 1:
+        return merge_channel_moments(x)
     partials = reduce_moments(x, group_size)
     groups, _, size = partials.vectors[0].shape
     mean, exact = (x.new_empty(x.shape[1], dtype=dtype) for dtype in (torch.float32, torch.float64))
@@ -291,6 +287,8 @@ def shifted_moments(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 def summed_products(y: Tensor, x: Tensor, mean: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """sum y (x - mean)^T (G, d, d), sum y (C,) and sum (x - mean) (C,), in float32."""
+    if group_size == 1:
+        return merge_channel_cross(y, x, mean)
     partials = reduce_cross(y, x, mean, group_size)
     groups, _, size = partials.vectors[0].shape
     sum_y, sum_x = torch.empty_like(mean), torch.empty_like(mean)

@@ -18,6 +18,7 @@ from normkernels.ops._triton import (
     split,
     tf32_allowed,
 )
+from normkernels.ops._triton_diagonal import map_channels
 from normkernels.ops._triton_tiles import bounds, load_tile, pointers, positions_of
 
 
@@ -84,8 +85,10 @@ def mix(
     weight: Tensor | None = None,
 ) -> Tensor:
     """diag(weight) matrix @ [source - shift; ...] + bias for one or two stacked sources, in one launch."""
-    result = empty_output(like)
     groups, d, _ = matrix.shape
+    if d == 1:
+        return map_channels(sources, matrix, bias, like, weight)
+    result = empty_output(like)
     seen = [columns(source) for source, _ in sources]
     shifts = [shift for _, shift in sources]
     out, size = columns(result), padded(d)
