@@ -1,6 +1,7 @@
 // The launches of each op, on columns and addresses: called by the ops, and by plans.cu without any data.
 #pragma once
 
+#include "diagonal.cuh"
 #include "reduce.cuh"
 #include "run.h"
 
@@ -13,6 +14,13 @@ void launch_cross_moments(const Run& run, const Columns& y, const Columns& x, in
                           int64_t groups, int64_t d, const Reduction& how, const Workspace& workspace, float* cross,
                           float* sum);
 
+// The same for groups of one channel: cov and cross are (C,).
+void launch_channel_moments(const Run& run, const Columns& x, int element, const ChannelReduction& how,
+                            const Workspace& workspace, float* mean, float* cov);
+
+void launch_channel_sums(const Run& run, const Columns& y, const Columns& x, int element, const float* mean,
+                         const ChannelReduction& how, const Workspace& workspace, float* cross, float* sum);
+
 // A matrix (G, rows, columns) in global memory, by its strides.
 struct MatrixView {
   const float* data;
@@ -22,6 +30,32 @@ struct MatrixView {
 void launch_mix(const Run& run, const Columns& a, const float* a_shift, const Columns* b, const float* b_shift,
                 const Columns& y, int element, const MatrixView& matrix, const Parameter& weight, const Parameter& bias,
                 int64_t groups, int64_t d);
+
+// The same for channels on their own: y = weight (of_a (a - a_shift) + of_b b) + bias, without b if it is nullptr.
+void launch_scale(const Run& run, const Columns& a, const Factor& of_a, const float* a_shift, const Columns* b,
+                  const Factor& of_b, const Columns& y, int element, int64_t channels, const Parameter& weight,
+                  const Parameter& bias);
+
+// What the reductions of POP-Norm leave for its maps, all (C,) in global memory.
+struct PopOptions {
+  float kappa, eps;
+  bool center, scale;
+};
+struct PopForward {
+  float *mean, *var, *factor, *constant;
+};
+struct PopBackward {
+  float *of_grad, *of_x, *constant, *grad_weight, *grad_bias;
+};
+
+void launch_pop_forward(const Run& run, const Columns& x, int element, const ChannelReduction& how,
+                        const Workspace& workspace, const PopOptions& options, const Parameter& weight,
+                        const Parameter& bias, const PopForward& out);
+
+void launch_pop_backward(const Run& run, const Columns& grad, const Columns& x, int element,
+                         const ChannelReduction& how, const Workspace& workspace, const PopOptions& options,
+                         const Parameter& weight, const Parameter& bias, const float* mean, const float* var,
+                         const PopBackward& out);
 
 void launch_inverse_sqrt(const Run& run, const float* cov, int64_t groups, const Newton& how, const Room& room,
                          float* scratch, float* W, float* S, float* scale);
@@ -47,6 +81,35 @@ void launch_forward(const Run& run, const Columns& x, int element, int64_t group
 void launch_backward(const Run& run, const Columns& grad, const Columns& x, int element, int64_t groups,
                      const Newton& how, const Reduction& reduction, const Workspace& workspace, float* scratch,
                      const Parameter& weight, const BackwardInputs& in, const BackwardResults& out);
+
+constexpr int ROW_THREADS = 256, ROW_WARPS = ROW_THREADS / WARP;
+constexpr int LONG_ROW = 2048;  // values, from which on a block has it
+
+// A layer whose rows of weights are dense: channels of an output's group, and taps of a kernel, either innermost.
+struct GradientLayer {
+  unsigned char *weight, *bias;  // bias may be nullptr
+  const float *mean, *variance;
+  float q2;
+  int rows, rows_of_group, channels, taps;
+  bool inner;                       // the channels are next to each other, otherwise the taps
+  int first_block = 0, vector = 1;  // of the launch; values of an access
+
+  __host__ __device__ __forceinline__ bool is_long() const { return int64_t(channels) * taps >= LONG_ROW; }
+  __host__ __device__ __forceinline__ int rows_of_block() const { return is_long() ? 1 : ROW_WARPS; }
+};
+
+// What a launch takes: up to 4 KiB of a kernel's parameters.
+constexpr int MOST_LAYERS = 56;
+struct GradientLayers {
+  GradientLayer layer[MOST_LAYERS];
+  int count;
+  float eps1, eps2;
+  bool bfloat;
+};
+static_assert(sizeof(GradientLayers) + sizeof(void*) <= 4096);
+
+// left (layers,): how many rows of each layer are left as they are; zero before.
+void launch_precondition(const Run& run, GradientLayers all, int element, unsigned* left);
 
 // Where the values of a tensor (N, C, h, w) lie: on the H x W plane at start + step i, and in memory.
 struct Window {

@@ -1,4 +1,4 @@
-// moments and cross_moments: the reductions over all samples, one launch each.
+// moments and cross_moments: the reductions over all samples, one launch each. For d = 1 by diagonal.cuh.
 #include "launches.h"
 #include "reduce.cuh"
 #include "tensors.h"
@@ -40,6 +40,26 @@ __global__ __launch_bounds__(Warps<D, false>::THREADS,
   for (int i = threadIdx.x; i < d; i += Warps<D, false>::THREADS) sum[group * d + i] = shared.first[i];
 }
 
+template <class T>
+__global__ __launch_bounds__(SWEEP_THREADS, SWEEP_BLOCKS) void channel_moments_kernel(Sweep sweep, Source x,
+                                                                                      Workspace workspace, float* mean,
+                                                                                      float* cov) {
+  channel_moments<T>(sweep, x, workspace, [&](int64_t channel, double exact, double variance) {
+    mean[channel] = float(exact);
+    cov[channel] = float(variance);
+  });
+}
+
+template <class T>
+__global__ __launch_bounds__(SWEEP_THREADS,
+                             SWEEP_BLOCKS) void channel_sums_kernel(Sweep sweep, Source y, Source x, const float* mean,
+                                                                    Workspace workspace, float* cross, float* sum) {
+  channel_sums<T>(sweep, y, x, mean, workspace, [&](int64_t channel, double of_y, double, double of_products) {
+    cross[channel] = float(of_products);
+    sum[channel] = float(of_y);
+  });
+}
+
 void launch_moments(const Run& run, const Columns& x, int element, int64_t groups, int64_t d, const Reduction& how,
                     const Workspace& workspace, float* mean, float* cov) {
   run.zero(workspace.tickets, how.counters);
@@ -61,6 +81,24 @@ void launch_cross_moments(const Run& run, const Columns& y, const Columns& x, in
   });
 }
 
+void launch_channel_moments(const Run& run, const Columns& x, int element, const ChannelReduction& how,
+                            const Workspace& workspace, float* mean, float* cov) {
+  const Sweep& sweep = how.sweep;
+  how.zero(run, workspace);
+  run.launch("channel_moments", element == 4 ? channel_moments_kernel<float> : channel_moments_kernel<Half>,
+             sweep.blocks(), SWEEP_THREADS, SWEEP_BYTES, {x.total * sweep.channels * element, sweep.channels * 8},
+             sweep, Source(x, sweep), workspace, mean, cov);
+}
+
+void launch_channel_sums(const Run& run, const Columns& y, const Columns& x, int element, const float* mean,
+                         const ChannelReduction& how, const Workspace& workspace, float* cross, float* sum) {
+  const Sweep& sweep = how.sweep;
+  how.zero(run, workspace);
+  run.launch("channel_sums", element == 4 ? channel_sums_kernel<float> : channel_sums_kernel<Half>, sweep.blocks(),
+             SWEEP_THREADS, SWEEP_BYTES, {2 * x.total * sweep.channels * element, sweep.channels * 8}, sweep,
+             Source(y, sweep), Source(x, sweep), mean, workspace, cross, sum);
+}
+
 // --- ops -----------------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> moments(const Tensor& data, int64_t d) {
@@ -69,11 +107,18 @@ std::tuple<Tensor, Tensor> moments(const Tensor& data, int64_t d) {
   const OnDevice on("moments", data);
   const Tensor x = collapsible(data);
   const int element = int(x.element_size());
-  const int64_t groups = x.size(1) / d;
+  const int64_t channels = x.size(1), groups = channels / d;
+  Tensor mean = empty({channels}, ScalarType::Float, x), cov = empty({groups, d, d}, ScalarType::Float, x);
+  if (d == 1) {
+    const Columns seen = columns_of(x, channels);
+    const ChannelReduction how(on.run.device, channels, element, {&seen});
+    const Memory memory(how, x);
+    launch_channel_moments(on.run, seen, element, how, memory.workspace, floats(mean), floats(cov));
+    return {mean, cov};
+  }
   const Columns seen = columns_of(x, d);
   const Reduction how(on.run.device, seen, element, groups, d, 1, 1);
   const Memory memory(how, x);
-  Tensor mean = empty({x.size(1)}, ScalarType::Float, x), cov = empty({groups, d, d}, ScalarType::Float, x);
   launch_moments(on.run, seen, element, groups, d, how, memory.workspace, floats(mean), floats(cov));
   return {mean, cov};
 }
@@ -88,11 +133,19 @@ std::tuple<Tensor, Tensor> cross_moments(const Tensor& left, const Tensor& data,
   const OnDevice on("cross_moments", data);
   const Tensor x = collapsible(data), y = in_layout_of(x, left, d), center = packed(mean);
   const int element = int(x.element_size());
-  const int64_t groups = x.size(1) / d;
+  const int64_t channels = x.size(1), groups = channels / d;
+  Tensor cross = empty({groups, d, d}, ScalarType::Float, x), sum = empty({channels}, ScalarType::Float, x);
+  if (d == 1) {
+    const Columns seen = columns_of(x, channels), other = columns_of(y, channels);
+    const ChannelReduction how(on.run.device, channels, element, {&seen, &other});
+    const Memory memory(how, x);
+    launch_channel_sums(on.run, other, seen, element, floats(center), how, memory.workspace, floats(cross),
+                        floats(sum));
+    return {cross, sum};
+  }
   const Columns seen = columns_of(x, d);
   const Reduction how(on.run.device, seen, element, groups, d, 2, 1);
   const Memory memory(how, x);
-  Tensor cross = empty({groups, d, d}, ScalarType::Float, x), sum = empty({x.size(1)}, ScalarType::Float, x);
   launch_cross_moments(on.run, columns_of(y, d), seen, element, floats(center), groups, d, how, memory.workspace,
                        floats(cross), floats(sum));
   return {cross, sum};

@@ -49,8 +49,9 @@ static bool compiled_for(int architecture) {
 std::string refusal(const std::string& op, const std::string& dtype, int64_t group_size,
                     const std::vector<int64_t>& plane, int architecture) {
   static const std::vector<std::string> ops = {
-      "moments", "cross_moments", "inverse_sqrt",       "inverse_sqrt_backward",
-      "whiten",  "iter_norm",     "iter_norm_backward", "spectral_filter"};
+      "moments",  "cross_moments",     "inverse_sqrt",       "inverse_sqrt_backward",
+      "whiten",   "iter_norm",         "iter_norm_backward", "spectral_filter",
+      "pop_norm", "pop_norm_backward", "precondition"};
   std::ostringstream reason;
   if (std::find(ops.begin(), ops.end(), op) == ops.end()) {
     reason << "expected an op with CUDA kernels, got " << op;
@@ -91,6 +92,34 @@ std::vector<KernelPlan> launch_plan(const std::string& op, const std::vector<int
     launch_filter(run, planes, planes, element, nullptr, {}, plane[0], plane[1], shape[0], channels, nullptr);
     return plans;
   }
+  if (op == "precondition") {  // the shape is that of a layer's weights
+    GradientLayers all{};
+    all.count = 1;
+    all.layer[0].rows = all.layer[0].rows_of_group = int(shape[0]);
+    all.layer[0].channels = int(channels), all.layer[0].taps = 1;
+    for (size_t i = 2; i < shape.size(); ++i) all.layer[0].taps *= int(shape[i]);
+    launch_precondition(run, all, element, nullptr);
+    return plans;
+  }
+  Columns x;
+  x.total = shape[0];
+  for (size_t i = 2; i < shape.size(); ++i) x.total *= shape[i];
+  x.positions = x.total / shape[0], x.inner = x.positions == 1, x.width = 16;
+  while ((x.inner ? channels : x.positions) * element % x.width != 0) x.width /= 2;
+  const ChannelReduction of_x(device, channels, element, {&x}), of_both(device, channels, element, {&x, &x});
+  const auto map = [&](const Columns* other) {
+    launch_scale(run, x, {}, nullptr, other, {}, x, element, channels, {}, {});
+  };
+  if (op == "pop_norm") {
+    launch_pop_forward(run, x, element, of_x, {}, {}, {}, {}, {});
+    map(nullptr);
+    return plans;
+  }
+  if (op == "pop_norm_backward") {
+    launch_pop_backward(run, x, x, element, of_both, {}, {}, {}, {}, nullptr, nullptr, {});
+    map(&x);
+    return plans;
+  }
   expect(d >= 1 && channels % d == 0, "expected a group size that divides the channels");
   const int64_t groups = channels / d;
   const Newton how{int(d), 5, false, 0.f};
@@ -104,13 +133,16 @@ std::vector<KernelPlan> launch_plan(const std::string& op, const std::vector<int
                                  small_matrix_room(device, d, BACKWARD_MATRICES), nullptr, nullptr);
     return plans;
   }
-  Columns x;
-  x.total = shape[0];
-  for (size_t i = 2; i < shape.size(); ++i) x.total *= shape[i];
   const auto reduction = [&](int sources, int matrices) {
     return Reduction(device, x, element, groups, d, sources, matrices);
   };
-  if (op == "moments") {
+  if (d == 1 && op == "moments") {
+    launch_channel_moments(run, x, element, of_x, {}, nullptr, nullptr);
+  } else if (d == 1 && op == "cross_moments") {
+    launch_channel_sums(run, x, x, element, nullptr, of_both, {}, nullptr, nullptr);
+  } else if (d == 1 && op == "whiten") {
+    map(nullptr);
+  } else if (op == "moments") {
     launch_moments(run, x, element, groups, d, reduction(1, 1), {}, nullptr, nullptr);
   } else if (op == "cross_moments") {
     launch_cross_moments(run, x, x, element, nullptr, groups, d, reduction(2, 1), {}, nullptr, nullptr);

@@ -24,7 +24,8 @@ struct KernelPlan {
 };
 
 // The launches of `op`, in order, for an input of this shape and type ("float32", "float16", "bfloat16").
-// group_size: channels whitened together; 0 for spectral_filter. plane: {H, W} of its filter; empty for the others.
+// group_size: channels whitened together; 0 for ops without groups. plane: {H, W} of spectral_filter; empty for the
+// others. precondition: the shape is that of the weights of one layer, (O, I, *k).
 // Throws std::invalid_argument for what refusal() refuses.
 std::vector<KernelPlan> launch_plan(const std::string& op, const std::vector<int64_t>& shape, const std::string& dtype,
                                     int64_t group_size, const std::vector<int64_t>& plane, const Device& device);

@@ -237,7 +237,8 @@ struct Memory {
   Tensor partials, counters;
   Workspace workspace;
 
-  Memory(const Reduction& how, const Tensor& x)
+  template <class How>  // Reduction or ChannelReduction
+  Memory(const How& how, const Tensor& x)
       : partials(empty({how.floats}, ScalarType::Float, x)),
         counters(empty({how.counters}, ScalarType::Int, x)),
         workspace{floats(partials), static_cast<unsigned*>(counters.data_ptr())} {}

@@ -1,7 +1,8 @@
 // whiten: y = diag(weight) W (x - mean) + bias, and with two stacked sources the last pass of the backward.
 //
 // A block keeps its rows of the matrix in shared memory and passes over a part of the columns: for each tile of them a
-// product with 32 channels after the other, which are on their way while the ones before are multiplied.
+// product with 32 channels after the other, which are on their way while the ones before are multiplied. Channels on
+// their own, d = 1, are scaled one by one (diagonal.cuh).
 #include "launches.h"
 #include "tensors.h"
 
@@ -158,6 +159,76 @@ void launch_mix(const Run& run, const Columns& a, const float* a_shift, const Co
   });
 }
 
+// y = weight (of_a (a - a_shift) + of_b b) + bias for channels on their own; a_shift (C,) may be nullptr, and b is not
+// read for one source.
+template <class T, int SOURCES>
+__global__ __launch_bounds__(SWEEP_THREADS, SWEEP_BLOCKS) void scale_kernel(Sweep sweep, Source a, Factor of_a,
+                                                                            const float* a_shift, Source b, Factor of_b,
+                                                                            Source y, Parameter weight,
+                                                                            Parameter bias) {
+  with_access<T>(sweep, [&]<int V, bool INNER>() {
+    constexpr int AT_ONCE = ACCESSES<T, V, SOURCES>, WIDTH = Seat<V, INNER>::WIDTH;
+    const Seat<V, INNER> here(sweep);
+    const bool bfloat = sweep.bfloat;
+    const Cursor start(sweep, here.start + here.ahead);
+    Cursor from = start, to = start;
+    Walk<T, V> a_walk(a, start, here.channel), b_walk(b, start, here.channel), y_walk(y, start, here.channel);
+    float factor[WIDTH], shift[WIDTH], other[WIDTH], constant[WIDTH];
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) {
+      const int64_t channel = here.real ? here.channel + i : 0;
+      const float gamma = weight(channel, 1.f);
+      factor[i] = gamma * of_a(channel);
+      other[i] = SOURCES == 1 ? 0.f : gamma * of_b(channel);
+      shift[i] = a_shift == nullptr ? 0.f : a_shift[channel];
+      constant[i] = bias(channel, 0.f);
+    }
+#pragma unroll 1
+    for (int64_t first = here.start; first < here.stop; first += AT_ONCE * sweep.row) {
+      const int left = here.left(first, sweep.row, AT_ONCE);
+      Access<T, V> a_values[AT_ONCE], b_values[AT_ONCE];
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; ++k) {
+        if (k * sweep.row < left) a_values[k] = a_walk.here();
+        if (SOURCES == 2 && k * sweep.row < left) b_values[k] = b_walk.here();
+        const bool wraps = from.advance(sweep);
+        a_walk.advance(a, wraps), b_walk.advance(b, wraps);
+      }
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; ++k) {
+        if (k * sweep.row < left) {
+          Access<T, V> result;
+#pragma unroll
+          for (int i = 0; i < V; ++i) {
+            const int c = i % WIDTH;
+            float value = factor[c] * (a_values[k].get(i, bfloat) - shift[c]) + constant[c];
+            if (SOURCES == 2) value += other[c] * b_values[k].get(i, bfloat);
+            result.set(i, value, bfloat);
+          }
+          y_walk.here() = result;
+        }
+        y_walk.advance(y, to.advance(sweep));
+      }
+    }
+  });
+}
+
+void launch_scale(const Run& run, const Columns& a, const Factor& of_a, const float* a_shift, const Columns* b,
+                  const Factor& of_b, const Columns& y, int element, int64_t channels, const Parameter& weight,
+                  const Parameter& bias) {
+  const auto launch = [&]<class T, int SOURCES>(const char* name) {
+    const Columns& other = SOURCES == 1 ? a : *b;
+    const Sweep sweep(run.device, channels, element, {&y, &a, &other});
+    run.launch(name, scale_kernel<T, SOURCES>, sweep.blocks(), SWEEP_THREADS, 0,
+               {SOURCES * y.total * channels * element, y.total * channels * element}, sweep, Source(a, sweep), of_a,
+               a_shift, Source(other, sweep), of_b, Source(y, sweep), weight, bias);
+  };
+  const auto with_sources = [&]<class T>() {
+    b == nullptr ? launch.template operator()<T, 1>("scale") : launch.template operator()<T, 2>("stacked_scale");
+  };
+  element == 4 ? with_sources.template operator()<float>() : with_sources.template operator()<Half>();
+}
+
 // --- op ------------------------------------------------------------------------------------------------------------
 
 Tensor whiten(const Tensor& data, const Tensor& mean, const Tensor& W, const std::optional<Tensor>& weight,
@@ -175,6 +246,12 @@ Tensor whiten(const Tensor& data, const Tensor& mean, const Tensor& W, const std
   const Tensor x = collapsible(data), center = packed(mean);
   const auto gamma = packed(weight), beta = packed(bias);
   Tensor y = empty_output(data);
+  if (d == 1) {
+    launch_scale(on.run, columns_of(x, groups), {floats(W), W.stride(0)}, floats(center), nullptr, {},
+                 columns_of(y, groups), int(x.element_size()), groups, parameter("whiten", "weight", gamma, x),
+                 parameter("whiten", "bias", beta, x));
+    return y;
+  }
   launch_mix(on.run, columns_of(x, d), floats(center), nullptr, nullptr, columns_of(y, d), int(x.element_size()),
              {floats(W), W.stride(0), W.stride(1), W.stride(2)}, parameter("whiten", "weight", gamma, x),
              parameter("whiten", "bias", beta, x), groups, d);

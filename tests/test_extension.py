@@ -24,7 +24,8 @@ if extension is None:
 REDUCE = ("moments", "cross_moments")
 MATRIX = ("inverse_sqrt", "inverse_sqrt_backward")
 MIX = ("whiten", "iter_norm", "iter_norm_backward")
-SERVED = (*REDUCE, *MATRIX, *MIX, "spectral_filter")
+POP = ("pop_norm", "pop_norm_backward")
+SERVED = (*REDUCE, *MATRIX, *MIX, *POP, "spectral_filter", "precondition")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 # Architecture -> multiprocessors, and the most shared memory of a block: A100, RTX 4090, H100, B200, RTX 5090.
@@ -77,9 +78,17 @@ def test_it_needs_nothing_of_torch_but_the_stable_interface():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("shape", "d"),
-    [((256, 64, 56, 56), 64), ((3, 8, 5, 3), 8), ((1, 128, 7, 7), 128), ((2, 50, 31), 25), ((9, 16), 16)],
+    [
+        ((256, 64, 56, 56), 64),
+        ((3, 8, 5, 3), 8),
+        ((1, 128, 7, 7), 128),
+        ((2, 50, 31), 25),
+        ((9, 16), 16),
+        ((256, 512, 7, 7), 1),
+        ((9, 5), 1),
+    ],
 )
-@pytest.mark.parametrize("op", [*REDUCE, *MIX])
+@pytest.mark.parametrize("op", [*REDUCE, *MIX, *POP])
 def test_launches_of_a_pass(op, shape, d, dtype, architecture):
     """They fit the device, and move at least the data that the op is about."""
     launches = plan(op, shape, dtype, d, architecture=architecture)
@@ -93,14 +102,34 @@ def test_launches_of_a_pass(op, shape, d, dtype, architecture):
         assert 0 <= launch["shared_bytes"] <= DEVICES[architecture][1]
         assert launch["read_bytes"] >= 0 and launch["written_bytes"] >= 0
     nbytes = math.prod(shape) * (4 if dtype == "float32" else 2)
-    reads = {"moments": 1, "cross_moments": 2, "whiten": 1, "iter_norm": 2, "iter_norm_backward": 4}[op]
+    reads = {"moments": 1, "cross_moments": 2, "whiten": 1}.get(op, 4 if op.endswith("backward") else 2)
     assert sum(launch["read_bytes"] for launch in launches) >= reads * nbytes
-    assert sum(launch["written_bytes"] for launch in launches) >= nbytes * (op in MIX)
+    assert sum(launch["written_bytes"] for launch in launches) >= nbytes * (op in (*MIX, *POP))
 
 
 @pytest.mark.parametrize("op", ["iter_norm", "iter_norm_backward"])
 def test_a_layer_takes_two_launches_in_each_direction(op):
     assert len(plan(op, (64, 64, 32, 32), group_size=64)) == 2
+
+
+@pytest.mark.parametrize("shape", [(256, 64, 56, 56), (256, 512, 7, 7), (16384, 96)])
+def test_pop_norm_moves_the_bytes_of_batch_norm(shape):
+    """Two launches in each direction, 2 reads and 1 write forward, 4 and 1 backward, and a thousandth for vectors."""
+    nbytes = math.prod(shape) * 4
+    for op, reads in (("pop_norm", 2), ("pop_norm_backward", 4)):
+        launches = plan(op, shape)
+        assert len(launches) == 2
+        read, written = (sum(launch[key] for launch in launches) for key in ("read_bytes", "written_bytes"))
+        assert reads * nbytes <= read <= 1.001 * reads * nbytes
+        assert nbytes <= written <= 1.001 * nbytes
+
+
+def test_a_launch_for_the_gradients_of_layers():
+    (launch,) = plan("precondition", (64, 16, 3, 3))
+    assert launch["grid"] == (8, 1, 1)  # a row for each warp
+    assert launch["written_bytes"] == 64 * 16 * 9 * 4
+    (launch,) = plan("precondition", (100, 4096))
+    assert launch["grid"] == (100, 1, 1)
 
 
 @pytest.mark.parametrize("architecture", COMPILED)

@@ -19,21 +19,29 @@ from torch import Tensor, nn
 import normkernels as nk
 from normkernels.ops import _library
 from tests import backends
-from tests.ops import test_inverse_sqrt, test_iter_norm, test_moments, test_whiten
+from tests.ops import test_inverse_sqrt, test_iter_norm, test_moments, test_pop_norm, test_precondition, test_whiten
 from tests.ops.test_library import RAW, arguments, spectral_arguments
+from tests.ops.test_precondition import Layer
 from tests.ops.test_spectral_kernels import check as check_filter
 from tests.ops.test_spectral_kernels import values
 from tests.oracles import inputs
 from tests.oracles import run as place
 from tests.oracles.run import Config, back, incoming_gradient, leaf, moved, oracle, plain_path, run
-from tests.tolerances import assert_agree, assert_iter_norm, assert_within, exactly_centered, largest
+from tests.tolerances import (
+    assert_agree,
+    assert_iter_norm,
+    assert_within,
+    exactly_centered,
+    largest,
+    precondition_floors,
+)
 
 pytestmark = pytest.mark.usefixtures("backend")
 ANYWHERE = pytest.mark.parametrize("backend", backends.CUDA, indirect=True)
 SIMT = pytest.mark.parametrize("backend", [backends.SIMT], indirect=True)
 
 SERVED = ("moments", "cross_moments", "inverse_sqrt", "inverse_sqrt_backward", "whiten", "iter_norm",
-          "iter_norm_backward", "spectral_filter")  # fmt: skip
+          "iter_norm_backward", "spectral_filter", "pop_norm", "pop_norm_backward", "precondition")  # fmt: skip
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -47,10 +55,23 @@ def raw(op: str) -> Callable[..., Any]:
 
 
 def given(op: str, dtype: torch.dtype = torch.float32) -> list[Any]:
-    """Good arguments: two groups of four channels, or filtered planes of 5 x 3."""
+    """Good arguments: two groups of four channels, filtered planes of 5 x 3, or two layers."""
+    if op == "precondition":
+        return layers_given(dtype)
     x = inputs.gaussian(inputs.SHAPE_4D, dtype=dtype, group_size=4)
     found = arguments(op, x) if op in RAW else spectral_arguments(op, x)
     return [moved(value) if isinstance(value, Tensor) else value for value in found]
+
+
+def layers_given(dtype: torch.dtype = torch.float32) -> list[Any]:
+    """A convolution of two groups, and a linear layer without a bias."""
+    layers = [
+        Layer((6, 4, 3, 2), 2, True, dtype),
+        Layer((3, 5), 1, False, dtype, 1),
+    ]
+    biases = [torch.empty(0, dtype=dtype) if layer.Gb is None else layer.Gb for layer in layers]
+    tensors = [layer.Gw for layer in layers], biases, [layer.mean for layer in layers], [layer.var for layer in layers]
+    return [*([moved(t.clone()) for t in each] for each in tensors), [2, 1], [1.0, 2.5], 1e-2, 1e-4]
 
 
 def step(x: Tensor, d: int, **options: Any) -> list[Tensor]:
@@ -83,6 +104,7 @@ def test_every_op_is_registered() -> None:
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "IterNorm": lambda: nk.IterNorm2d(8, group_size=4, device=place.device),
     "ConvNorm": lambda: nk.ConvNorm2d(8, 8, 3, padding=1, device=place.device),
+    "POPNorm": lambda: nk.POPNorm2d(8, device=place.device),
 }
 
 
@@ -113,7 +135,7 @@ def test_opcheck(op: str) -> None:
 
 
 @ANYWHERE
-@pytest.mark.parametrize("op", ["whiten", "iter_norm", "iter_norm_backward"])
+@pytest.mark.parametrize("op", ["whiten", "iter_norm", "iter_norm_backward", "pop_norm", "pop_norm_backward"])
 def test_a_copied_input_has_an_output_of_its_own_layout(op: str) -> None:
     """channels_last cut in width: the spatial dimensions do not collapse, and the kernels get a copy."""
     found = given(op)
@@ -199,6 +221,107 @@ def test_without_weight_or_bias(given_affine: tuple[bool, bool]) -> None:
     assert_iter_norm(got, oracle(*problem), plain_path(*problem), *problem[1:4], config)
 
 
+# A single channel or two have up to nine blocks. They take 1024 columns at a time in float32 and 2048 in half types
+# where the positions are next to each other, and 128 or 256 where the channels are; 256 where nothing is aligned. One
+# column more than a multiple of that, or one access, makes a last part that is as short as can be.
+CHANNELS = {
+    "positions": ((1, 2, 6152), torch.Tensor.contiguous),
+    "positions-of-samples": ((3, 1, 4, 1028), torch.Tensor.contiguous),
+    "odd-planes": ((27, 2, 7, 7), torch.Tensor.contiguous),
+    "channels": ((1537, 8), torch.Tensor.contiguous),
+    "one-more-channel": ((1537, 9), torch.Tensor.contiguous),
+    "many-channels": ((65, 104), torch.Tensor.contiguous),
+    "one-channel": ((513, 1), torch.Tensor.contiguous),
+    "samples": ((1537, 3, 1, 2), inputs.LAYOUTS["CHWN"][1]),
+}
+
+
+@ANYWHERE
+@pytest.mark.parametrize("dtype", TYPES, ids=name)
+@pytest.mark.parametrize("case", CHANNELS)
+def test_several_parts_of_channels(case: str, dtype: torch.dtype) -> None:
+    """The diagonal case. Each part has a mean of its own, which is what merging is about."""
+    shape, lay_out = CHANNELS[case]
+    x = inputs.gaussian(shape, group_size=1, mean=3.0)
+    x = lay_out((x + torch.linspace(-2, 2, len(x), dtype=x.dtype).view(-1, *[1] * (x.dim() - 1))).to(dtype))
+    test_pop_norm.check(x)
+    test_moments.check(x, 1)
+    test_whiten.check(test_whiten.arguments(x, 1))
+
+
+@ANYWHERE
+@pytest.mark.parametrize("columns", [1, 255, 256, 257, 1025, 2303, 2305])
+def test_every_number_of_parts_of_channels(columns: int) -> None:
+    x = inputs.gaussian((1, 1, columns), dtype=torch.float32, group_size=1)
+    test_pop_norm.check(x)
+    test_moments.check(x, 1)
+
+
+@ANYWHERE
+@pytest.mark.parametrize("layout", ["NC", "NCL"])
+def test_a_single_value_of_a_channel(layout: str) -> None:
+    """m = 1: nothing is left of x but beta, and no gradient of x."""
+    x = leaf(inputs.gaussian((1, 37) if layout == "NC" else (1, 37, 1), dtype=torch.float32, group_size=1))
+    bias = leaf(torch.linspace(-1, 2, 37))
+    y, mean, var = nk.ops.pop_norm(x, None, bias, 1.0, 0.0)  # type: ignore[arg-type]
+    assert torch.equal(mean, x.detach().flatten()) and not var.any()  # type: ignore[union-attr]
+    torch.testing.assert_close(y.detach().flatten(), bias.detach().sign())  # type: ignore[union-attr]
+    (dx,) = torch.autograd.grad(y, x, incoming_gradient(y.detach()).to(y.device))  # type: ignore[arg-type]
+    assert largest(dx) <= 1e-6
+
+
+# 2048 values or more are a row of a block, fewer of a warp; in accesses of 16 bytes where all rows are aligned.
+ROWS = {
+    "long": ((3, 2600), 1, True),
+    "long-odd": ((3, 2049), 1, False),
+    "long-kernel": ((4, 256, 3, 3), 2, True),
+    "long-kernel-odd": ((2, 231, 3, 3), 1, True),
+    "short": ((17, 48), 1, True),
+    "short-kernel": ((9, 16, 3, 2), 3, True),
+}
+
+
+@ANYWHERE
+@pytest.mark.parametrize("dtype", TYPES, ids=name)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_of_gradients(case: str, channels_last: bool, dtype: torch.dtype) -> None:
+    layer = Layer(*ROWS[case], dtype)
+    if channels_last and layer.Gw.dim() == 4:
+        layer.Gw = layer.Gw.contiguous(memory_format=torch.channels_last)
+    ((Gw, Gb),), left = test_precondition.run([layer])
+    exact, tensors = Layer(*ROWS[case], torch.float64), (layer.Gw, layer.Gb, layer.mean, layer.var)
+    exact.Gw, exact.Gb, exact.mean, exact.var = (None if t is None else t.double() for t in tensors)  # type: ignore[assignment]
+    with nk.use_backend("eager"):  # test_precondition has the paper's matrix instead, which is large here
+        ((Gw_ref, Gb_ref),), _ = test_precondition.run([exact])
+    assert left == [0] and Gw.stride() == layer.Gw.stride()
+    floor_w, floor_b = precondition_floors(*tensors, layer.q2, Gw_ref, Gb_ref)
+    assert ((Gw.double() - Gw_ref).abs() <= floor_w).all()
+    if Gb is not None:
+        assert ((Gb.double() - Gb_ref).abs() <= floor_b).all()
+
+
+@ANYWHERE
+def test_a_long_row_that_is_not_finite_is_left() -> None:
+    layer = Layer((3, 2600), 1, True, torch.float32)
+    layer.Gw[1, 2599] = float("nan")
+    ((Gw, Gb),), left = test_precondition.run([layer])
+    assert left == [1]
+    torch.testing.assert_close(Gw[1], layer.Gw[1], rtol=0, atol=0, equal_nan=True)
+    assert layer.Gb is not None and Gb[1] == layer.Gb[1]
+    assert Gw[[0, 2]].isfinite().all() and not torch.equal(Gw[2], layer.Gw[2])
+
+
+@ANYWHERE
+def test_lists_keep_nothing() -> None:
+    """LibTorch leaks strings; lists and their tensors it must not."""
+    arguments = given("precondition")
+    before = [t._use_count() for each in arguments[:4] for t in each]
+    for _ in range(3):
+        raw("precondition")(*arguments)
+    assert [t._use_count() for each in arguments[:4] for t in each] == before
+
+
 # The last has more planes than the simulated device filters at once: three blocks on each of three processors.
 @ANYWHERE
 @pytest.mark.parametrize("shape", [(11, 3, 5, 6), (2, 100, 1, 4), (3, 5, 64, 64)], ids=str)
@@ -237,7 +360,20 @@ def all_results(d: int, groups: int, dtype: torch.dtype) -> list[Tensor]:
     _, mean, cov = nk.ops.moments(given, d)  # type: ignore[arg-type]
     W = nk.ops.inverse_sqrt(cov)
     (dx,) = torch.autograd.grad(nk.ops.whiten(given, mean, W), given, incoming_gradient(given))  # type: ignore[arg-type]
-    return [*step(x, d), mean.detach(), cov.detach(), W.detach(), dx, *filtered((7, 3, 9, 10))]
+    return [*step(x, d), mean.detach(), cov.detach(), W.detach(), dx, *filtered((7, 3, 9, 10)), *diagonal(dtype)]
+
+
+def diagonal(dtype: torch.dtype) -> list[Tensor]:
+    """Of channels on their own, in several parts, and of layers with rows of warps and of blocks."""
+    results = []
+    for shape in ((1537, 9), (1, 2, 6152)):
+        given = leaf(inputs.gaussian(shape, dtype=dtype, group_size=1))
+        y, mean, var = nk.ops.pop_norm(given)  # type: ignore[arg-type]
+        _, also, cov = nk.ops.moments(given, 1)  # type: ignore[arg-type]
+        (dx,) = torch.autograd.grad(y, given, incoming_gradient(y.detach()))  # type: ignore[arg-type]
+        results += [y.detach(), mean, var, also.detach(), cov.detach(), dx]
+    layers = [Layer(shape, 1, True, dtype) for shape in ((3, 2600), (9, 3, 2))]
+    return [*results, *(t for pair in test_precondition.run(layers)[0] for t in pair)]
 
 
 @ANYWHERE
@@ -289,7 +425,10 @@ def test_strides(case: str, dtype: torch.dtype) -> None:
     assert x.shape[1] == 8
     test_iter_norm.check(x, Config(), dy=incoming_gradient(x).contiguous())
     test_moments.check(x)
-    test_iter_norm.check(x, Config(), dy=view(torch.randn(shape, generator=inputs.generator(1)).to(dtype)))
+    dy = view(torch.randn(shape, generator=inputs.generator(1)).to(dtype))
+    test_iter_norm.check(x, Config(), dy=dy)
+    test_pop_norm.check(x, dy=dy)
+    test_moments.check(x, 1)
 
 
 PAIRS = ["NCHW", "NHWC", "CHWN", "NCHW-cropped", "NHWC-channel-slice", "NCHW-unaligned"]
@@ -302,7 +441,9 @@ def test_mixed_layouts(of_x: str, of_dy: str) -> None:
     """Groups of 4 in bfloat16: the widest accesses of x and of dy differ, as their strides do."""
     x = inputs.gaussian(inputs.SHAPE_4D, dtype=torch.bfloat16, group_size=4)
     dy = incoming_gradient(x)
-    test_iter_norm.check(inputs.LAYOUTS[of_x][1](x), Config(group_size=4), dy=inputs.LAYOUTS[of_dy][1](dy))
+    x, dy = inputs.LAYOUTS[of_x][1](x), inputs.LAYOUTS[of_dy][1](dy)
+    test_iter_norm.check(x, Config(group_size=4), dy=dy)
+    test_pop_norm.check(x, dy=dy)
 
 
 @ANYWHERE
@@ -316,6 +457,7 @@ def test_one_of_something(case: str) -> None:
         "one-channel-one-position": v.as_strided((30, 1, 1, 1), (2, 17, 1, 3)),
     }[case]
     test_iter_norm.check(x, Config(group_size=1), stable=True)
+    test_pop_norm.check(x)
 
 
 @ANYWHERE
@@ -341,6 +483,7 @@ def test_offsets_beyond_2_31_elements() -> None:
         memory = torch.from_numpy(np.empty(count, dtype=np.float16))
     far = memory.as_strided((2, 8, 15), (2**31, 15, 1)).copy_(near)
     assert equal(on_device(far, 8), on_device(near, 8))
+    assert equal(*([*nk.ops.pop_norm(x)] for x in (far, near)))
 
 
 def on_device(x: Tensor, d: int) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 import normkernels as nk
 from normkernels.ops import _library
 from tests import backends
-from tests.ops import test_iter_norm
+from tests.ops import test_iter_norm, test_moments, test_pop_norm, test_precondition
 from tests.ops.test_cuda import SERVED, TYPES, equal, given, name, on_device, raw, step
 from tests.ops.test_spectral_kernels import check as check_filter
 from tests.ops.test_spectral_kernels import values
@@ -36,6 +36,7 @@ ELSEWHERE = [
     ("whiten", 3, "weight"),
     ("iter_norm_backward", 4, "W"),
     ("spectral_filter", 1, "v"),
+    ("pop_norm_backward", 4, "mean"),
 ]
 
 
@@ -65,6 +66,26 @@ def test_real_sizes_on_a_gpu(case: str, dtype: torch.dtype, channels_last: bool)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", TYPES, ids=name)
+@pytest.mark.parametrize("case", REAL)
+def test_real_sizes_of_channels_on_a_gpu(case: str, dtype: torch.dtype, channels_last: bool) -> None:
+    x = inputs.gaussian(REAL[case][0], dtype=dtype, group_size=1, mean=3.0)
+    if channels_last and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    first, second = ([*nk.ops.pop_norm(moved(x))] for _ in range(2))
+    assert equal(first, second)
+    test_pop_norm.check(x)
+    test_moments.check(x, 1)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=name)
+def test_the_layers_of_a_network_on_a_gpu(dtype: torch.dtype) -> None:
+    """More of them than one launch takes."""
+    shapes = [(64, 3, 7, 7), *[(32, 16, 3, 3)] * 40, *[(128, 96, 1, 1)] * 20, (100, 512)]
+    test_precondition.check([test_precondition.Layer(shape, 1, True, dtype, i) for i, shape in enumerate(shapes)])
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("side", [9, 34, 58])
 def test_real_planes_on_a_gpu(side: int, channels_last: bool) -> None:
     z = values((32, 64, side, side))
@@ -82,6 +103,9 @@ LAUNCHES = {
     "iter_norm": ["forward_kernel", "mix_kernel"],
     "iter_norm_backward": ["backward_kernel", "mix_kernel"],
     "spectral_filter": ["coefficients_kernel", "filter_kernel"],
+    "pop_norm": ["pop_forward_kernel", "scale_kernel"],
+    "pop_norm_backward": ["pop_backward_kernel", "scale_kernel"],
+    "precondition": ["precondition_kernel"],
 }
 
 
@@ -105,11 +129,15 @@ def of_iter_norm(x: Tensor) -> Tensor:
     return nk.ops.iter_norm(x, 64)[0]
 
 
+def of_pop_norm(x: Tensor) -> Tensor:
+    return nk.ops.pop_norm(x)[0]
+
+
 def of_filter(x: Tensor) -> Tensor:
     return nk.ops.spectral_filter(x, torch.ones(64, 14, 14, device=x.device))
 
 
-@pytest.mark.parametrize("path", [of_iter_norm, of_filter])
+@pytest.mark.parametrize("path", [of_iter_norm, of_pop_norm, of_filter])
 def test_no_synchronization_and_graph_capture(path: Callable[[Tensor], Tensor]) -> None:
     """The host never waits, and a captured step replays on new data."""
     shape = (32, 64, 14, 14)
@@ -181,3 +209,8 @@ def test_more_than_2_31_columns() -> None:
     W = torch.eye(2, device="cuda")[None]
     y = nk.ops.whiten(x, mean, W)
     assert torch.equal(y, nk.ops.whiten(samples, mean, W)[:, :, None].expand_as(y))
+    _, mean, var = nk.ops.moments(x, 1)
+    torch.testing.assert_close(mean.double(), mean_ref, rtol=tolerance, atol=0)
+    torch.testing.assert_close(var.flatten().double(), cov_ref[0].diagonal(), rtol=tolerance, atol=tolerance)
+    W = torch.full((2, 1, 1), 0.5, device="cuda")
+    torch.testing.assert_close(nk.ops.whiten(x, mean, W), y / 2, rtol=1e-2, atol=1e-2)

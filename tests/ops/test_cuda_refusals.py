@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,14 +15,14 @@ from normkernels.ops import _library
 from tests.ops.test_cuda import ANYWHERE, SERVED, SIMT, equal, filtered, given, raw, step
 from tests.ops.test_spectral_kernels import values
 from tests.oracles import inputs
-from tests.oracles.run import moved
+from tests.oracles.run import incoming_gradient, leaf, moved
 from tests.tolerances import assert_agree
 
 pytestmark = pytest.mark.usefixtures("backend")
 
 # --- bad input ------------------------------------------------------------------------------------------------------
 
-Change = Callable[[Tensor], Tensor]
+Change = Callable[[Any], Any]
 
 
 def half(t: Tensor) -> Tensor:
@@ -101,6 +102,35 @@ BAD: list[tuple[str, int, Change | object, str]] = [
     ("iter_norm_backward", 4, one_group, "W: expected shape (2, 4, 4), got (1, 4, 4)"),
     ("iter_norm_backward", 5, oblong, "residual: expected shape (2, 4, 4), got (2, 3, 4)"),
     ("iter_norm_backward", 6, one_group, "scale: expected shape (2, 1), got (1, 1)"),
+    ("pop_norm", 0, flat, "x: expected shape (N, C) or (N, C, *), got (720)"),
+    ("pop_norm", 1, shorter, "weight: expected shape (8), got (7)"),
+    ("pop_norm", 1, half, "weight: expected float32, got float16"),
+    ("pop_norm", 2, shorter, "bias: expected shape (8), got (7)"),
+    ("pop_norm_backward", 0, of_other_width, "grad: expected shape (6, 8, 5, 3), got (6, 4, 5, 3)"),
+    ("pop_norm_backward", 0, half, "grad: expected float32, got float16"),
+    ("pop_norm_backward", 1, flat, "x: expected shape (N, C) or (N, C, *), got (720)"),
+    ("pop_norm_backward", 2, shorter, "weight: expected shape (8), got (7)"),
+    ("pop_norm_backward", 3, half, "bias: expected float32, got float16"),
+    ("pop_norm_backward", 4, shorter, "mean: expected shape (8), got (7)"),
+    ("pop_norm_backward", 5, half, "var: expected float32, got float16"),
+    ("precondition", 0, [], "weight_grads: expected at least one layer, got none"),
+    ("precondition", 0, lambda w: [w[0], w[1].flatten()],
+     "weight_grads: expected non-empty shapes (O, I / groups, *k), got (15)"),
+    ("precondition", 0, lambda w: [w[0], w[1][:0]],
+     "weight_grads: expected non-empty shapes (O, I / groups, *k), got (0, 5)"),
+    ("precondition", 0, lambda w: [w[0], w[1].half()], "weight_grads: expected float32, got float16"),
+    ("precondition", 1, lambda b: b[:1], "bias_grads: expected one for each of the 2 layers, got 1"),
+    ("precondition", 1, lambda b: [b[0][:5], b[1]], "bias_grads: expected shape (6), got (5)"),
+    ("precondition", 1, lambda b: [b[0].half(), b[1]], "bias_grads: expected float32, got float16"),
+    ("precondition", 2, lambda m: m[1:], "means: expected one for each of the 2 layers, got 1"),
+    ("precondition", 2, lambda m: [m[0][:4], m[1]], "means: expected shape (8), got (4)"),
+    ("precondition", 3, lambda v: [v[0].half(), v[1]], "variances: expected float32, got float16"),
+    ("precondition", 3, lambda v: v[:1], "variances: expected one for each of the 2 layers, got 1"),
+    ("precondition", 4, [4, 1], "groups: expected a divisor of the 6 outputs, got 4"),
+    ("precondition", 4, [0, 1], "groups: expected a divisor of the 6 outputs, got 0"),
+    ("precondition", 4, [2], "groups: expected one for each of the 2 layers, got 1"),
+    ("precondition", 5, [1.0, 0.0], "q2: expected a number above 0, got 0"),
+    ("precondition", 5, [], "q2: expected one for each of the 2 layers, got 0"),
     ("spectral_filter", 0, lambda z: z[0], "z: expected shape (N, C, h, w), got (8, 5, 3)"),
     ("spectral_filter", 1, flat, "v: expected shape (C, H, W), got (120)"),
     ("spectral_filter", 1, shorter, "v: expected shape (8, 5, 3), got (7, 5, 3)"),
@@ -143,12 +173,29 @@ def unwarned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "_warned", set())
 
 
+def pop_step(x: Tensor) -> list[Tensor]:
+    given = leaf(x)
+    y, mean, var = nk.ops.pop_norm(given)  # type: ignore[arg-type]
+    return [y.detach(), mean, var, *torch.autograd.grad(y, given, incoming_gradient(y.detach()))]  # type: ignore[arg-type]
+
+
+def conditioned(dtype: torch.dtype) -> list[Tensor]:
+    """What is changed in place, and the rows that are left."""
+    arguments = given("precondition", dtype)
+    left = raw("precondition")(*arguments)
+    return [*arguments[0], *arguments[1], left]
+
+
 # The call, its ops that another backend serves, and the reason.
 HANDED_ON: dict[str, tuple[Callable[[], list[Tensor]], list[str], str]] = {
     "float64": (lambda: step(inputs.gaussian((150, 8)), 8), ["iter_norm", "iter_norm_backward"],
                 "expected float32 or a half type, got float64"),
     "wide-group": (lambda: step(inputs.gaussian((150, 136), group_size=136, dtype=torch.float32), 136),
                    ["iter_norm", "iter_norm_backward"], "expected groups of at most 128 channels, got 136"),
+    "float64-pop-norm": (lambda: pop_step(inputs.gaussian((15, 8))), ["pop_norm", "pop_norm_backward"],
+                         "expected float32 or a half type, got float64"),
+    "float64-layers": (lambda: conditioned(torch.float64), ["precondition"],
+                       "expected float32 or a half type, got float64"),
     "high-plane": (lambda: filtered((2, 3, 65, 7)), ["spectral_filter"],
                    "expected planes of at most 64 x 64, got 65 x 7"),
     "wide-plane": (lambda: filtered((2, 3, 7, 65)), ["spectral_filter"],
@@ -177,6 +224,7 @@ def test_what_it_does_not_serve_is_handed_on_with_one_warning(case: str) -> None
 SILENT: dict[str, Callable[[], list[Tensor]]] = {
     "eigh": lambda: step(inputs.gaussian((150, 8), dtype=torch.float32), 8, method="eigh", eps=1e-3),
     "empty-batch": lambda: step(torch.empty(0, 8, 5, 3), 4),
+    "empty-batch-pop-norm": lambda: pop_step(torch.empty(0, 8, 5, 3)),
     "empty-plane": lambda: filtered((0, 3, 9, 7)),
     "empty-window": lambda: [nk.ops.spectral_filter(*(moved(values(s)) for s in ((2, 3, 9, 7), (3, 9, 7))),
                                                     (slice(2, 2), slice(0, 7)))],
