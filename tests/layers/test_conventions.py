@@ -14,14 +14,31 @@ from torch import Tensor, nn
 import normkernels as nk
 from tests.tolerances import assert_agree
 
-LAYERS = [nk.IterNorm1d, nk.IterNorm2d, nk.IterNorm3d, nk.DBN1d, nk.DBN2d, nk.DBN3d]
+WHITENING = [nk.IterNorm1d, nk.IterNorm2d, nk.IterNorm3d, nk.DBN1d, nk.DBN2d, nk.DBN3d]
+LAYERS = [*WHITENING, nk.POPNorm1d, nk.POPNorm2d, nk.POPNorm3d]
 EVERY_LAYER = pytest.mark.parametrize("layer_type", LAYERS, ids=lambda t: t.__name__)
+EVERY_WHITENING = pytest.mark.parametrize("layer_type", WHITENING, ids=lambda t: t.__name__)
 BATCHNORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-KEYS = ["weight", "bias", "running_mean", "running_whitening", "num_batches_tracked"]
 
 
 def rank(layer_type: type) -> int:
     return int(layer_type.__name__[-2])
+
+
+def keys(layer_type: type) -> list[str]:
+    """Of the state_dict, in its order."""
+    second = "running_whitening" if layer_type in WHITENING else "running_var"
+    return ["weight", "bias", "running_mean", second, "num_batches_tracked"]
+
+
+def second(layer: nn.Module) -> Tensor:
+    """The running statistic beside the mean."""
+    return layer.get_buffer(keys(type(layer))[3])
+
+
+def build(layer_type: Any, **options: Any) -> Any:
+    """A layer of 8 channels, whitened in groups of 4."""
+    return layer_type(**{"num_features": 8} | ({"group_size": 4} if layer_type in WHITENING else {}) | options)
 
 
 def batch(layer_type: type, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -30,7 +47,7 @@ def batch(layer_type: type, seed: int = 0, dtype: torch.dtype = torch.float32) -
 
 
 def trained(layer_type: Any, **options: Any) -> Any:
-    layer = layer_type(8, group_size=4, **options)
+    layer = build(layer_type, **options)
     if layer.affine:
         with torch.no_grad():
             layer.weight.copy_(torch.linspace(-1, 2, 8))
@@ -52,12 +69,12 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
 
 @EVERY_LAYER
 def test_names_shapes_and_initial_values(layer_type: type) -> None:
-    layer = layer_type(8, group_size=4)
-    assert list(layer.state_dict()) == KEYS
+    layer = build(layer_type)
+    assert list(layer.state_dict()) == keys(layer_type)
     assert torch.equal(layer.weight, torch.ones(8)) and torch.equal(layer.bias, torch.zeros(8))
     assert isinstance(layer.weight, nn.Parameter) and isinstance(layer.bias, nn.Parameter)
     assert torch.equal(layer.running_mean, torch.zeros(8))
-    assert torch.equal(layer.running_whitening, torch.eye(4).repeat(2, 1, 1))
+    assert torch.equal(second(layer), torch.eye(4).repeat(2, 1, 1) if layer_type in WHITENING else torch.ones(8))
     assert layer.num_batches_tracked == 0 and layer.num_batches_tracked.dtype == torch.int64
     assert layer.training
 
@@ -69,23 +86,27 @@ def test_positional_arguments(d: int) -> None:
         12, 6, 3, 1e-4, 0.2, False, False, "cpu", torch.float64, scaling="frobenius"
     )
     dbn = getattr(nk, f"DBN{d}d")(12, 6, 1e-4, 0.2, True, False, "cpu", torch.float64)
-    for layer in (iter_norm, dbn):
-        assert (layer.num_features, layer.group_size, layer.eps, layer.momentum) == (12, 6, 1e-4, 0.2)
+    pop = getattr(nk, f"POPNorm{d}d")(12, 2.0, 1e-4, 0.2, False, False, scale=False, device="cpu", dtype=torch.float64)
+    assert iter_norm.group_size == dbn.group_size == 6
+    for layer in (iter_norm, dbn, pop):
+        assert (layer.num_features, layer.eps, layer.momentum) == (12, 1e-4, 0.2)
         assert layer.track_running_stats is False
+    assert (pop.kappa, pop.affine, pop.center, pop.scale) == (2.0, False, True, False)
     assert (iter_norm.num_iterations, iter_norm.scaling, iter_norm.affine) == (3, "frobenius", False)
     assert dbn.affine is True and dbn.weight.dtype == torch.float64
 
 
 @pytest.mark.parametrize("d", [1, 2, 3])
 def test_defaults(d: int) -> None:
-    iter_norm, dbn = getattr(nk, f"IterNorm{d}d")(128), getattr(nk, f"DBN{d}d")(128)
+    iter_norm, dbn, pop = (getattr(nk, f"{name}{d}d")(128) for name in ("IterNorm", "DBN", "POPNorm"))
     assert (iter_norm.group_size, iter_norm.num_iterations, iter_norm.eps, iter_norm.scaling) == (64, 5, 1e-5, "trace")
     assert (dbn.group_size, dbn.eps) == (16, 1e-3)
-    for layer in (iter_norm, dbn):
+    assert (pop.kappa, pop.eps, pop.center, pop.scale) == (4.0, 1e-5, True, True)
+    for layer in (iter_norm, dbn, pop):
         assert layer.momentum == 0.1 and layer.affine and layer.track_running_stats
 
 
-@EVERY_LAYER
+@EVERY_WHITENING
 def test_wider_groups_than_the_layer_mean_one_group(layer_type: type) -> None:
     layer = layer_type(8, group_size=64)
     assert layer.running_whitening.shape == (1, 8, 8)
@@ -93,12 +114,9 @@ def test_wider_groups_than_the_layer_mean_one_group(layer_type: type) -> None:
 
 
 WRONG = {
-    "non-divisor": ({"num_features": 12, "group_size": 5}, ValueError, "1, 2, 3, 4, 6, 12", "5"),
     "no-features": ({"num_features": 0}, ValueError, "at least 1", "0"),
     "negative-features": ({"num_features": -8}, ValueError, "at least 1", "-8"),
     "fractional-features": ({"num_features": 8.0}, TypeError, "int", "8.0"),
-    "no-group": ({"group_size": 0}, ValueError, "at least 1", "0"),
-    "negative-group": ({"group_size": -1}, ValueError, "at least 1", "-1"),
     "negative-eps": ({"eps": -1e-5}, ValueError, "at least 0", "-1e-05"),
     "nan-eps": ({"eps": float("nan")}, ValueError, "at least 0", "nan"),
     "large-momentum": ({"momentum": 1.5}, ValueError, "[0, 1]", "1.5"),
@@ -108,27 +126,48 @@ WRONG = {
     "integer-type": ({"dtype": torch.int64}, TypeError, "float32", "int64"),
     "complex-type": ({"dtype": torch.complex64}, TypeError, "float32", "complex64"),
 }
+WRONG_WHITENING = {
+    "non-divisor": ({"num_features": 12, "group_size": 5}, ValueError, "1, 2, 3, 4, 6, 12", "5"),
+    "no-group": ({"group_size": 0}, ValueError, "at least 1", "0"),
+    "negative-group": ({"group_size": -1}, ValueError, "at least 1", "-1"),
+}
 WRONG_NEWTON = {
     "negative-T": ({"num_iterations": -1}, ValueError, "at least 0", "-1"),
     "fractional-T": ({"num_iterations": 2.5}, TypeError, "int", "2.5"),
     "scaling": ({"scaling": "max"}, ValueError, "trace, frobenius", "'max'"),
 }
-CASES = [(t, k, v) for t in LAYERS for k, v in {**WRONG, **(WRONG_NEWTON if "Iter" in t.__name__ else {})}.items()]
+WRONG_POP_NORM = {
+    "small-kappa": ({"kappa": 0.5}, ValueError, "at least 1", "0.5"),
+    "nan-kappa": ({"kappa": float("nan")}, ValueError, "at least 1", "nan"),
+    "infinite-kappa": ({"kappa": float("inf")}, ValueError, "finite", "inf"),
+    "string-kappa": ({"kappa": "4"}, TypeError, "number", "'4'"),
+    "string-center": ({"center": "no"}, TypeError, "True or False", "'no'"),
+    "string-scale": ({"scale": "no"}, TypeError, "True or False", "'no'"),
+    "nothing": ({"center": False, "scale": False}, ValueError, "at least one", "False"),
+}
+OWN_WRONG = {"Iter": {**WRONG_WHITENING, **WRONG_NEWTON}, "DBN": WRONG_WHITENING, "POP": WRONG_POP_NORM}
+CASES = [
+    (layer_type, what, case)
+    for layer_type in LAYERS
+    for start, own in OWN_WRONG.items()
+    if layer_type.__name__.startswith(start)
+    for what, case in {**WRONG, **own}.items()
+]
 
 
 @pytest.mark.parametrize(("layer_type", "what", "case"), CASES, ids=[f"{t.__name__}-{k}" for t, k, _ in CASES])
 def test_wrong_arguments(layer_type: type, what: str, case: tuple[dict[str, Any], type[Exception], str, str]) -> None:
     options, error, expected, got = case
     with pytest.raises(error) as raised:
-        layer_type(**{"num_features": 8, "group_size": 4} | options)
+        build(layer_type, **options)
     assert expected in str(raised.value) and got in str(raised.value)
 
 
 @EVERY_LAYER
 def test_without_affine(layer_type: type) -> None:
-    layer, with_identity = layer_type(8, 4, affine=False), layer_type(8, 4)
+    layer, with_identity = build(layer_type, affine=False), build(layer_type)
     assert layer.weight is None and layer.bias is None and not list(layer.parameters())
-    assert list(layer.state_dict()) == KEYS[2:]
+    assert list(layer.state_dict()) == keys(layer_type)[2:]
     x = batch(layer_type)
     assert_agree(layer(x), with_identity(x))
     assert_agree(layer.eval()(x), with_identity.eval()(x))
@@ -137,11 +176,12 @@ def test_without_affine(layer_type: type) -> None:
 @EVERY_LAYER
 def test_repr(layer_type: type) -> None:
     """Enough to build the layer again."""
-    layer = layer_type(8, group_size=4, eps=0.01, momentum=None, affine=False)
+    layer = build(layer_type, eps=0.01, momentum=None, affine=False)
     text = repr(layer)
-    for part in (f"{layer_type.__name__}(8", "group_size=4", "eps=0.01", "momentum=None", "affine=False",
-                 "track_running_stats=True"):  # fmt: skip
+    for part in (f"{layer_type.__name__}(8", "eps=0.01", "momentum=None", "affine=False", "track_running_stats=True"):
         assert part in text
+    own = ("group_size=4",) if layer_type in WHITENING else ("kappa=4.0", "center=True", "scale=True")
+    assert all(part in text for part in own)
     if "Iter" in layer_type.__name__:
         assert "num_iterations=5" in text and "scaling=" in text and "trace" in text
 
@@ -149,7 +189,7 @@ def test_repr(layer_type: type) -> None:
 @EVERY_LAYER
 def test_not_a_batchnorm(layer_type: type) -> None:
     """convert_sync_batchnorm replaces whatever inherits from _BatchNorm; this must survive it."""
-    layer = layer_type(8, group_size=4)
+    layer = build(layer_type)
     assert not isinstance(layer, nn.modules.batchnorm._BatchNorm)
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(layer, nn.BatchNorm2d(8)))
     assert converted[0] is layer and isinstance(converted[1], nn.SyncBatchNorm)
@@ -160,7 +200,7 @@ def test_not_a_batchnorm(layer_type: type) -> None:
 
 @EVERY_LAYER
 def test_state_dict_round_trip(layer_type: type) -> None:
-    layer, other = trained(layer_type), layer_type(8, group_size=4)
+    layer, other = trained(layer_type), build(layer_type)
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
@@ -172,18 +212,18 @@ def test_state_dict_round_trip(layer_type: type) -> None:
 
 @EVERY_LAYER
 def test_state_dict_is_versioned(layer_type: type) -> None:
-    layer = layer_type(8, group_size=4)
+    layer = build(layer_type)
     assert isinstance(layer._version, int) and layer._version >= 1
     assert layer.state_dict()._metadata[""]["version"] == layer._version
 
 
-@EVERY_LAYER
+@EVERY_WHITENING
 def test_loading_another_group_size_is_an_error(layer_type: type) -> None:
     with pytest.raises(RuntimeError, match="running_whitening"):
         layer_type(8, group_size=2).load_state_dict(trained(layer_type).state_dict())
 
 
-@EVERY_LAYER
+@EVERY_WHITENING
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("group_size", [1, 4, 8])
 def test_batchnorm_checkpoint(layer_type: type, group_size: int, assign: bool) -> None:
@@ -217,7 +257,7 @@ def test_batchnorm_checkpoint_inside_a_network() -> None:
 
 @EVERY_LAYER
 def test_batchnorm_checkpoint_of_another_width_is_an_error(layer_type: type) -> None:
-    layer = layer_type(8, group_size=4)
+    layer = build(layer_type)
     state = {k: v.clone() for k, v in layer.state_dict().items()}
     with pytest.raises(RuntimeError):
         layer.load_state_dict(BATCHNORM[rank(layer_type)](6).state_dict())
@@ -243,7 +283,7 @@ def test_copies(layer_type: type, how: Any) -> None:
 @EVERY_LAYER
 def test_functional_call(layer_type: type) -> None:
     """torch.func.functional_call with parameters and buffers from elsewhere, as in model averaging."""
-    layer, other = layer_type(8, group_size=4).eval(), trained(layer_type).eval()
+    layer, other = build(layer_type).eval(), trained(layer_type).eval()
     x = batch(layer_type)
     state = dict(other.named_parameters()) | dict(other.named_buffers())
     assert torch.equal(torch.func.functional_call(layer, state, x), other(x))
@@ -258,16 +298,16 @@ def test_half_types_keep_float32_statistics(layer_type: type, cast: str) -> None
     """Rounding a whitening matrix to a half type changes the function; the buffers do not even lose bits on the way."""
     dtype = torch.bfloat16 if cast == "bfloat16" else torch.float16
     if cast == "constructor":
-        layer = layer_type(8, group_size=4, dtype=dtype)
+        layer = build(layer_type, dtype=dtype)
     else:
         layer = trained(layer_type)
-        before = layer.running_whitening.clone()
+        before = second(layer).clone()
         layer = layer.to(dtype) if cast == "to-half" else getattr(layer, cast)()
-        assert torch.equal(layer.running_whitening, before)
+        assert torch.equal(second(layer), before)
     assert layer.weight.dtype == layer.bias.dtype == dtype
-    assert layer.running_mean.dtype == layer.running_whitening.dtype == torch.float32
+    assert layer.running_mean.dtype == second(layer).dtype == torch.float32
     assert layer.num_batches_tracked.dtype == torch.int64
-    assert list(dict(layer.named_buffers())) == KEYS[2:]
+    assert list(dict(layer.named_buffers())) == keys(layer_type)[2:]
     x = batch(layer_type, dtype=dtype)
     assert layer(x).dtype == layer.eval()(x).dtype == dtype
 
@@ -296,19 +336,19 @@ def test_default_dtype(layer_type: type) -> None:
         layer = trained(layer_type)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert layer.weight.dtype == layer.running_mean.dtype == layer.running_whitening.dtype == torch.float64
+    assert layer.weight.dtype == layer.running_mean.dtype == second(layer).dtype == torch.float64
 
 
 @EVERY_LAYER
 def test_meta_device(layer_type: type) -> None:
     """Built without memory, then materialized, as large models are."""
-    layer = layer_type(8, group_size=4, device="meta")
+    layer = build(layer_type, device="meta")
     assert all(t.is_meta for t in layer.state_dict().values())
     layer.to_empty(device="cpu")
     layer.reset_parameters()
-    assert same_state(layer, layer_type(8, group_size=4))
+    assert same_state(layer, build(layer_type))
     with torch.device("meta"):
-        assert layer_type(8, group_size=4).running_whitening.is_meta
+        assert second(build(layer_type)).is_meta
 
 
 @EVERY_LAYER
@@ -336,5 +376,5 @@ def test_mismatched_parameters(layer_type: type) -> None:
 def test_flags_are_true_or_false(layer_type: type, name: str) -> None:
     """Any string is true, "no" as well."""
     with pytest.raises(TypeError, match=f"{name}: expected True or False, got 'no'"):
-        layer_type(8, group_size=4, **{name: "no"})
-    assert getattr(layer_type(8, group_size=4, **{name: 0}), name) == 0
+        build(layer_type, **{name: "no"})
+    assert getattr(build(layer_type, **{name: 0}), name) == 0
