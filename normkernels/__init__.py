@@ -1,8 +1,20 @@
 """normkernels: fast, exact normalization layers for PyTorch."""
 
-from normkernels import analysis, ops, parametrizations, penalties
+from normkernels import analysis, convert, ops, optim, parametrizations, penalties
 from normkernels._version import __version__
-from normkernels.layers import ConvNorm1d, ConvNorm2d, DBN1d, DBN2d, DBN3d, IterNorm1d, IterNorm2d, IterNorm3d
+from normkernels.layers import (
+    ConvNorm1d,
+    ConvNorm2d,
+    DBN1d,
+    DBN2d,
+    DBN3d,
+    IterNorm1d,
+    IterNorm2d,
+    IterNorm3d,
+    POPNorm1d,
+    POPNorm2d,
+    POPNorm3d,
+)
 from normkernels.ops._library import backend_of, use_backend
 from normkernels.ops._triton import use_tf32
 
@@ -15,10 +27,15 @@ __all__ = [
     "IterNorm1d",
     "IterNorm2d",
     "IterNorm3d",
+    "POPNorm1d",
+    "POPNorm2d",
+    "POPNorm3d",
     "__version__",
     "analysis",
     "backend_of",
+    "convert",
     "ops",
+    "optim",
     "parametrizations",
     "penalties",
     "use_backend",

@@ -1,0 +1,129 @@
+"""BNP on several ranks: replicas stay equal, and as one process with the whole batch."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from normkernels.optim import BNP
+from tests.tolerances import assert_agree
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+
+WHOLE = 8
+# Samples of rank 0 in each step; rank 1 has the others.
+SPLITS = {"even": [4, 4, 4], "uneven": [5, 3, 7], "one rank empty": [4, 8, 0]}
+OPTIONS: dict[str, dict[str, Any]] = {name: {} for name in SPLITS} | {"even, not merged": {"process_group": False}}
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 2)).double()
+
+
+def batch(step: int) -> Tensor:
+    g = torch.Generator().manual_seed(step)
+    return torch.randn(WHOLE, 3, 6, 6, dtype=torch.float64, generator=g) * (step + 1) + 0.5
+
+
+def loss(model: nn.Module, x: Tensor, share: float) -> Tensor:
+    """The mean over the whole batch; DDP divides by the number of ranks, which share undoes."""
+    return model(x).sin().flatten(1).sum() / WHOLE * share
+
+
+def results(model: nn.Module, bnp: BNP) -> list[Tensor]:
+    statistics = [v for s in bnp.state_dict().values() for v in (s["mean"], s["variance"])]
+    numbers = [torch.tensor([s["samples"], s["positions"]]) for s in bnp.state_dict().values()]
+    return [*(p.detach() for p in model.parameters()), *statistics, *numbers]
+
+
+def on_a_rank(rank: int, folder: str) -> None:
+    """All cases, as starting a process takes longer than they do."""
+    torch.set_num_threads(1)
+    start = f"file://{folder}/start"
+    dist.init_process_group("gloo", init_method=start, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    calls = []
+    gather = dist.all_gather_into_tensor
+    dist.all_gather_into_tensor = lambda *args, **kwargs: (calls.append(1), gather(*args, **kwargs))
+    outcome = {}
+    for name, options in OPTIONS.items():
+        calls.clear()
+        model = network()
+        bnp = BNP(model, rho=0.5, **options)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        bnp.attach(optimizer)
+        replica = DistributedDataParallel(model)
+        for step, first in enumerate(SPLITS[name.removesuffix(", not merged")]):
+            x = batch(step)
+            optimizer.zero_grad()
+            loss(replica, x[:first] if rank == 0 else x[first:], share=2.0).backward()
+            optimizer.step()
+        outcome[name] = [results(model, bnp), len(calls)]
+    with pytest.raises(RuntimeError, match="forward pass"):  # on every rank, rather than on one while the other waits
+        BNP(network()).step()
+    model = network()
+    bnp = BNP(model)
+    if rank == 0:
+        loss(model, batch(0), share=1.0).backward()
+    bnp.step()
+    outcome["only rank 0 had a forward pass"] = results(network(), bnp)
+    torch.save(outcome, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(on_a_rank, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_ranks_are_one_process_with_the_whole_batch(ranks: list[dict[str, Any]], name: str) -> None:
+    (first, collectives), (second, _) = (rank[name] for rank in ranks)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    assert collectives == len(SPLITS[name])
+
+    model = network()
+    bnp, optimizer = BNP(model, rho=0.5), torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(len(SPLITS[name])):
+        optimizer.zero_grad()
+        loss(model, batch(step), share=1.0).backward()
+        bnp.step()
+        optimizer.step()
+    assert_agree(first, results(model, bnp))
+
+
+def test_a_rank_without_a_forward_pass_takes_part(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["only rank 0 had a forward pass"] for rank in ranks)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    assert first[-1][0] == WHOLE
+
+
+def test_without_merging(ranks: list[dict[str, Any]]) -> None:
+    """process_group=False: no collective, and every rank has statistics of its own."""
+    (first, collectives), (second, _) = (rank["even, not merged"] for rank in ranks)
+    assert collectives == 0
+    assert not torch.equal(first[4], second[4])
+
+
+def test_one_rank_needs_no_collective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "all_gather_into_tensor", None)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/start", rank=0, world_size=1)
+    try:
+        model = network()
+        bnp = BNP(model)
+        loss(model, batch(0), share=1.0).backward()
+        bnp.step()
+    finally:
+        dist.destroy_process_group()
