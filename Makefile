@@ -11,7 +11,7 @@ STAMP := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test lint types demo kernels check-simt check-cuda check-abi bench gpu-check gpu-sanitize gpu-tune clean distclean
+.PHONY: help venv test lint types demo figures kernels check-simt check-cuda check-abi bench gpu-check gpu-sanitize gpu-tune clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ types: $(STAMP) ## check types
 
 demo: $(STAMP) ## train on real digits with each layer, measure Table A1, write plots
 	$(BIN)/python -m bench.demo $(ARGS)
+
+figures: $(STAMP) ## redraw figures of the papers, PNG and CSV, in bench/results/figures (ARGS=--quick for a try)
+	$(BIN)/python -m bench.figures $(ARGS)
 
 kernels: $(STAMP) ## compile every Triton kernel for four GPU architectures and check what it takes of them
 	TRITON_INTERPRET=0 $(BIN)/python -m bench.kernel_resources --check $(ARGS)
