@@ -17,9 +17,11 @@ from bench.gpu_suite import (
     ITERNORM_CL,
     ITERNORM_TRITON,
     PLANES,
+    POP_NORM_CL,
     ROOT,
     ROOT_GRAPH,
 )
+from bench.gradients import FOREACH_COPY, PRECONDITION
 from bench.results import Ratio, Record, Results
 from bench.suites import (
     BATCHNORM,
@@ -33,6 +35,7 @@ from bench.suites import (
     PADDED_FFT,
     PLAIN,
     PLAIN_DBN,
+    POP_NORM,
     SPECTRUM,
     TRANSPOSED,
 )
@@ -40,6 +43,7 @@ from bench.suites import (
 NARROW, WIDE, IMAGENET = "64x64x32x32", "64x128x32x32", "256x64x56x56"
 # Memory layouts: where a user may choose, the best one of each side counts.
 ITERNORMS, BATCHNORMS, CONVS = (ITERNORM, ITERNORM_CL), (BATCHNORM, BATCHNORM_CL), (CONV, CONV_CL)
+POP_NORMS, RESNET50 = (POP_NORM, POP_NORM_CL), "25502912"
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,11 @@ GOALS = (
     on_gpu("gpu_norm", NARROW, ITERNORM, PLAIN_DBN, 1 / 30, 1 / 50),
     on_gpu("gpu_norm", NARROW, ITERNORM, COMPILED, 0.45, 0.3),
     on_gpu("gpu_norm", IMAGENET, ITERNORM, COMPILED, 0.45, 0.3),
+    on_gpu("gpu_pop_norm", IMAGENET, POP_NORM, FLOOR, 1.25, 1.15),
+    *(on_gpu("gpu_pop_norm", IMAGENET, POP_NORMS, BATCHNORMS, 1.0, 0.8, kind) for kind in ("float32", "bfloat16")),
+    on_gpu("gpu_pop_norm", NARROW, POP_NORMS, BATCHNORMS, 1.0, 0.8),
+    Goal("gpu_precondition", RESNET50, PRECONDITION, FOREACH_COPY, 1.5, 1.25, "cuda", "inference"),
+    Goal("gpu_precondition", RESNET50, PRECONDITION, FOREACH_COPY, 1.5, 1.25, "cuda", "inference", "bfloat16"),
     on_gpu("gpu_newton", "1x64x64", (ROOT, ROOT_GRAPH), (), 12e-3, 7.5e-3),
     on_gpu("gpu_filter", "256x64x34x34", FILTER, COPY, 1.25, 1.1),
     on_gpu("gpu_filter", "256x64x30x30", FILTER, COPY, 1.25, 1.1),

@@ -9,6 +9,7 @@ import torch
 
 from bench import catalogue as cat
 from bench import conv_catalogue as conv_cat
+from bench.gradients import gradients
 from bench.suites import (
     BATCHNORM,
     CONV,
@@ -19,6 +20,7 @@ from bench.suites import (
     PADDED_FFT,
     PLAIN,
     PLAIN_DBN,
+    POP_NORM,
     Comparison,
     Settings,
     workload,
@@ -28,7 +30,7 @@ from bench.workload import Provider
 FLOOR, COMPILED, ROOT, ROOT_GRAPH = "byte floor", "torch.compile plain", "inverse_sqrt", "inverse_sqrt (graph)"
 ITERNORM_CL, BATCHNORM_CL, CONV_CL = (f"{name} channels_last" for name in (ITERNORM, BATCHNORM, CONV))
 FILTER_SPECTRUM, FFT_SPECTRUM = f"{FILTER} with spectrum", f"{FFT} with spectrum"
-ITERNORM_TRITON = f"{ITERNORM} (triton)"
+ITERNORM_TRITON, POP_NORM_CL = f"{ITERNORM} (triton)", f"{POP_NORM} channels_last"
 LARGE, SMALL = (256, 64, 56, 56), (64, 64, 32, 32)
 
 # shape, type, group size, and whether autograd of plain PyTorch and DBN are measured there, too
@@ -46,7 +48,15 @@ PLANES = (34, 58, 30)
 
 def gpu(settings: Settings) -> list[Comparison]:
     """On a CPU the same with two samples: to try the suite, not to measure."""
-    return [*norms(settings), *roots(settings), *filters(settings), *spectra(settings), *overhead(settings)]
+    return [
+        *norms(settings),
+        *pop_norms(settings),
+        *gradients(settings),
+        *roots(settings),
+        *filters(settings),
+        *spectra(settings),
+        *overhead(settings),
+    ]
 
 
 def samples(shape: tuple[int, ...], settings: Settings) -> tuple[int, ...]:
@@ -75,6 +85,24 @@ def norms(settings: Settings) -> list[Comparison]:
         work = replace(workload(settings, samples(shape, settings)), dtype=dtype)
         relative = (FLOOR, BATCHNORM, BATCHNORM_CL, CONV, CONV_CL, COMPILED, PLAIN, PLAIN_DBN)
         result.append(Comparison("gpu_norm", work, variants(providers, ours, settings), settings.plan(5, 60), relative))
+    return result
+
+
+def pop_norms(settings: Settings) -> list[Comparison]:
+    """Against BatchNorm, whose bytes POP-Norm moves."""
+    result = []
+    for shape, dtype in (
+        (LARGE, torch.float32),
+        (LARGE, torch.bfloat16),
+        (SMALL, torch.float32),
+        ((256, 512, 7, 7), torch.float32),
+    ):
+        ours = cat.pop_norm()
+        layers = (ours, cat.batch_norm())
+        providers = (*layers, *map(cat.as_channels_last, layers), cat.byte_floor())
+        work = replace(workload(settings, samples(shape, settings)), dtype=dtype)
+        plan, relative = settings.plan(4, 60), (FLOOR, BATCHNORM, BATCHNORM_CL)
+        result.append(Comparison("gpu_pop_norm", work, variants(providers, ours, settings), plan, relative))
     return result
 
 

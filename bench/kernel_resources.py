@@ -68,31 +68,53 @@ class Case:
         planes = SIDES[self.size] if self.kernel in FILTERS else PLANES.get(self.layout, (16,))
         return [lambda plane=plane: CALLS[self.kernel](self, plane) for plane in planes]  # type: ignore[misc]
 
+    @property
+    def channels(self) -> int:
+        """One group, or some of one channel."""
+        return SINGLE if self.size == 1 else self.size
+
     def data(self, plane: int) -> Tensor:
         dtype = torch.float32 if self.type == "float32" else torch.bfloat16
-        x = torch.zeros(3, self.size, plane, plane, dtype=dtype)
+        x = torch.zeros(3, self.channels, plane, plane, dtype=dtype)
         return x.contiguous(memory_format=torch.channels_last) if self.layout == "channels" else x
 
 
+SINGLE = 48  # groups of one channel: several programs in either layout
 FILTERS = ("spectral_filter", "cross_spectrum")
 SPECTRA = ("kernel_spectrum", "kernel_spectrum_backward")
 SIDES = {16: (7, 32), 32: (34, 58, 64)}  # of a filter's planes, by the padded half
 PLANES = {"positions": (16, 14), "odd": (7,), "channels": (16,)}
 
 
-def whitening(case: Case, plane: int) -> object:
+def whitening(case: Case, plane: int, affine: bool = True) -> object:
     from normkernels.ops.iter_norm.triton import iter_norm, iter_norm_backward
 
     x, d = case.data(plane), case.size
-    weight = torch.ones(d)
+    if d == 1:
+        return diagonal(x)
+    weight = torch.ones(d) if affine else None
     y, mean, W, S, scale = iter_norm(x, weight, weight, d, 5, 1e-5, "trace", "newton")
     return iter_norm_backward(y, x, weight, mean, W, S, scale, 5, "trace", "newton")
+
+
+def diagonal(x: Tensor) -> object:
+    """Everything that passes over groups of one channel, with and without what may be left out."""
+    from normkernels.ops.pop_norm.triton import pop_norm, pop_norm_backward
+    from normkernels.ops.whiten.triton import mix
+
+    weight = torch.ones(x.shape[1])
+    for center, scale in ((True, True), (True, False), (False, True)):
+        gamma, beta = weight if scale else None, weight if center else None
+        y, mean, var = pop_norm(x, gamma, beta, 4.0, 1e-5, center, scale)
+        pop_norm_backward(y, x, gamma, beta, mean, var, 4.0, 1e-5, center, scale)
+    mix([(x, weight)], weight.view(-1, 1, 1), weight, like=x, weight=weight)
+    return mix([(x, None), (x, weight)], weight.view(-1, 1, 1).expand(-1, 1, 2).contiguous(), weight, like=x)
 
 
 def reductions(case: Case, plane: int) -> object:
     from normkernels.ops.moments.triton import cross_moments, moments
 
-    x = torch.zeros(3, case.size, 16, 16)
+    x = torch.zeros(3, case.channels, 16, 16)
     return cross_moments(x, x, moments(x, case.size)[0], case.size)
 
 
@@ -105,6 +127,7 @@ def small_matrix(case: Case, plane: int) -> object:
             W, S, scale = inverse_sqrt(cov, 5, 1e-5, scaling, "newton")
             inverse_sqrt_backward(cov, W, S, scale, 5, scaling, "newton")
         whitening(Case("newton", d, "positions", "float32"), 16)
+    whitening(Case("newton", case.size, "positions", "float32"), 16, affine=False)
     return None
 
 
@@ -128,6 +151,16 @@ def spectra(case: Case, plane: int) -> object:
     return None
 
 
+def all_layers(case: Case, plane: int) -> object:
+    """Two gradients, in either layout: their sizes and addresses are data, of which nothing is known."""
+    from normkernels.ops.precondition.triton import precondition
+
+    dtype = torch.float32 if case.type == "float32" else torch.bfloat16
+    weights = [torch.zeros(32, 16, 3, 3, dtype=dtype), torch.zeros(32, 16, dtype=dtype)]
+    biases, statistics = [torch.zeros(32, dtype=dtype)] * 2, [torch.ones(16)] * 2
+    return precondition(weights, biases, statistics, statistics, [1, 1], [1.0, 2.0], 1e-2, 1e-4)
+
+
 CALLS: dict[str, Callable[[Case, int], object]] = {
     "moments": whitening,
     "cross_moments": whitening,
@@ -137,6 +170,7 @@ CALLS: dict[str, Callable[[Case, int], object]] = {
     "newton": small_matrix,
     **dict.fromkeys(FILTERS, filtering),
     **dict.fromkeys(SPECTRA, spectra),
+    "precondition": all_layers,
 }
 PASSES = ("moments", "cross_moments", "mix", "stacked_mix")
 
@@ -144,10 +178,11 @@ PASSES = ("moments", "cross_moments", "mix", "stacked_mix")
 def cases() -> list[Case]:
     types = ("float32", "half")
     over_data = [
-        *itertools.product(PASSES, SIZES, ("positions", "odd", "channels"), types),
+        *itertools.product(PASSES, (1, *SIZES), ("positions", "odd", "channels"), types),
         *itertools.product(FILTERS, SIDES, ("positions", "channels"), types),
+        *itertools.product(("precondition",), (1,), ("",), types),
     ]
-    elsewhere = [*itertools.product(("newton", "merge"), SIZES), *itertools.product(SPECTRA, (64,))]
+    elsewhere = [("merge", 1), *itertools.product(("newton", "merge"), SIZES), *itertools.product(SPECTRA, (64,))]
     return [Case(*parts) for parts in over_data] + [Case(kernel, size, "", "float32") for kernel, size in elsewhere]
 
 
@@ -197,7 +232,7 @@ def compile_entry(case: Case, arch: int, config: Config, only_first: bool = Fals
         if given is not config:
             return
         variants = [meta]
-        if case.size == 64 and "WIDE" in meta and not only_first:  # as for more than 2^31 columns
+        if case.size in (1, 64) and "WIDE" in meta and not only_first:  # as for more than 2^31 columns
             variants.append(meta | {"WIDE": True})
         for variant in variants:
             compiled = kernel.warmup(*arguments, grid=grid, **variant, num_warps=given.warps, num_stages=given.stages)
@@ -312,7 +347,7 @@ PRECISION = {("mix", "half"): "bf16x3", ("stacked_mix", "half"): "bf16x3", ("mer
 
 
 def candidates(case: Case) -> list[Config]:
-    if case.kernel in (*FILTERS, *SPECTRA):  # chosen by hand, see spectral/DERIVATION.md
+    if case.kernel in (*FILTERS, *SPECTRA) or case.size == 1:  # chosen by hand: spectral/DERIVATION.md, docs/triton.md
         return [config for key, config in _triton.table().items() if key[:4] == case.key(0)[:4]]
     precision = PRECISION.get((case.kernel, case.type), "tf32x3")
     shapes = CANDIDATES[case.size] + LAST_RESORT.get((case.kernel, case.size), [])
@@ -367,9 +402,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--choose", action="store_true", help="first choose new entries, by resources")
     parser.add_argument("-k", metavar="KERNEL", action="append", help="only this entry; may be repeated")
+    parser.add_argument("--size", type=int, action="append", help="only entries of this size; may be repeated")
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED), help="only this; may be repeated")
     options = parser.parse_args(arguments)
     selected = [case for case in cases() if options.k is None or case.kernel in options.k]
+    selected = [case for case in selected if options.size is None or case.size in options.size]
     tasks = [(case, arch) for arch in options.arch or SHARED for case in selected]
     if options.choose:
         table = dict(_triton.table())

@@ -6,12 +6,14 @@ The counts follow from the shapes. The rates are a GPU's, by default an H200's. 
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 
 import torch
 
+from bench.gradients import resnet50
 from normkernels.ops import _cuda
-from normkernels.ops._triton import WAVES, padded
+from normkernels.ops._triton import WARPS, WAVES, configuration, padded
 
 # (N, C, H, W), group size
 SHAPES = [
@@ -21,6 +23,7 @@ SHAPES = [
     ((256, 256, 14, 14), 64),
     ((256, 512, 7, 7), 64),
 ]
+SINGLE = [(64, 64, 32, 32), (256, 64, 56, 56), (256, 512, 7, 7)]  # for POP-Norm
 SPLIT = 3  # tensor-core products for one exact one
 
 
@@ -64,6 +67,39 @@ def training_step(shape: tuple[int, ...], d: int, itemsize: int, rates: Rates) -
         Work("finish_backward: merge", partials, 0.0, rates.tf32),
         Work("stacked mix", 3 * one_pass, 2 * product, mixing),
     ]
+
+
+def pop_norm_step(shape: tuple[int, ...], itemsize: int, rates: Rates) -> list[Work]:
+    """Positions innermost. No product runs on tensor cores."""
+    n, c, h, w = shape
+    one_pass = n * c * h * w * itemsize
+    dtype = torch.float32 if itemsize == 4 else torch.bfloat16
+    config = configuration("moments", 1, "positions", dtype, 90)
+    parts = max(1, WARPS // config.warps * rates.processors // -(-c // config.rows))
+    partials = 3 * parts * c * 4
+    passes = {"partial_channel_moments": 1, "normalize": 2, "partial_channel_cross": 2, "normalize_backward": 3}
+    return [Work(kernel, count * one_pass + partials, 0.0, rates.tf32) for kernel, count in passes.items()]
+
+
+def bytes_table(rates: Rates) -> str:
+    """What is bound by bytes alone: POP-Norm's training step, and BNP's change of ResNet-50's gradients."""
+    lines = ["| | type | kernel | MB | floor, us |", "|---|---|---|---|---|"]
+    for kind, itemsize in (("fp32", 4), ("bf16", 2)):
+        for shape in SINGLE:
+            works = pop_norm_step(shape, itemsize, rates)
+            for work in works if shape == SINGLE[1] else ():
+                lines.append(
+                    f"| POP-Norm {shape} | {kind} | {work.kernel} | {work.bytes / 1e6:.1f} | "
+                    f"{1e6 * work.floor(rates):.1f} |"
+                )
+            moved, floor = sum(work.bytes for work in works), sum(work.floor(rates) for work in works)
+            lines.append(f"| POP-Norm {shape} | {kind} | **together** | {moved / 1e6:.1f} | **{1e6 * floor:.1f}** |")
+        moved = 2 * itemsize * sum(map(math.prod, resnet50()))
+        lines.append(
+            f"| gradients of ResNet-50 | {kind} | precondition_kernel | {moved / 1e6:.1f} | "
+            f"**{1e6 * moved / rates.bandwidth:.1f}** |"
+        )
+    return "\n".join(lines)
 
 
 def table(rates: Rates) -> str:
@@ -119,8 +155,8 @@ def main() -> None:
         "--extension", action="store_true", help="of the compiled extension instead of Triton's kernels"
     )
     options = vars(parser.parse_args())
-    chosen = extension_table if options.pop("extension") else table
-    print(chosen(Rates(**options)))
+    chosen = (extension_table,) if options.pop("extension") else (table, bytes_table)
+    print("\n\n".join(one(Rates(**options)) for one in chosen))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 import normkernels
+from bench.gradients import EPS1, EPS2, make_layers
 from bench.timing import clock_for, describe
 from bench.workload import TOLERANCE, compare
 from normkernels.ops import _library, _triton
@@ -34,6 +35,7 @@ from normkernels.ops._triton import Config, Key
 
 ROUNDS, WARMUP = 20, 3
 LIMITS = {"block": (1, 256), "warps": (1, 16), "stages": (1, 4)}
+ELEMENTWISE = 2048  # columns of a tile of single channels, which is multiplied by nothing, at most
 POSITIONS, CHANNELS = 128 * 32 * 32, 256  # activations of 128 MiB in float32, more than a cache holds
 
 Call = Callable[[], Tensor | tuple[Tensor, ...]]
@@ -99,6 +101,10 @@ def mix(case: Case, device: torch.device) -> Call:
 def stacked_mix(case: Case, device: torch.device) -> Call:
     x, dy = case.activations(device), case.activations(device)
     weight = torch.ones(CHANNELS, device=device)
+    if case.size == 1:
+        options = 4.0, 1e-5, True, True
+        _, *statistics = raw.pop_norm(x, weight, weight, *options)
+        return lambda: raw.pop_norm_backward(dy, x, weight, weight, *statistics, *options)
     _, *saved = raw.iter_norm(x, weight, None, case.size, 5, 1e-5, "trace", "newton")
     return lambda: raw.iter_norm_backward(dy, x, weight, *saved, 5, "trace", "newton")
 
@@ -136,6 +142,18 @@ def kernel_spectrum_backward(case: Case, device: torch.device) -> Call:
     return lambda: raw.kernel_spectrum_backward(grad, weight, 1e-8, [1, 1])
 
 
+def precondition(case: Case, device: torch.device) -> Call:
+    layers = make_layers(case.dtype, device)
+    originals = [gradient.clone() for gradient in layers.gradients()]
+
+    def call() -> tuple[Tensor, ...]:
+        torch._foreach_copy_(layers.gradients(), originals)
+        normkernels.ops.precondition(*layers, EPS1, EPS2)
+        return tuple(gradient.clone() for gradient in layers.gradients()[-2:])
+
+    return call
+
+
 KERNELS = {
     "moments": Tuned(moments, least=16),
     "cross_moments": Tuned(cross_moments, least=16),
@@ -147,6 +165,7 @@ KERNELS = {
     "cross_spectrum": Tuned(cross_spectrum),
     "kernel_spectrum": Tuned(kernel_spectrum),
     "kernel_spectrum_backward": Tuned(kernel_spectrum_backward),
+    "precondition": Tuned(precondition),
 }
 
 
@@ -160,7 +179,8 @@ def cases(rows: Iterable[Key], kernels: Iterable[str], sizes: Iterable[int]) -> 
 def candidates(case: Case, base: Config) -> list[Config]:
     """The configuration in force, then half and double its block and warps, one stage less and more; same precision."""
     tuned = KERNELS[case.kernel]
-    limits = LIMITS | {"block": (tuned.least, case.size if tuned.within else LIMITS["block"][1])}
+    most = ELEMENTWISE if case.size == 1 else case.size if tuned.within else LIMITS["block"][1]
+    limits = LIMITS | {"block": (tuned.least, most)}
 
     def near(name: str) -> list[int]:
         value, (least, most) = getattr(base, name), limits[name]

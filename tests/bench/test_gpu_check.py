@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import catalogue as cat
-from bench import gpu_check, order
+from bench import gpu_check, gradients, order
 from bench.environment import precision
 from bench.goals import evaluate
 from bench.gpu_check import Step, introduction
@@ -118,6 +118,15 @@ def record(backend, milliseconds, shape="2x64", kernel="gpu_norm"):
     origin = {"device": "a GPU", "versions": "torch 2", "commit": "abc1234"}
     where = {"mode": "full", "metric": "time_ms", "shape": shape, "dtype": "float32"}
     return Record(kernel, f"IterNorm T=5 ({backend})", **where, p50=milliseconds, p20=1.0, p80=1.0, **origin)
+
+
+def test_gradients_are_checked_and_measured(monkeypatch):
+    monkeypatch.setattr(gradients, "resnet50", lambda: [(4, 3, 2, 2), (5, 4)])
+    for comparison in gradients.gradients(Settings()):
+        measured = replace(comparison, plan=Plan(rounds=2, min_rounds=1, warmup=0, budget_s=0.0)).measure()
+        assert not measured.failures and measured.samples.keys() == set(comparison.names)
+    monkeypatch.setattr(gradients, "exact", lambda layers: [g.double() for g in layers.gradients()])
+    assert "precondition: expected a gradient within" in comparison.measure().failures["precondition"]
 
 
 def test_the_order_of_the_backends_is_that_of_their_times():

@@ -33,6 +33,7 @@ def test_cases_are_the_rows_without_the_architecture():
         (MIX, Config(16, 16, 4, "ieee"), {16, 32}, {8, 16}, {3, 4}),
         (MIX, Config(256, 1, 1, "ieee"), {128, 256}, {1, 2}, {1, 2}),
         (Case("newton", 32, "", "float32"), Config(32, 4, 2, "tf32x3"), {16, 32}, {2, 4, 8}, {1, 2, 3}),
+        (Case("mix", 1, "positions", "half"), Config(1024, 8, 1, "ieee", 4), {512, 1024, 2048}, {4, 8, 16}, {1, 2}),
         (Case("merge", 16, "", "float32"), Config(1, 4, 1, "ieee"), {1, 2}, {2, 4, 8}, {1, 2}),
     ],
 )

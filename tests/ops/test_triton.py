@@ -1,8 +1,9 @@
 """The Triton backend: what it serves, how it is launched and configured, and what it promises beside its values.
 
 Its values are tested where every backend's are (fixture ``backend``): test_moments, test_whiten, test_inverse_sqrt,
-test_iter_norm, test_iter_norm_guarantees and test_spectral_kernels run once more with its kernels.
-test_triton_spectral has the spectrum of ConvNorm's weights.
+test_iter_norm, test_iter_norm_guarantees, test_pop_norm, test_precondition and test_spectral_kernels run once more with
+its kernels. test_triton_diagonal is about those for single channels and for gradients, test_triton_spectral about the
+spectrum of ConvNorm's weights.
 """
 
 from __future__ import annotations
@@ -194,18 +195,27 @@ class Launches(list[tuple[str, dict[str, Any]]]):
         return [name for name, _ in self]
 
 
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+# Those that launch kernels on activations, small matrices and gradients.
+LAUNCHERS = (
+    *(f"{op}.triton" for op in ("moments", "inverse_sqrt", "whiten", "iter_norm", "pop_norm", "precondition")),
+    "_triton_diagonal",
+)
+
+
+def note_launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     """Notes every launch, and makes it."""
     noted = Launches()
-    for module in ("moments", "inverse_sqrt", "whiten", "iter_norm"):
+    for module in LAUNCHERS:
 
         def noting(kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
             noted.append((kernel.fn.__name__, {**options, "grid": grid, "arguments": arguments}))
             _triton.launch(kernel, grid, *arguments, **options)
 
-        monkeypatch.setattr(importlib.import_module(f"normkernels.ops.{module}.triton"), "launch", noting)
+        monkeypatch.setattr(importlib.import_module(f"normkernels.ops.{module}"), "launch", noting)
     return noted
+
+
+launches = pytest.fixture(note_launches)
 
 
 def test_launches_of_a_training_step(launches: Launches) -> None:
@@ -387,7 +397,7 @@ def test_layers_do_not_change(name: str, autocast: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
-@pytest.mark.parametrize("op", list(_library.ops()))
+@pytest.mark.parametrize("op", [op for op in _library.ops() if op != "precondition"])
 def test_opcheck(op: str) -> None:
     from tests.ops.test_library import RAW, arguments, spectral_arguments
 
@@ -501,33 +511,42 @@ def test_a_table_that_is_none(text: str | None, tmp_path: Path) -> None:
         _triton.read_table(path)
 
 
-def test_the_answer_knows_the_entries_that_an_op_looks_up(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("d", [8, 1])
+def test_the_answer_knows_the_entries_that_an_op_looks_up(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """_triton.PASSES says which; the launchers do it."""
     looked_up: list[str] = []
-    for module in ("moments", "inverse_sqrt", "whiten", "iter_norm"):
+    singles: tuple[str, ...] = ()
 
-        def noting(kernel: str, *key: Any) -> _triton.Config:
+    def noting(kernel: str, size: int, *key: Any) -> _triton.Config:
+        if kernel not in ("merge", "newton"):
             looked_up.append(kernel)
-            return _triton.configuration(kernel, *key)
+            assert size == (1 if kernel in singles else _triton.tile_size(d))
+        return _triton.configuration(kernel, size, *key)
 
-        monkeypatch.setattr(importlib.import_module(f"normkernels.ops.{module}.triton"), "configuration", noting)
+    for module in LAUNCHERS:
+        if hasattr(importlib.import_module(f"normkernels.ops.{module}"), "configuration"):
+            monkeypatch.setattr(importlib.import_module(f"normkernels.ops.{module}"), "configuration", noting)
     x = gaussian((9, 8))
     raw = torch.ops.normkernels
     found = {}
     with nk.use_backend("triton"):
-        mean, _ = raw.moments(x, 8)
-        y, _, W, S, scale = raw.iter_norm(x, None, None, 8, 5, 1e-5, "trace", "newton")
+        mean, _ = raw.moments(x, d)
+        y, _, W, S, scale = raw.iter_norm(x, None, None, d, 5, 1e-5, "trace", "newton")
+        options = 4.0, 1e-5, True, True
         calls = {
-            "moments": lambda: raw.moments(x, 8),
-            "cross_moments": lambda: raw.cross_moments(x, x, mean, 8),
+            "moments": lambda: raw.moments(x, d),
+            "cross_moments": lambda: raw.cross_moments(x, x, mean, d),
             "whiten": lambda: raw.whiten(x, mean, W, None, None),
-            "iter_norm": lambda: raw.iter_norm(x, None, None, 8, 5, 1e-5, "trace", "newton"),
+            "iter_norm": lambda: raw.iter_norm(x, None, None, d, 5, 1e-5, "trace", "newton"),
             "iter_norm_backward": lambda: raw.iter_norm_backward(y, x, None, mean, W, S, scale, 5, "trace", "newton"),
+            "pop_norm": lambda: raw.pop_norm(x, None, None, *options),
+            "pop_norm_backward": lambda: raw.pop_norm_backward(x, x, None, None, mean, mean, *options),
         }
         for op, call in calls.items():
             looked_up.clear()
+            singles = _triton.PASSES[op] if op.startswith("pop_norm") else ()
             call()
-            found[op] = tuple(kernel for kernel in looked_up if kernel not in ("merge", "newton"))
+            found[op] = tuple(looked_up)
     assert found == _triton.PASSES
 
 
