@@ -47,13 +47,15 @@ __global__ __launch_bounds__(SWEEP_THREADS, SWEEP_BLOCKS) void pop_backward_kern
     const double m = double(sweep.total), r = root.r;
     const double factor = how.scale ? weight(channel, 1.f) / (double(how.kappa) * r) : 1.;
     const double offset = how.center ? sum_x / m : 0.;  // left in x - mean by the rounding of the mean
-    const double e = products + (how.center ? root.beta - offset : 0.) * f;  // sum dy x~
+    const double D = products - offset * f, e = D + (how.center ? root.beta * f : 0.);  // e = sum dy x~
     const double of_x = how.scale ? -factor * e / (m * r * r) : 0.;
     out.of_grad[channel] = float(factor);
     out.of_x[channel] = float(of_x);
     out.constant[channel] = how.center ? float(-factor * f / m - of_x * offset) : 0.f;
     out.grad_weight[channel] = how.scale ? float(e / (double(how.kappa) * r)) : 0.f;
-    out.grad_bias[channel] = how.center ? float(factor * f + of_x * m * root.beta) : 0.f;
+    // Not f - beta e / r^2, which loses (beta / sigma)^2 of its digits.
+    const double inner = how.scale ? (f * (double(var[channel]) + double(how.eps)) - root.beta * D) / (r * r) : f;
+    out.grad_bias[channel] = how.center ? float(factor * inner) : 0.f;
   });
 }
 

@@ -3,6 +3,8 @@
 //
 // A row, the weights of one output, is read twice, from memory and then from a cache: first for its sum, which also
 // tells whether all is finite, then to write it. A warp has a short row, a block a long one.
+#include <cfloat>
+
 #include "launches.h"
 #include "tensors.h"
 
@@ -68,14 +70,18 @@ __device__ __forceinline__ void precondition_row(const GradientLayers& all, cons
   const auto changed = [&](float value, int j) {
     return (value - mean[j] * of_bias) * (1.f / (layer.q2 * (variance[j] + added)));
   };
+  const float largest = sizeof(T) == 4 ? FLT_MAX : all.bfloat ? 3.3895314e38f : 65504.f;  // of the type
   float sum = 0;
   for_row<T, V>(layer, weights, thread, threads, [&](const auto&, const auto& values, const int (&channel)[V]) {
 #pragma unroll
-    for (int k = 0; k < V; ++k) sum += mean[channel[k]] * changed(values.get(k, all.bfloat), channel[k]);
+    for (int k = 0; k < V; ++k) {
+      const float value = changed(values.get(k, all.bfloat), channel[k]);
+      sum += fabsf(value) <= largest ? mean[channel[k]] * value : INFINITY;
+    }
   });
   sum = over_team(block, sum, [](float a, float b) { return a + b; });
   const float result = layer.bias == nullptr ? sum : of_bias / layer.q2 - sum;  // step 5, of what step 4 has changed
-  if (!(fabsf(result) < INFINITY)) {  // as a value that is not finite makes the sum, for 0 inf is NaN
+  if (!(fabsf(result) <= (layer.bias == nullptr ? FLT_MAX : largest))) {
     if (thread == 0) atomicAdd(left, 1u);
     return;
   }

@@ -334,6 +334,18 @@ def pop_norm_floors(
     ]
 
 
+def dbeta_error(x: Tensor, beta: float) -> float:
+    """Relative to dbeta for a constant dy: f sigma^2 - beta D, where D is zero but for its rounding.
+
+    D is a sum of m terms of size sigma, off by u (4 + sqrt(m)) m sigma; relative to f sigma^2 = m sigma^2 that is
+    beta / sigma times u (4 + sqrt(m)), of the deviation of the channel that has the smallest. The variance has u
+    (4 + sqrt(m)), the other factors 8 u.
+    """
+    m = x.numel() // x.shape[1]
+    sigma = x.double().movedim(1, 0).flatten(1).std(1, unbiased=False).min().item()
+    return unit(stat_dtype(x.dtype)) * (8 + (4 + m**0.5) * (1 + beta / sigma))
+
+
 # BNP
 #
 #     Gw  (Gw - mu Gb) / (q2 v~): seven roundings (v~ has three operations, q2 v~ and its reciprocal two, difference and

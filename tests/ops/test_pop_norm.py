@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import normkernels as nk
 from tests.oracles import inputs, popnorm
 from tests.oracles.run import back, incoming_gradient, leaf, moved
-from tests.tolerances import assert_within, largest, mean_floor, pop_norm_floors
+from tests.tolerances import assert_within, dbeta_error, largest, mean_floor, pop_norm_floors
 
 # The kernels leave float64 and second derivatives to plain PyTorch, and say so once.
 pytestmark = [
@@ -149,6 +149,16 @@ def test_incoming_gradient_of_another_layout(layout: str) -> None:
 def test_constant_channels(value: float) -> None:
     """No variance: x~ = beta, and y = gamma beta / (kappa |beta|) but for eps."""
     check(inputs.gaussian(inputs.SHAPE_4D, dtype=torch.float32).index_fill(1, torch.tensor([0, 3]), value))
+
+
+def test_gradient_of_a_beta_far_above_the_deviation() -> None:
+    """dbeta = a ((sigma^2 + eps) f - beta D) / r^2 is small there, and its digits are not lost to larger terms."""
+    x = inputs.gaussian((6, 8, 4, 4), dtype=torch.float32, scale=1e-3, mean=0.0)
+    ones = torch.ones(8)
+    options = (1.0, 0.0, True, True)
+    *_, got, _, _ = run(nk.ops.pop_norm, x, torch.ones_like(x), ones, ones, *options)
+    *_, exact, _, _ = run(popnorm.pop_norm, *(t.double() for t in (x, torch.ones_like(x), ones, ones)), *options)
+    assert ((got.double() - exact).abs() <= dbeta_error(x, 1.0) * exact.abs()).all()
 
 
 @pytest.mark.on_cpu

@@ -181,6 +181,30 @@ def test_rows_that_are_not_finite_are_left(value: float, dtype: torch.dtype) -> 
             torch.testing.assert_close(Gb[row], layer.Gb[row], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_rows_that_would_overflow_are_left(dtype: torch.dtype, bias: bool) -> None:
+    """Finite gradients whose result is beyond the type's largest number, also where a mean of 0 hides it in the sum."""
+    layer = Layer((3, 4), 1, bias, dtype)
+    layer.mean[2] = 0.0
+    layer.var.fill_(1e-3)
+    layer.Gw[1, 2] = torch.finfo(dtype).max / 2  # times 900
+    before = layer.Gw.clone(), None if layer.Gb is None else layer.Gb.clone()
+    ((Gw, Gb),), left = run([layer])
+    assert left == [1] and Gw.isfinite().all()
+    assert torch.equal(Gw[1], before[0][1]) and not torch.equal(Gw[0], before[0][0])
+    if Gb is not None:
+        assert before[1] is not None and Gb[1] == before[1][1] and Gb.isfinite().all()
+
+
+def test_large_means_keep_the_digits_of_step_5() -> None:
+    """A mean of 1000 deviations: the sum of the new weights' gradients, which does not cancel twice."""
+    layer = Layer((4, 500), 1, True, torch.float32)
+    layer.mean += 1000.0
+    layer.var.fill_(1.0)
+    check([layer])
+
+
 @pytest.mark.parametrize("variance", [0.0, 1e-12, 1e12])
 def test_extreme_variances(variance: float) -> None:
     """eps2 keeps constant inputs from dividing by 0."""

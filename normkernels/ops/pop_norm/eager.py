@@ -58,11 +58,13 @@ def pop_norm_backward(
     D, f = D.flatten(), sum_grad.to(mean.dtype)
     # What the rounding of the mean left in x - mean is taken out of everything linear in it.
     offset = (sum_shifted / m).to(mean.dtype) if center else torch.zeros_like(mean)
-    e = D - f * offset + beta * f  # sum dy x~
+    D = D - f * offset
+    e = D + beta * f  # sum dy x~
     q = -a * e / (m * r * r) if scale else torch.zeros_like(a)
     if center:
         constant = -(a * f / m + q * offset)
-        grad_bias = a * f + q * m * beta
+        # Not f - beta e / r^2, which loses (beta / sigma)^2 of its digits.
+        grad_bias = a * (f * (var + eps) - beta * D) / (r * r) if scale else f
     else:
         constant, grad_bias = None, torch.zeros_like(f)
     matrix = torch.stack((a, q), dim=1).unsqueeze(1)

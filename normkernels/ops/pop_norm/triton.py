@@ -90,11 +90,15 @@ def normalize_backward(
         if SCALE:  # what the rounding of the mean left in x - mean is taken out of everything linear in it
             offset = merged_sums(sum_x, parts, channels, channel, ROWS, BATCH) / m
     if SCALE:
-        e = merged_sums(cross, parts, channels, channel, ROWS, BATCH) + (beta - offset) * f  # sum dy x~
+        D = merged_sums(cross, parts, channels, channel, ROWS, BATCH) - offset * f
+        e = D + beta * f  # sum dy x~
         q = -a * e / (m * r * r)
         grad_weight = e * inverse
     if CENTER:
-        grad_bias = a * f + q * m * beta
+        grad_bias = f
+        if SCALE:  # not f - beta e / r^2, which loses (beta / sigma)^2 of its digits
+            spread = of_channels(var, channel, channels, 0.0) + eps
+            grad_bias = a * (f * spread - beta * D) / (r * r)
         constant = -(a * f / m + q * offset)
     if tl.program_id(1) == 0:
         tl.store(grad_weight_out + channel, grad_weight, mask=channel < channels)

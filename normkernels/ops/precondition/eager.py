@@ -36,27 +36,35 @@ def _precondition(
     mean, var = mean.view(groups, -1), var.view(groups, -1)
     factor = 1 / (q2 * (var + eps1 * var.amax(1, keepdim=True) + eps2))
 
-    # Step 5 from the old Gw, so that a row can be judged before it is changed:
-    # sum mu new Gw = sum mu factor Gw - Gb sum mu^2 factor.
     old = Gw.to(dtype)
-    sums = old.flatten(3).sum(3) if Gw.dim() > 3 else old
-    product = torch.bmm(sums, (mean * factor).unsqueeze(2)).squeeze(2)
-    if Gb is not None:
-        taps = Gw[0, 0, 0].numel()
-        product = Gb / q2 - (product - Gb * taps * (mean.square() * factor).sum(1, keepdim=True))
-    # An entry that is not finite makes the row's sum so: 0 * inf is NaN.
-    finite = product.isfinite()
-
-    channel = (groups, 1, -1, *[1] * (Gw.dim() - 3))
-    row = (groups, -1, 1, *[1] * (Gw.dim() - 3))
     new = old
-    if old is Gw and not (Gw.is_cpu and finite.all()):  # elsewhere the host would wait for the answer
+    if old is Gw and not (Gw.is_cpu and _bounded(Gw, Gb, mean, factor, q2)):  # elsewhere the host would wait
         new = Gw.clone()
+    channel = (groups, 1, -1, *[1] * (Gw.dim() - 3))
     if Gb is not None:
-        new.addcmul_(Gb.view(row), mean.view(channel), value=-1)
+        new.addcmul_(Gb.view(groups, -1, 1, *channel[3:]), mean.view(channel), value=-1)
     new.mul_(factor.view(channel))
-    if new is not Gw:
-        Gw.copy_(torch.where(finite.view(row), new, Gw))
+    sums = new.flatten(3).sum(3) if Gw.dim() > 3 else new
+    product = torch.bmm(sums, mean.unsqueeze(2)).squeeze(2)
     if Gb is not None:
+        product = Gb / q2 - product  # step 5, with the new Gw
+    if new is Gw:
+        if Gb is not None:
+            bias_grad.copy_(product.flatten())
+        return torch.zeros((), dtype=torch.int32)
+    rounded = new.to(Gw.dtype)
+    finite = rounded.isfinite().flatten(2).all(2) & product.isfinite()
+    if Gb is not None:
+        finite &= product.to(bias_grad.dtype).isfinite()
         bias_grad.copy_(torch.where(finite, product, Gb).flatten())
+    Gw.copy_(torch.where(finite.view(groups, -1, *[1] * (Gw.dim() - 2)), rounded, Gw))
     return (~finite).sum(dtype=torch.int32)
+
+
+def _bounded(Gw: Tensor, Gb: Tensor | None, mean: Tensor, factor: Tensor, q2: float) -> bool:
+    """Whether every number on the way is surely finite, so that the gradients may be changed where they are."""
+    largest = max(value.abs().item() for value in Gw.aminmax())
+    of_bias = 0.0 if Gb is None else Gb.abs().max().item()
+    mu = mean.abs().max().item()
+    new = (largest + mu * of_bias) * factor.max().item()
+    return new + mu * new * Gw[0, 0].numel() + of_bias / q2 < torch.finfo(Gw.dtype).max / 2

@@ -66,9 +66,10 @@ def preconditioned(weight, at, within, entry, entries, mean, var, inputs, multip
 
 @triton.jit
 def precondition_kernel(
-    like, table, layers, eps1, eps2, left, ROWS: tl.constexpr, BLOCK: tl.constexpr, SEARCH: tl.constexpr
-):
-    """like: any of the gradients, for their type."""
+    like, table, layers, eps1, eps2, left, ROWS: tl.constexpr, BLOCK: tl.constexpr, SEARCH: tl.constexpr,
+    MOST: tl.constexpr,
+):  # fmt: skip
+    """like: any of the gradients, for their type, whose largest number is MOST."""
     program = tl.program_id(0)
     layer = layer_of(table, layers, program, SEARCH)
     fields = table + layer.to(tl.int64) * WIDTH
@@ -106,10 +107,10 @@ def precondition_kernel(
         new, mu = preconditioned(
             weight, at, within, entry, entries, mean, var, inputs, multiplier, shift, last, Gb, damping, q2
         )  # fmt: skip
-        total += tl.where(within, mu[None, :] * new, 0.0)
-    # An entry that is not finite makes the row's sum so: 0 * inf is NaN.
+        term = tl.where(tl.abs(new) <= MOST, mu[None, :] * new, float("inf"))
+        total += tl.where(within, term, 0.0)
     product = tl.where(has_bias, Gb / q2, 0.0) - tl.sum(total, 1)
-    finite = tl.abs(product) <= LARGEST
+    finite = tl.abs(product) <= tl.where(has_bias, MOST, LARGEST)
     tl.debug_barrier()  # in place: all threads have read
 
     for start in range(0, entries, BLOCK):
@@ -202,7 +203,8 @@ def precondition(
     left = torch.zeros(len(dense), dtype=torch.int32, device=like.device)
     launch(
         precondition_kernel, (first,), like, table_of(tuple(numbers), like.device), len(dense), eps1, eps2, left,
-        ROWS=config.rows, BLOCK=config.block, SEARCH=SEARCH, config=config, device=like.device,
+        ROWS=config.rows, BLOCK=config.block, SEARCH=SEARCH, MOST=torch.finfo(like.dtype).max,
+        config=config, device=like.device,
     )  # fmt: skip
     copies = [*zip(weight_grads, (grad for grad, _ in dense), strict=True), *zip(bias_grads, biases, strict=True)]
     for given, copy in copies:
