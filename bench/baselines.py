@@ -36,6 +36,30 @@ def per_channel(values: Tensor, like: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (like.dim() - 2))
 
 
+def plain_pop_norm(x: Tensor, weight: Tensor, bias: Tensor, kappa: float, eps: float) -> Tensor:
+    """POP-Norm, equations 11 and 12, with eps under the root."""
+    dims = [i for i in range(x.dim()) if i != 1]
+    shifted = x - x.mean(dims, keepdim=True) + per_channel(bias, x)
+    return per_channel(weight, x) * shifted / (kappa * (shifted.square().mean(dims, keepdim=True) + eps).sqrt())
+
+
+class PlainPOPNorm(nn.Module):
+    """POP-Norm as somebody writes it, differentiated by autograd; training only."""
+
+    def __init__(self, channels: int, kappa: float = 4.0, eps: float = 1e-5, **factory: Any) -> None:
+        super().__init__()
+        self.kappa, self.eps = kappa, eps
+        self.weight, self.bias = (
+            nn.Parameter(torch.ones(channels, **factory)),
+            nn.Parameter(torch.zeros(channels, **factory)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = statistics_dtype(x.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return plain_pop_norm(x.to(dtype), weight, bias, self.kappa, self.eps).to(x.dtype)
+
+
 def newton_inverse_sqrt(cov: Tensor, num_iterations: int) -> Tensor:
     """Sigma^-1/2 of (G, d, d) by the paper's recursion, equations 4 and 5:
 

@@ -1,10 +1,11 @@
 """Memory: what is saved for the backward pass, and the peak of one training step. Nothing is timed."""
 
-from bench import suites
+from bench import memory
 from bench.session import Session
+from bench.suites import Comparison
 
-SUITE = suites.memory
+SUITE = memory.comparisons
 
 
-def test_memory(comparison: suites.Comparison, provider: str, session: Session) -> None:
+def test_memory(comparison: Comparison, provider: str, session: Session) -> None:
     session.measure_memory(comparison, provider)

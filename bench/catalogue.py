@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from bench.baselines import (
     EighDBN,
     PlainIterNorm,
+    PlainPOPNorm,
     TransposedIterNorm,
     eigh_inverse_sqrt,
     newton_inverse_sqrt,
     per_channel,
+    plain_pop_norm,
     plain_whitening,
     to_groups,
 )
@@ -121,6 +123,30 @@ def eigh_dbn(group_size: int = WHOLE_WIDTH, name: str = "plain autograd DBN") ->
         return EighDBN(work.channels, group_size, DBN_EPS, device=work.device, dtype=parameter_dtype(work))
 
     return Provider(name, build, whitening_reference(group_size, None, DBN_EPS), NORM_PASSES)
+
+
+def pop_norm_reference(layer: nn.Module, tensors: Tensors, x: Tensor) -> Tensor:
+    """Training: the paper's equations. Evaluation: the same with the layer's buffers."""
+    weight, bias, kappa, eps = tensors["weight"], tensors["bias"], 4.0, 1e-5
+    if layer.training:
+        return plain_pop_norm(x, weight, bias, kappa, eps)
+    shifted = x - per_channel(tensors["running_mean"] - bias, x)
+    return shifted * per_channel(weight / (kappa * (tensors["running_var"] + bias.square() + eps).sqrt()), x)
+
+
+def pop_norm() -> Provider:
+    def build(work: Workload) -> nn.Module:
+        layer: nn.Module = package().POPNorm2d(work.channels, device=work.device, dtype=parameter_dtype(work))
+        return layer
+
+    return Provider("POPNorm2d", build, pop_norm_reference, NORM_PASSES, ours=True)
+
+
+def plain_pop_norm_layer() -> Provider:
+    def build(work: Workload) -> nn.Module:
+        return PlainPOPNorm(work.channels, device=work.device, dtype=parameter_dtype(work))
+
+    return Provider("plain autograd POP-Norm", build, pop_norm_reference, NORM_PASSES)
 
 
 def batch_norm() -> Provider:

@@ -22,11 +22,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bench import bnp, suites
 from bench.environment import ROOT
-from bench.suites import Comparison, Settings, memory
+from bench.suites import Comparison, Settings
 from bench.workload import Inputs, make_gradient, make_input, prepare_layer
 
 PROBE_TIMEOUT_S = 300
+
+
+def comparisons(settings: Settings) -> list[Comparison]:
+    return [*suites.memory(settings), *bnp.memory(settings)]
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ def main() -> None:
     parser.add_argument("--key", required=True, help="key of a comparison of the memory suite")
     parser.add_argument("--provider", required=True)
     arguments = parser.parse_args()
-    found = {comparison.key: comparison for comparison in memory(Settings())}
+    found = {comparison.key: comparison for comparison in comparisons(Settings())}
     if arguments.key not in found:
         parser.error(f"expected one of {sorted(found)}, got {arguments.key!r}")
     peak = peak_of_step(found[arguments.key], arguments.provider)

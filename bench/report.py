@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench import order
+from bench.bnp import BATCH_NORM, VANILLA
 from bench.goals import Verdict, evaluate, where_we_lose
 from bench.gpu_suite import BATCHNORM_CL, COMPILED, CONV_CL, FFT_SPECTRUM, FLOOR, ITERNORM_TRITON
+from bench.gradients import FOREACH_COPY
 from bench.results import Failure, Ratio, Results
 from bench.suites import (
     BATCHNORM,
@@ -20,6 +22,7 @@ from bench.suites import (
     PLAIN,
     PLAIN_CONV_NORM,
     PLAIN_DBN,
+    PLAIN_POP_NORM,
     TRANSPOSED,
     VGG_ITERNORM,
 )
@@ -39,8 +42,12 @@ TITLES = {
     "conv_norm": "ConvNorm and weight normalizations against the convolution, 3x3",
     "spectral_filter": "The filter against a copy and torch.fft",
     "kernel_spectrum": "The spectrum of a 3x3 convolution's kernels on planes of 34 x 34",
+    "pop_norm": "POP-Norm against BatchNorm",
+    "bnp_step": "One training step of a network with two hidden layers of 100 (BNP, Table 1), by mini-batch",
     "memory": "Memory of one training step",
     "gpu_norm": "IterNorm on a GPU",
+    "gpu_pop_norm": "POP-Norm on a GPU",
+    "gpu_precondition": "BNP's change of ResNet-50's gradients, against a copy of them",
     "gpu_newton": "Newton's iteration alone, G x d x d, forward and backward",
     "gpu_filter": "ConvNorm's filter on a GPU, against copy and torch.fft",
     "gpu_spectrum": "ConvNorm's spectrum on a GPU, planes of 34 x 34",
@@ -51,7 +58,8 @@ SHOWN_LOSSES = 25
 # Order of the ratio columns.
 REFERENCES = (
     FLOOR, CONV, CONV_CL, GROUPED, BATCHNORM, BATCHNORM_CL, COMPILED, PLAIN, PLAIN_DBN, TRANSPOSED, VGG_ITERNORM,
-    CONV2D, PLAIN_CONV_NORM, COPY, FFT, PADDED_FFT, FFT_SPECTRUM, ITERNORM_TRITON,
+    CONV2D, PLAIN_CONV_NORM, COPY, FFT, PADDED_FFT, FFT_SPECTRUM, ITERNORM_TRITON, FOREACH_COPY, PLAIN_POP_NORM,
+    VANILLA, BATCH_NORM,
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ BATCHNORM, CONV, PLAIN, PLAIN_DBN = "BatchNorm2d", "conv3x3", "plain autograd Ne
 TRANSPOSED, GROUPED = "transposed IterNorm", "grouped conv1x1"
 ITERNORM, DBN, VGG_ITERNORM = "IterNorm T=5", "DBN eigh", "IterNorm(64)"
 CONV2D, PLAIN_CONV_NORM, CONV_NORM = "Conv2d", "plain autograd ConvNorm", "ConvNorm2d"
+POP_NORM, PLAIN_POP_NORM = "POPNorm2d", "plain autograd POP-Norm"
 FILTER, FFT, COPY, SPECTRUM, PADDED_FFT = "spectral_filter", "torch.fft", "copy", "kernel_spectrum", "padded FFT"
 
 
@@ -327,6 +328,25 @@ def _spectra(settings: Settings) -> list[Comparison]:
     return result
 
 
+def pop_norm(settings: Settings) -> list[Comparison]:
+    """POP-Norm against BatchNorm, whose bytes it moves, in training and in evaluation."""
+    result = []
+    for shape, channels_last, mode in (
+        ((64, 64, 32, 32), False, "full"),
+        ((64, 64, 32, 32), True, "full"),
+        ((64, 256, 14, 14), False, "full"),
+        ((256, 512, 7, 7), False, "full"),
+        ((64, 64, 32, 32), False, "inference"),
+    ):
+        work = replace(
+            workload(settings, shape, "inference" if mode == "inference" else "full"), channels_last=channels_last
+        )
+        training = (cat.plain_pop_norm_layer(),) if mode == "full" else ()
+        providers = (cat.pop_norm(), cat.batch_norm(), *training)
+        result.append(Comparison("pop_norm", work, providers, settings.plan(), (BATCHNORM, PLAIN_POP_NORM)))
+    return result
+
+
 def memory(settings: Settings) -> list[Comparison]:
     """Not timed: what is kept for the backward pass, and the peak of one step."""
     providers = (
@@ -340,6 +360,9 @@ def memory(settings: Settings) -> list[Comparison]:
     )
     whitening = Comparison("memory", workload(settings, (64, 64, 32, 32)), providers, settings.plan(), (BATCHNORM,))
     layers = conv_cat.conv_norm_layers()[:4]
+    diagonal = (cat.pop_norm(), cat.plain_pop_norm_layer(), cat.batch_norm())
+    work = workload(settings, (64, 128, 32, 32))
+    diagonal_norms = Comparison("memory", work, diagonal, settings.plan(), (BATCHNORM,))
     convolution = Comparison("memory", workload(settings, (32, 64, 32, 32)), layers, settings.plan(), (CONV2D,))
     spectra = [replace(comparison, kernel="memory") for comparison in _spectra(settings)]
-    return [whitening, convolution, *spectra]
+    return [whitening, diagonal_norms, convolution, *spectra]
