@@ -25,11 +25,12 @@ BASELINES = [
     cat.plain_iter_norm(group_size=8),
     cat.transposed_iter_norm(group_size=8),
     cat.eigh_dbn(group_size=8),
+    cat.plain_pop_norm_layer(),
     cat.batch_norm(),
     cat.conv3x3(),
     cat.grouped_conv1x1(8),
 ]
-OURS = [cat.iter_norm(group_size=8), cat.dbn(group_size=8)]
+OURS = [cat.iter_norm(group_size=8), cat.dbn(group_size=8), cat.pop_norm()]
 
 
 @pytest.mark.parametrize("mode", ["full", "forward", "backward"])
