@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from normkernels.ops._checks import DTYPES, check_tensor
+
+
+def check_module(name: str, value: object) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}: expected an nn.Module, got {type(value).__name__}")
+
+
+def check_callable(name: str, value: object) -> None:
+    if not callable(value):
+        raise TypeError(f"{name}: expected a function or a module, got {type(value).__name__}")
 
 
 def check_floating(name: str, value: object) -> None:

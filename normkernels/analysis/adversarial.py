@@ -11,9 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normkernels.analysis._checks import check_finite, check_floating
+from normkernels.analysis._checks import check_callable, check_finite, check_floating
 from normkernels.analysis._progress import track
-from normkernels.ops._checks import check_choice, check_flag, check_integer, check_number, check_tensor
+from normkernels.ops._checks import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    check_tensor,
+    statistics_dtype,
+)
 
 Model = Callable[[Tensor], Tensor]
 Bounds = tuple[float, float]
@@ -40,10 +47,16 @@ def bim(
 
     The model is run in eval mode and gets its modes back; parameters and their gradients stay as they are.
 
+    Ends of the intervals are rounded inward: :math:`\lvert x_t - x \rvert \le \epsilon` holds in float64 for the
+    returned values, whatever their type. Steps of half types add up in float32; the model gets x's type.
+
+    Where the gradient is zero there is no step: a sample whose gradient is zero everywhere, as after ``round`` or with
+    a saturated loss, comes back as it was, without an error.
+
     Args:
-        model: from (N, *) to logits (N, K), differentiable. A module, or any function.
+        model: from (N, *) to logits (N, K), differentiable, or to what another L takes. A module, or any function.
         x: (N, *), any floating-point type, within the bounds.
-        y: (N,), classes on x's device; what L takes.
+        y: on x's device: classes (N,), int64, from 0 to K - 1, or probabilities (N, K); or what another L takes.
         eps: the radius, in the units of x, from 0 to b - a.
         step_size: alpha, greater than 0.
         num_steps: at least 1.
@@ -56,10 +69,17 @@ def bim(
     Returns: The attacked samples, like x, without gradient.
 
     Raises:
-        TypeError: x is no floating-point tensor, y no tensor, or an option has another type.
-        ValueError: x and y differ in length, x is not within the bounds, an option is out of range, the model is not
-            differentiable in its input, or the gradient is not finite.
+        TypeError: x is no floating-point tensor, y no tensor or no classes, the model or L no function, or an option
+            has another type.
+        ValueError: x and y differ in length or device, x is not within the bounds, a class is not one of the K, logits
+            are not (N, K), an option is out of range, the model is not differentiable in its input, or the gradient is
+            not finite.
+        RuntimeError: torch.inference_mode is on, which allows no gradients.
     """
+    check_callable("model", model)
+    check_callable("loss", loss)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("bim: expected a call outside torch.inference_mode, which has no gradients, got it on")
     _check_attack(x, y, bounds)
     check_number("eps", eps, maximum=bounds[1] - bounds[0])
     _check_positive("step_size", step_size)
@@ -70,23 +90,39 @@ def bim(
     attacked = []
     with _evaluating(model):
         for clean, label in track(chunks, len(chunks), "BIM", progress):
-            low, high = (clean - eps).clamp(min=bounds[0]), (clean + eps).clamp(max=bounds[1])
-            adversarial = clean
+            low, high = _ends(clean, eps, bounds)
+            adversarial = clean.to(statistics_dtype(x.dtype))
             for _ in range(num_steps):
-                gradient = _input_gradient(model, loss, adversarial, label)
+                gradient = _input_gradient(model, loss, adversarial.to(x.dtype), label)
                 adversarial = (adversarial + step * gradient.sign()).clamp(low, high)
-            attacked.append(adversarial)
+            attacked.append(adversarial.to(x.dtype))
     return torch.cat(attacked)
+
+
+def _ends(x: Tensor, eps: float, bounds: Bounds) -> tuple[Tensor, Tensor]:
+    """[x - eps, x + eps] within the bounds, in x's type. What rounds to a number outside is moved one number inward."""
+    exact, largest = x.double(), torch.finfo(x.dtype).max
+    ends = []
+    for end in ((exact - eps).clamp(min=bounds[0]), (exact + eps).clamp(max=bounds[1])):
+        nearest = end.clamp(-largest, largest).to(x.dtype)  # not infinite
+        outside = (nearest.double() - exact).abs() > (end - exact).abs().clamp(max=eps)
+        ends.append(torch.where(outside, torch.nextafter(nearest, x), nearest))
+    return ends[0], ends[1]
 
 
 def _input_gradient(model: Model, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        value = loss(model(x), y)
-        check_tensor("loss", value)
+        logits = model(x)
         gradient = None
-        if value.requires_grad:
-            (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+        # Integers have no gradient, and the default loss takes none: they must not get there.
+        if loss is not F.cross_entropy or not isinstance(logits, Tensor) or logits.requires_grad:
+            if loss is F.cross_entropy:
+                _check_cross_entropy(logits, x, y)
+            value = loss(logits, y)
+            check_tensor("loss", value)
+            if value.requires_grad:
+                (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
     if gradient is None:
         raise ValueError(
             "model: expected a model that is differentiable in its input, got a loss without a gradient there"
@@ -123,15 +159,19 @@ def accuracy(model: Model, x: Tensor, y: Tensor, batch_size: int | None = None, 
     """The share of samples x (N, *) whose largest logit is that of their class y (N,), with the model in eval mode.
 
     Raises:
-        TypeError: x or y is no tensor.
-        ValueError: there are no samples, x and y differ in length, or batch_size is less than 1.
+        TypeError: the model is no function, x or y no tensor, or y no classes (int64).
+        ValueError: there are no samples, x and y differ in length or device, logits are not (N, K) or not finite, a
+            class is not one of the K, or batch_size is less than 1.
     """
+    check_callable("model", model)
     check_tensor("x", x)
     _check_labelled(x, y)
     _check_classes(x, y)
     chunks = _chunks(x, y, size=batch_size)
+    right = []
     with _evaluating(model):
-        right = [(model(a).argmax(1) == b).sum() for a, b in track(chunks, len(chunks), "accuracy", progress)]
+        for samples, label in track(chunks, len(chunks), "accuracy", progress):
+            right.append((_logits(model, samples, label).argmax(1) == label).sum())
     return torch.stack(right).sum().item() / len(x)
 
 
@@ -172,7 +212,7 @@ def simba(
     Args:
         model: from (N, *) to logits (N, K). A module, or any function; nothing is differentiated.
         x: (N, *), any floating-point type, within the bounds.
-        y: (N,), classes on x's device.
+        y: (N,), classes on x's device, int64, from 0 to K - 1.
         eps: the length of a step, greater than 0 and at most b - a.
         max_queries: per sample, at least 1; the first one is for x itself.
         basis: "pixel", the entries of x, or "dct", the cosine basis (DCT-II) of each channel of x (N, C, *).
@@ -188,10 +228,12 @@ def simba(
         attack has succeeded with one query.
 
     Raises:
-        TypeError: x is no floating-point tensor, y no tensor, or an option has another type.
-        ValueError: x and y differ in length, x is not within the bounds, has no axes for "dct", or an option is out of
-            range.
+        TypeError: the model is no function, x no floating-point tensor, y no tensor or no classes, or an option has
+            another type.
+        ValueError: x and y differ in length or device, x is not within the bounds or has no axes for "dct", logits are
+            not (N, K) or not finite, a class is not one of the K, or an option is out of range.
     """
+    check_callable("model", model)
     _check_attack(x, y, bounds)
     _check_positive("eps", eps, maximum=bounds[1] - bounds[0])
     check_integer("max_queries", max_queries, minimum=1)
@@ -225,7 +267,7 @@ def _simba(
 ) -> tuple[Tensor, Tensor, Tensor]:
     def ask(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """What is to rise, and whether the class is as wanted. Of probabilities the logarithm: they saturate."""
-        logits = model(x).double()
+        logits = _logits(model, x, y).double()
         gain = logits.log_softmax(1).gather(1, y[:, None])[:, 0]
         return gain if targeted else -gain, (logits.argmax(1) == y) == targeted
 
@@ -317,6 +359,8 @@ def _check_labelled(x: Tensor, y: object) -> None:
         raise ValueError(f"x: expected a non-empty shape (N, *), got {tuple(x.shape)}")
     if y.dim() == 0 or len(y) != len(x):
         raise ValueError(f"y: expected as many as the {len(x)} samples, got shape {tuple(y.shape)}")
+    if y.device != x.device:
+        raise ValueError(f"y: expected a tensor on {x.device} like x, got one on {y.device}")
 
 
 def _check_classes(x: Tensor, y: Tensor) -> None:
@@ -326,7 +370,43 @@ def _check_classes(x: Tensor, y: Tensor) -> None:
         raise ValueError(f"y: expected shape ({len(x)},), got {tuple(y.shape)}")
 
 
+def _logits(model: Model, x: Tensor, y: Tensor) -> Tensor:
+    """Checked: NaN has a largest entry, too."""
+    logits = model(x)
+    _check_logits(logits, x)
+    check_finite("logits", logits)
+    _check_range(y, logits)
+    return logits
+
+
+def _check_logits(logits: object, x: Tensor) -> None:
+    check_tensor("logits", logits)
+    assert isinstance(logits, Tensor)
+    if logits.dim() != 2 or len(logits) != len(x) or not logits.numel():
+        raise ValueError(f"logits: expected shape (N, K) for the {len(x)} samples, got {tuple(logits.shape)}")
+
+
+def _check_range(y: Tensor, logits: Tensor) -> None:
+    if not ((y >= 0) & (y < logits.shape[1])).all():
+        raise ValueError(
+            f"y: expected classes from 0 to {logits.shape[1] - 1}, got {y.min().item()} to {y.max().item()}"
+        )
+
+
+def _check_cross_entropy(logits: Tensor, x: Tensor, y: Tensor) -> None:
+    """What F.cross_entropy takes here: classes or probabilities."""
+    _check_logits(logits, x)
+    if y.is_floating_point() and y.dim() == 2:
+        if y.shape != logits.shape:
+            raise ValueError(f"y: expected probabilities of shape {tuple(logits.shape)}, got {tuple(y.shape)}")
+    else:
+        _check_classes(x, y)
+        _check_range(y, logits)
+
+
 def _check_bounds(bounds: Bounds) -> None:
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        raise TypeError(f"bounds: expected two numbers, got {bounds!r}")
     low, high = bounds
     for value in bounds:
         check_number("bounds", value, minimum=-math.inf)

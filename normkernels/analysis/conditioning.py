@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normkernels.analysis._checks import check_finite, check_floating, check_loss
+from normkernels.analysis._checks import check_callable, check_finite, check_floating, check_loss
 from normkernels.analysis._progress import track
 from normkernels.ops._checks import DTYPES, check_integer, check_like, statistics_dtype
 
@@ -105,11 +105,12 @@ def hessian_condition(
         float64 model where condition numbers are large.
 
     Raises:
-        TypeError: layer, mean or variance has another type.
+        TypeError: loss is no function, or layer, mean or variance has another type.
         ValueError: there is no such unit, mean or variance has another shape or only one of them is there, a variance
             is not positive, the loss is no scalar or does not depend on the layer, or a derivative is not finite.
         NotImplementedError: an operation of the forward pass has no second derivative.
     """
+    check_callable("loss", loss)
     if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
         raise TypeError(f"layer: expected nn.Linear or nn.Conv1d, 2d or 3d, got {type(layer).__name__}")
     P = _preconditioner(layer, unit, mean, variance)

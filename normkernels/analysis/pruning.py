@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from normkernels.analysis._checks import check_module
 from normkernels.layers.whitening import _Whitening
 from normkernels.ops._checks import check_number
 
@@ -47,9 +48,10 @@ def pruning_candidates(
         the channels' order.
 
     Raises:
-        TypeError: a bound is no number.
+        TypeError: model is no module, or a bound no number.
         ValueError: a bound is negative or not finite, or there is none.
     """
+    check_module("model", model)
     if gamma_below is None and similar_within is None:
         raise ValueError("gamma_below, similar_within: expected at least one of them, got None for both")
     for name, bound in (("gamma_below", gamma_below), ("similar_within", similar_within)):

@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from normkernels.analysis._checks import check_floating, check_loss
-from normkernels.ops._checks import statistics_dtype
+from normkernels.analysis._checks import check_floating, check_loss, check_module
+from normkernels.ops._checks import check_integer, statistics_dtype
 
 
 class Decomposition(NamedTuple):
@@ -39,11 +39,12 @@ def decompose(v: Tensor, dim: int = -1) -> Decomposition:
         in v's type, differentiable. A constant vector, which has no direction, has gamma 0 and direction 0.
 
     Raises:
-        TypeError: v is no floating-point tensor.
-        ValueError: v has no dimensions, or no entries along ``dim``.
-        IndexError: v has no such dimension.
+        TypeError: v is no floating-point tensor, or dim no int.
+        ValueError: v has no dimensions, none that is ``dim``, or no entries along it.
     """
     check_floating("v", v)
+    if v.dim() and check_integer("dim", dim, minimum=-v.dim()) >= v.dim():
+        raise ValueError(f"dim: expected less than v's {v.dim()} dimensions, got {dim}")
     if v.dim() == 0 or v.shape[dim] == 0:
         raise ValueError(f"v: expected at least one entry along dimension {dim}, got shape {tuple(v.shape)}")
     x = v.to(statistics_dtype(v.dtype))
@@ -93,9 +94,10 @@ def scale_invariance_gap(
         the parameters stays as it is.
 
     Raises:
-        TypeError: loss is neither a tensor nor a function that returns one.
+        TypeError: model is no module, or loss is neither a tensor nor a function that returns one.
         ValueError: loss is no scalar, or no parameter requires a gradient.
     """
+    check_module("model", model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("model: expected parameters that require gradients, got none")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from normkernels.analysis._checks import check_callable
 from normkernels.analysis._progress import track
 from normkernels.ops._checks import check_data, check_integer, check_tensor, statistics_dtype
 
@@ -53,10 +54,11 @@ def snd(
         if they take no more than 256 MiB; otherwise there are two passes over the draws, and memory for one.
 
     Raises:
-        TypeError: data is no floating-point tensor, or batch_size or num_draws no int.
+        TypeError: norm is no function, data no floating-point tensor, or batch_size or num_draws no int.
         ValueError: data is not (N, d), batch_size or num_draws is out of range, or an output has another shape than
             its batch.
     """
+    check_callable("norm", norm)
     check_data("data", data)
     if data.dim() != 2 or not len(data):
         raise ValueError(f"data: expected shape (N, d) with N and d at least 1, got {tuple(data.shape)}")

@@ -4,14 +4,16 @@ Methods in Deep Learning", Figures 2 and 3)."""
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import NamedTuple
+from typing import NamedTuple, SupportsFloat
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from normkernels.analysis._checks import check_callable, check_module
 
 
 @torch.no_grad()
@@ -19,7 +21,11 @@ def weight_norms(model: nn.Module) -> dict[str, float]:
     """The L2 norm of every parameter with at least two dimensions, by its name (Figure 3).
 
     In float64. Shared parameters come once, under their first name, parametrized ones under that of their original.
+
+    Raises:
+        TypeError: model is no module.
     """
+    check_module("model", model)
     return {
         name: torch.linalg.vector_norm(parameter, dtype=torch.float64).item()
         for name, parameter in model.named_parameters()
@@ -45,7 +51,11 @@ def batch_norm_gaps(model: nn.Module) -> dict[str, BatchNormGap]:
 
     Returns: {name of the layer: BatchNormGap}, for every nn.BatchNorm and nn.SyncBatchNorm with parameters and running
     statistics; others are left out.
+
+    Raises:
+        TypeError: model is no module.
     """
+    check_module("model", model)
     return {
         name: BatchNormGap((layer.weight.square() - layer.running_var).abs(), (layer.bias - layer.running_mean).abs())
         for name, layer in model.named_modules()
@@ -56,21 +66,24 @@ def batch_norm_gaps(model: nn.Module) -> dict[str, BatchNormGap]:
     }
 
 
-Measure = Callable[[nn.Module], Mapping[str, float]]
+Value = SupportsFloat | Tensor | tuple["Value", ...]  # tuples with names for their fields
+Measure = Callable[[nn.Module], Mapping[str, Value]]
 
 
 @dataclass
 class Tracker:
     """Measures of a model over the steps of its training.
 
-        tracker = Tracker(model, {"norm": weight_norms})
+        tracker = Tracker(model, {"norm": weight_norms, "gap": batch_norm_gaps})
         tracker.record(step)
         tracker.write_csv("norms.csv")
 
     Attributes:
         model: what is measured.
-        measures: {name: a function from the model to {name of a value: value}}.
-        rows: one dict for each value, with the keys step, measure, name and value; in the order of recording.
+        measures: {name: a function from the model to {name of a value: value}}. A value is a number, a tensor, of
+            which the mean is recorded, or a NamedTuple of these, as that of batch_norm_gaps.
+        rows: one dict for each value, with the keys step, measure, name and value (a float); in the order of recording.
+            A NamedTuple has one for each field, with the name "name.field".
     """
 
     model: nn.Module
@@ -78,10 +91,23 @@ class Tracker:
     rows: list[dict[str, int | str | float]] = field(default_factory=list)
 
     def record(self, step: int) -> None:
-        """Measures the model as it is now."""
+        """Measures the model as it is now.
+
+        Raises:
+            TypeError: a measure is no function, does not return a mapping, or has a value of another kind.
+            ValueError: a tensor has no values.
+
+        No rows are added then.
+        """
+        rows: list[dict[str, int | str | float]] = []
         for measure, function in self.measures.items():
-            for name, value in function(self.model).items():
-                self.rows.append({"step": step, "measure": measure, "name": name, "value": float(value)})
+            check_callable(f"measures[{measure!r}]", function)
+            values = function(self.model)
+            if not isinstance(values, Mapping):
+                raise TypeError(f"measures[{measure!r}]: expected a mapping as result, got {type(values).__name__}")
+            for name, value in values.items():
+                rows += [{"step": step, "measure": measure, "name": n, "value": v} for n, v in _numbers(name, value)]
+        self.rows += rows
 
     def write_csv(self, path: str | PathLike[str]) -> None:
         """All rows, under a header line; numbers as Python writes them, so that no digit is lost."""
@@ -89,3 +115,18 @@ class Tracker:
             writer = csv.DictWriter(file, ("step", "measure", "name", "value"))
             writer.writeheader()
             writer.writerows(self.rows)
+
+
+def _numbers(name: str, value: Value) -> Iterator[tuple[str, float]]:
+    """What is recorded of a value, and under which names."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        for part, of_part in zip(value._fields, value, strict=True):
+            yield from _numbers(f"{name}.{part}", of_part)
+    elif isinstance(value, Tensor) and not value.is_complex():
+        if not value.numel():
+            raise ValueError(f"{name}: expected at least one value, got shape {tuple(value.shape)}")
+        yield name, value.detach().double().mean().item()
+    elif isinstance(value, SupportsFloat) and not isinstance(value, Tensor):
+        yield name, float(value)
+    else:
+        raise TypeError(f"{name}: expected a number, a real tensor or a NamedTuple of them, got {type(value).__name__}")

@@ -17,6 +17,8 @@ from normkernels.analysis import accuracy, adversarial, bim, gaussian_noise, sim
 from tests import tolerances
 
 D = torch.float64
+X, Y = torch.rand(4, 2, 3, 3), torch.zeros(4, dtype=torch.int64)
+MODEL = nn.Sequential(nn.Flatten(), nn.Linear(18, 3))
 BIM: dict[str, Any] = {"eps": 0.1, "step_size": 0.04, "num_steps": 5}
 SIMBA: dict[str, Any] = {"eps": 0.2, "max_queries": 60}
 
@@ -119,6 +121,41 @@ def test_types_of_samples(dtype: torch.dtype) -> None:
         assert got.dtype == dtype and not torch.equal(got, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, D])
+@pytest.mark.parametrize(("bounds", "eps"), [((0.0, 1.0), 8 / 255), ((-0.7, 0.9), 0.1), ((-1e5, 1e5), 3e4)])
+@pytest.mark.parametrize("way", [1.0, -1.0])
+def test_bim_of_any_type_stays_within_eps_and_bounds(
+    dtype: torch.dtype, bounds: tuple[float, float], eps: float, way: float
+) -> None:
+    """Exactly, in float64; and the type's next number would be outside (float64's may round to eps)."""
+    x = bounds[0] + torch.linspace(0.01, 0.99, 4000, dtype=D)[:, None] * (bounds[1] - bounds[0])
+    x = torch.cat([x.clamp(-65000, 65000) * scale for scale in (1.0, 0.01, 1e-4)]).to(dtype)
+
+    def inside(samples: Tensor) -> Tensor:
+        change = (samples.double() - x.double()).abs()
+        return (change <= eps) & (samples.double() >= bounds[0]) & (samples.double() <= bounds[1])
+
+    model = Linear(torch.tensor([way], dtype=dtype))
+    y = torch.zeros(len(x), dtype=torch.int64)
+    got = bim(
+        model, x, y, eps=eps, step_size=eps, num_steps=2, bounds=bounds, loss=lambda logits, y: logits[:, 1].double()
+    )
+    assert got.dtype == dtype and ((got.double() - x.double()).sign() == way).all()
+    assert inside(got).all()
+    if dtype != D:
+        further = torch.nextafter(got, torch.full_like(got, way * math.inf))
+        assert not (inside(further) & further.isfinite()).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_steps_of_half_types_add_up(dtype: torch.dtype) -> None:
+    """A step of an eighth of the spacing at 1, ten times: more than a spacing. In the type itself none would move."""
+    step, x = torch.finfo(dtype).eps / 8, torch.ones(3, 2, dtype=dtype)
+    got = bim(Linear(torch.ones(2, dtype=dtype)), x, torch.zeros(3, dtype=torch.int64),
+              eps=0.5, step_size=step, num_steps=10, bounds=(0.0, 2.0))  # fmt: skip
+    assert torch.equal(got, torch.full_like(x, 1 + 8 * step))
+
+
 def attacks(net: Any, x: Tensor, y: Tensor) -> None:
     bim(net, x, y, **BIM)
     simba(net, x, y, **SIMBA)
@@ -157,12 +194,67 @@ def test_models_that_are_not_differentiable() -> None:
         torch.no_grad()(net),
         lambda x: net(x.round().detach()),
         lambda x: F.one_hot(net(x).argmax(1), 3).double(),
+        lambda x: F.one_hot(net(x).argmax(1), 3),
+        lambda x: net(x).argmax(1),
     ):
         with pytest.raises(ValueError, match="model: expected a model that is differentiable in its input, got"):
             bim(model, x, y, **BIM)
     with pytest.raises(ValueError, match="gradient of the loss: expected finite values"):
         bim(lambda x: net(x) * math.inf, x, y, **BIM)
     assert simba(lambda x: F.one_hot(net(x).argmax(1), 3).double(), x, y, **SIMBA).queries.sum() > 0  # which needs none
+
+
+def test_bim_where_the_gradient_is_zero() -> None:
+    """No error: such samples come back."""
+    net, (x, y) = network().eval(), images()
+    assert torch.equal(bim(lambda x: net(x.round()), x, y, **BIM), x)
+
+
+def test_bim_in_inference_mode() -> None:
+    x, y = images()
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match=r"bim: expected a call outside torch\.inference_mode"),
+    ):
+        bim(network(), x, y, **BIM)
+
+
+def test_logits_that_say_nothing() -> None:
+    """The largest of NaN is NaN's own place: 0, which may be y."""
+    x, y = images()
+    for attack, options in ((simba, SIMBA), (accuracy, {})):
+        for value in (math.nan, math.inf):
+            with pytest.raises(ValueError, match="logits: expected finite values, got 18 that are not"):
+                attack(lambda x, value=value: torch.full((len(x), 3), value), x, y * 0, **options)
+
+
+@pytest.mark.parametrize("attack", [bim, simba, accuracy])
+@pytest.mark.parametrize(
+    ("model", "y", "error", "message"),
+    [
+        (lambda x: MODEL(x).sum(1), Y, ValueError, r"logits: expected shape \(N, K\) for the 4 samples, got \(4,\)"),
+        (lambda x: MODEL(x)[:2], Y, ValueError, r"logits: expected shape .* 4 samples, got \(2, 3\)"),
+        (lambda x: None, Y, TypeError, "logits: expected a torch.Tensor, got NoneType"),
+        (3, Y, TypeError, "model: expected a function or a module, got int"),
+        (None, Y + 3, ValueError, "y: expected classes from 0 to 2, got 3 to 3"),
+        (None, Y - 100, ValueError, "y: expected classes from 0 to 2, got -100 to -100"),  # ignore_index
+        (None, Y.float(), TypeError, "y: expected classes of type torch.int64, got torch.float32"),
+        (None, Y.int(), TypeError, "y: expected classes of type torch.int64, got torch.int32"),
+        (None, Y[:, None], ValueError, r"y: expected shape \(4,\), got \(4, 1\)"),
+        (None, Y.to("meta"), ValueError, "y: expected a tensor on cpu like x, got one on meta"),
+    ],
+)
+def test_bad_models_and_classes(attack: Any, model: Any, y: Tensor, error: type[Exception], message: str) -> None:
+    options: dict[Any, Any] = {bim: BIM, simba: SIMBA, accuracy: {}}
+    with pytest.raises(error, match=message):
+        attack(MODEL if model is None else model, X, y, **options[attack])
+
+
+def test_bim_of_other_losses_takes_what_they_take() -> None:
+    """One logit a sample, and signs for classes."""
+    x, sign = torch.rand(4, 3, dtype=D), torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=D)
+    got = bim(lambda x: x.sum(1), x, sign, **BIM, loss=lambda score, sign: F.softplus(-sign * score))
+    tolerances.assert_identity(got, (x - 0.1 * sign[:, None]).clamp(0, 1))
 
 
 # SimBA
@@ -303,8 +395,6 @@ def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
     assert "BIM" in shown and "3/3" in shown and "2/2" in shown and "6/6" in shown
 
 
-X, Y = torch.rand(4, 2, 3, 3), torch.zeros(4, dtype=torch.int64)
-MODEL = nn.Sequential(nn.Flatten(), nn.Linear(18, 3))
 BOTH = [
     ({"x": X.tolist()}, TypeError, "x: expected a torch.Tensor, got list"),
     ({"x": X.long()}, TypeError, "x: expected float16"),
@@ -315,6 +405,8 @@ BOTH = [
     ({"y": 0}, TypeError, "y: expected a torch.Tensor, got int"),
     ({"y": Y[1:]}, ValueError, r"y: expected as many as the 4 samples, got shape \(3,\)"),
     ({"bounds": (1.0, 0.0)}, ValueError, "bounds: expected two finite numbers, the lower one first"),
+    ({"bounds": None}, TypeError, "bounds: expected two numbers, got None"),
+    ({"bounds": (0.0, 0.5, 1.0)}, TypeError, "bounds: expected two numbers"),
     ({"bounds": (-math.inf, 1.0)}, ValueError, "bounds: expected two finite numbers"),
     ({"bounds": (0.0, math.inf)}, ValueError, "bounds: expected a finite number"),
     ({"eps": -0.1}, ValueError, r"eps: expected a finite number within \[0, 1\], got -0.1"),
@@ -335,6 +427,8 @@ BOTH = [
         ({"num_steps": 0}, ValueError, "num_steps: expected at least 1, got 0"),
         ({"num_steps": 1.0}, TypeError, "num_steps: expected an int"),
         ({"loss": lambda logits, y: None}, TypeError, "loss: expected a torch.Tensor, got NoneType"),
+        ({"loss": "l2"}, TypeError, "loss: expected a function or a module, got str"),
+        ({"y": torch.ones(4, 2)}, ValueError, r"y: expected probabilities of shape \(4, 3\), got \(4, 2\)"),
     ],
 )
 def test_bad_input_of_bim(bad: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -356,8 +450,6 @@ def test_bad_input_of_bim(bad: dict[str, Any], error: type[Exception], message: 
             ValueError,
             r"x: expected shape \(N, C, \*\) with basis='dct', got \(4, 3\)",
         ),
-        ({"y": Y.float()}, TypeError, "y: expected classes of type torch.int64, got torch.float32"),
-        ({"y": Y[:, None]}, ValueError, r"y: expected shape \(4,\), got \(4, 1\)"),
     ],
 )
 def test_bad_input_of_simba(bad: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -375,5 +467,3 @@ def test_bad_input_of_noise_and_accuracy() -> None:
             gaussian_noise(*arguments)
     with pytest.raises(ValueError, match="x: expected a non-empty shape"):
         accuracy(MODEL, X[:0], Y[:0])
-    with pytest.raises(TypeError, match=r"y: expected classes of type torch\.int64"):
-        accuracy(MODEL, X, Y.float())

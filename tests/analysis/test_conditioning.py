@@ -363,6 +363,7 @@ GOOD: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
+        ({"loss": 3}, TypeError, "loss: expected a function or a module, got int"),
         ({"layer": nn.BatchNorm1d(3)}, TypeError, "layer: expected nn.Linear or nn.Conv1d, 2d or 3d, got BatchNorm1d"),
         ({"layer": nn.ConvTranspose1d(3, 2, 1)}, TypeError, "layer: expected nn.Linear"),
         (

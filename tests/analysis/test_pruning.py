@@ -78,9 +78,10 @@ def test_layers_without_gamma_and_beta() -> None:
         ({}, ValueError, "gamma_below, similar_within: expected at least one of them"),
         ({"gamma_below": -1.0}, ValueError, "gamma_below: expected a finite number at least 0, got -1"),
         ({"gamma_below": float("nan")}, ValueError, "gamma_below: expected a finite number"),
+        ({"model": 3, "gamma_below": 1.0}, TypeError, "model: expected an nn.Module, got int"),
         ({"similar_within": "0.1"}, TypeError, "similar_within: expected a number, got '0.1'"),
     ],
 )
 def test_bad_input(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        pruning_candidates(nn.BatchNorm1d(2), **options)
+        pruning_candidates(**{"model": nn.BatchNorm1d(2), **options})

@@ -92,6 +92,19 @@ def test_bad_vectors(v: Any, error: type[Exception], message: str) -> None:
         decompose(v)
 
 
+@pytest.mark.parametrize(
+    ("dim", "error", "message"),
+    [
+        (2, ValueError, "dim: expected less than v's 2 dimensions, got 2"),
+        (-3, ValueError, "dim: expected at least -2, got -3"),
+        (1.0, TypeError, "dim: expected an int, got 1.0"),
+    ],
+)
+def test_bad_dim(dim: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        decompose(torch.ones(2, 3), dim)
+
+
 def network(norm: nn.Module) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(2, 6, 3, bias=False), norm, nn.ReLU(), nn.Flatten(), nn.Linear(6 * 4 * 4, 3)
@@ -178,6 +191,7 @@ def test_gradients_and_graph_are_left_alone() -> None:
 @pytest.mark.parametrize(
     ("model", "loss", "error", "message"),
     [
+        (3, torch.tensor(1.0), TypeError, "model: expected an nn.Module, got int"),
         (nn.ReLU(), torch.tensor(1.0), ValueError, "model: expected parameters that require gradients, got none"),
         (nn.Linear(2, 2), 1.0, TypeError, "loss: expected a tensor or a function, got float"),
         (nn.Linear(2, 2), lambda: 1.0, TypeError, "loss: expected a torch.Tensor, got float"),

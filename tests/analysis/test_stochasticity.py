@@ -178,6 +178,7 @@ GOOD: dict[str, Any] = {"norm": batch_norm, "data": torch.ones(6, 2), "batch_siz
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
+        ({"norm": 3}, TypeError, "norm: expected a function or a module, got int"),
         ({"data": [1.0]}, TypeError, "data: expected a torch.Tensor, got list"),
         ({"data": torch.ones(6, 2, dtype=torch.int64)}, TypeError, "data: expected float16"),
         ({"data": torch.ones(6, 2, 1)}, ValueError, r"data: expected shape \(N, d\)"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -81,3 +83,50 @@ def test_tracker(tmp_path: Path) -> None:
     assert tracker.rows[3]["value"] == tenth and rows[3] == {
         "step": "10", "measure": "mean", "name": "weight", "value": repr(tenth),
     }  # fmt: skip
+
+
+def test_tracker_of_tensors_and_tuples(tmp_path: Path) -> None:
+    """A row for each field, of several values their mean; CSV, too."""
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.tensor([2.0, 3.0]))
+        net[1].bias.copy_(torch.tensor([0.5, -1.0]))
+    measures: dict[str, Any] = {
+        "gap": batch_norm_gaps,
+        "gamma": lambda net: {"1": net[1].weight, "1.max": net[1].weight.max()},
+    }
+    tracker = Tracker(net, measures)
+    tracker.record(7)
+    expected = [  # |4 - 1| and |9 - 1|; |0.5| and |-1|
+        ("gap", "1.gamma_gap", 5.5), ("gap", "1.beta_gap", 0.75), ("gamma", "1", 2.5), ("gamma", "1.max", 3.0),
+    ]  # fmt: skip
+    assert [(row["measure"], row["name"], row["value"]) for row in tracker.rows] == expected
+    assert all(type(row["value"]) is float and row["step"] == 7 for row in tracker.rows)
+    tracker.write_csv(tmp_path / "gaps.csv")
+    with (tmp_path / "gaps.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["measure"], row["name"], float(row["value"])) for row in rows] == expected
+
+
+@pytest.mark.parametrize(
+    ("measure", "error", "message"),
+    [
+        (3, TypeError, r"measures\['bad'\]: expected a function or a module, got int"),
+        (lambda net: 1.0, TypeError, r"measures\['bad'\]: expected a mapping as result, got float"),
+        (lambda net: {"a": "1.0"}, TypeError, "a: expected a number, a real tensor or a NamedTuple of them, got str"),
+        (lambda net: {"a": (1.0, 2.0)}, TypeError, "a: expected a number, a real tensor .*, got tuple"),
+        (lambda net: {"a": torch.ones(2) * 1j}, TypeError, "a: expected a number, a real tensor"),
+        (lambda net: {"a": torch.ones(0)}, ValueError, r"a: expected at least one value, got shape \(0,\)"),
+    ],
+)
+def test_bad_measures(measure: Any, error: type[Exception], message: str) -> None:
+    tracker = Tracker(nn.Linear(2, 2), {"norm": weight_norms, "bad": measure})
+    with pytest.raises(error, match=message):
+        tracker.record(0)
+    assert tracker.rows == []
+
+
+def test_no_module() -> None:
+    for function in (weight_norms, batch_norm_gaps):
+        with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got int"):
+            function(3)  # type: ignore[arg-type]
