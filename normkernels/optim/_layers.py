@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,11 @@ class Layer:
     handle: RemovableHandle | None = None
 
     @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.name or "model"
+
+    @property
     def weight(self) -> Tensor:
         return self.modules[0].weight  # type: ignore[return-value]
 
@@ -58,14 +64,40 @@ class Layer:
         """
         if self.watched is not weight:
             self.unwatch()
+            self.forget()
             self.watched = weight
-            self.handle = weight.register_post_accumulate_grad_hook(self._has_accumulated)
+            # Autograd holds the hook where gc does not look: with a way back to the weight, neither would ever go.
+            layer = weakref.ref(self)
+            self.handle = weight.register_post_accumulate_grad_hook(lambda _: _mark(layer()))
         if self.accumulated and weight.grad is None:
-            self.batch, self.accumulated = None, False
+            self.forget()
         self.batch = batch if self.batch is None else self.batch.merged(batch)
 
-    def _has_accumulated(self, _: Tensor) -> None:
-        self.accumulated = True
+    def check(self) -> None:
+        """The weights are still parameters of the modules, for as many input channels as the statistics."""
+        for module in self.modules:
+            _check_parameters(self.name, module)
+        channels = self.weight.shape[1] * self.groups
+        if channels != len(self.mean):
+            raise ValueError(
+                f"{self.label}: expected a weight for {len(self.mean)} input channels, as when BNP was made, got one "
+                f"for {channels}; make another BNP after it is replaced"
+            )
+
+    def check_call(self, x: object, output: object) -> None:
+        """Subclasses of the layers may take and return what they like."""
+        for what, value in (("input", x), ("output", output)):
+            if not isinstance(value, Tensor):
+                got = type(value).__name__
+            elif value.layout is not torch.strided or value.is_nested:
+                got = "a nested one" if value.is_nested else str(value.layout)
+            elif value.dtype not in DTYPES:
+                got = str(value.dtype)
+            else:
+                continue
+            raise TypeError(
+                f"{self.label}: expected a strided floating-point tensor as {what}, got {got}; put the layer in skip"
+            )
 
     def unwatch(self) -> None:
         if self.handle is not None:
@@ -74,6 +106,11 @@ class Layer:
 
     def forget(self) -> None:
         self.batch, self.accumulated = None, False
+
+
+def _mark(layer: Layer | None) -> None:
+    if layer is not None:
+        layer.accumulated = True
 
 
 def find_layers(model: nn.Module, skip: Sequence[str | nn.Module]) -> list[Layer]:
@@ -101,7 +138,7 @@ def find_layers(model: nn.Module, skip: Sequence[str | nn.Module]) -> list[Layer
             for owner, key in users
         ):  # fmt: skip
             raise ValueError(
-                f"{_listed(dict.fromkeys(names[owner] for owner, _ in users))}: expected a weight and bias that belong "
+                f"{listed(dict.fromkeys(names[owner] for owner, _ in users))}: expected a weight and bias that belong "
                 f"to one layer, or to layers that share both and have the same groups, got modules that share parts; "
                 f"put the layers in skip"
             )
@@ -124,7 +161,7 @@ def _skipped(model: nn.Module, skip: Sequence[str | nn.Module]) -> set[nn.Module
             raise TypeError(f"skip: expected names or modules, got {entry!r}")
         module = by_name.get(entry) if isinstance(entry, str) else entry
         if module is None or module not in modules:
-            layers = _listed(name for name, module in by_name.items() if isinstance(module, TYPES))
+            layers = listed(name for name, module in by_name.items() if isinstance(module, TYPES))
             raise ValueError(f"skip: expected names or modules of the model, got {entry!r}; its layers are {layers}")
         skipped.update(module.modules())
     return skipped
@@ -150,5 +187,6 @@ def _check_parameters(name: str, module: nn.Module) -> None:
             )
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"
+def listed(names: Iterable[str]) -> str:
+    """The model itself has no name."""
+    return ", ".join(name or "model" for name in names) or "none"

@@ -9,12 +9,14 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from normkernels.ops._checks import check_integer, check_number, check_tensor, statistics_dtype
 from normkernels.ops.precondition.op import precondition
 from normkernels.optim._batch import Batch, Running, merge_ranks
-from normkernels.optim._layers import Layer, find_layers
+from normkernels.optim._layers import Layer, find_layers, listed
 
 
 class BNP:
@@ -55,8 +57,9 @@ class BNP:
 
     Statistics are gathered when a layer has been called, in training mode only, in float32 (float64 for float64), on
     the activations' device; autocast does not matter. They add up until the next step: calls of one layer,
-    micro-batches of gradient accumulation; then N is the sum and r s the average over samples. Recomputation under
-    activation checkpointing does not count again. A layer with one row (N = 1, r s = 1) takes
+    micro-batches of gradient accumulation; then N is the sum and r s the average over samples. A forward pass under
+    no_grad counts, too, unless in evaluation mode; recomputation under activation checkpointing, torch.func's
+    transforms, functional_call with other weights and torch.export do not. A layer with one row (N = 1, r s = 1) takes
     (h - mu)^2 for its variance (section 3.3). If a layer's statistics are not finite, its running ones stay as they
     are. A layer without gradient only updates statistics; one with a gradient but not called since the last step is
     preconditioned with the running statistics and its last N and r s.
@@ -65,15 +68,18 @@ class BNP:
         Gradient accumulation: one step, after the last micro-batch.
         AMP: attach, and ``scaler.step(optimizer)`` as always. The change is linear in (G_w, G_b), so it does not matter
             whether ``scaler.unscale_`` comes first. When the scaler skips a step, its statistics are dropped with
-            the gradients by ``zero_grad()``; with ``set_to_none=False`` they count for the next step.
+            the gradients by ``zero_grad()``; with ``set_to_none=False`` they count for the next step. A fused optimizer
+            skips by itself, after BNP: then the running statistics have taken them in.
         Clipping: before ``optimizer.step()`` it bounds the loss's gradients if attached. To bound the
             preconditioned ones instead: ``bnp.step()``, clip, ``optimizer.step()``.
         Weight decay of the optimizer is added after, and not preconditioned.
+        Learning rate: q^2 divides the gradients (by fan-in / N, or sqrt(r s) in a convolution), so tune it again.
         Distributed: when torch.distributed is initialized, the ranks' statistics are merged in one collective per
             step; so every rank steps equally often. With DDP replicas stay equal, as if one process had the whole
             batch. It waits for the device once.
         torch.compile: make BNP before the first call of the compiled model; its hooks are graph breaks.
-        Saving: state_dict between steps. A deepcopy or pickle of the model has hooks that do nothing.
+        Saving: state_dict between steps. Names of layers are those of the module that was given: with BNP(ddp) they
+            begin with "module.". A deepcopy or pickle of the model has hooks that do nothing.
         Not supported: nn.DataParallel, parameters sharded by FSDP, capture of a whole step in a CUDA graph.
 
     Residual networks: BNP does not make a network invariant to the scale of its weights, which is what lets BatchNorm
@@ -128,7 +134,7 @@ class BNP:
         for layer in self._layers:
             for module in layer.modules:
                 if any(isinstance(hook, _Hook) and hook.gather for hook in module._forward_hooks.values()):
-                    raise ValueError(f"model: expected layers without BNP, got one on {layer.name}; remove() it first")
+                    raise ValueError(f"model: expected layers without BNP, got one on {layer.label}; remove() it first")
         self._hooks = [
             # First of the hooks, before one of them changes the output. Not a pre-hook: the input is what the layer
             # has got after all of these, r s can be read off the output, and a call that fails leaves nothing behind.
@@ -139,7 +145,7 @@ class BNP:
         self._attached: RemovableHandle | None = None
         self._running: list[Running] = []
         self._places: list[tuple[torch.device, torch.dtype]] = []
-        self._seen = False  # a forward pass in training since the last step
+        self._seen = False  # a forward pass in training since the last step that had nothing to gather
         self._warned = False
         self._left: list[_Left] = []
 
@@ -148,6 +154,7 @@ class BNP:
 
         Raises:
             RuntimeError: no layer was called in training mode since the last step (on any rank), or BNP is attached.
+            ValueError: a layer's weight has come to be computed from others, or has other input channels.
         """
         if self.attached:
             raise RuntimeError("step: expected a BNP that is not attached, got one that steps with the optimizer")
@@ -165,17 +172,19 @@ class BNP:
         """Step at the beginning of each ``optimizer.step()``, until the handle's ``remove()``.
 
         Raises:
-            RuntimeError: it is attached already; and from optimizer.step(): it was given a closure, in which gradients
-                would be computed after they are preconditioned.
+            RuntimeError: it is attached already, or removed; and from optimizer.step(): it was given a closure, in
+                which gradients would be computed after they are preconditioned.
             ValueError: the optimizer does not hold a layer's trainable weight or bias.
         """
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if self.attached:
             raise RuntimeError("attach: expected a BNP that is not attached, got one that is; remove its handle first")
+        if not self._hooks:
+            raise RuntimeError("attach: expected a BNP with hooks, got one after remove(); make another")
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         missing = [
-            layer.name
+            layer.label
             for layer in self._layers
             for parameter in (layer.weight, layer.bias)
             if parameter is not None and parameter.requires_grad and id(parameter) not in held
@@ -214,15 +223,19 @@ class BNP:
         """Take over a state_dict; what was gathered since the last step is dropped.
 
         Raises:
-            ValueError: it is of other layers, or of other shapes. Nothing is changed then.
+            ValueError: it is of other layers or shapes, a number is not finite, or a variance is negative.
             TypeError: a value has the wrong type.
+
+        Nothing is changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict: expected a mapping, got {type(state_dict).__name__}")
         names = [layer.name for layer in self._layers]
         if set(names) != set(state_dict):
             missing, unexpected = set(names) - set(state_dict), set(state_dict) - set(names)
             raise ValueError(
-                f"state_dict: expected the layers {', '.join(names)}, got one that lacks "
-                f"{', '.join(sorted(missing)) or 'none'} and has {', '.join(sorted(unexpected)) or 'none'} besides"
+                f"state_dict: expected the layers {listed(names)}, got one that lacks "
+                f"{listed(sorted(missing))} and has {listed(sorted(map(str, unexpected)))} besides"
             )
         for layer in self._layers:
             _check_state(layer, state_dict[layer.name])
@@ -230,22 +243,37 @@ class BNP:
             state = state_dict[layer.name]
             layer.mean.copy_(state["mean"])
             layer.variance.copy_(state["variance"])
-            layer.samples, layer.positions = state["samples"], float(state["positions"])
+            layer.samples, layer.positions = int(state["samples"]), float(state["positions"])
             layer.forget()
         self._seen = False
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("BNP: it belongs to its model; make one for the copy of the model and load the state_dict")
 
-    def _gather(self, layer: Layer, module: nn.Module, x: Tensor, output: Tensor) -> None:
+    def _gather(self, layer: Layer, module: nn.Module, x: Any, output: Any) -> None:
         # In the middle of a backward pass it is activation checkpointing that calls the layer a second time.
-        if not module.training or torch._C._current_graph_task_id() != -1:
+        if not module.training or torch._C._current_graph_task_id() != -1 or _is_transformed():
             return
-        self._seen = True
+        layer.check()
         weight = module.weight
         # Under functional_call the weight is not the module's own, and nor will be the gradient.
-        if isinstance(weight, nn.Parameter) and weight.requires_grad and x.numel() > 0:
-            layer.gather(Batch.of(x, output, weight), weight)
+        if not isinstance(weight, nn.Parameter):
+            return
+        if not weight.requires_grad:
+            self._seen = True
+            return
+        layer.check_call(x, output)
+        if x.numel() == 0:
+            self._seen = True
+            return
+        with forward_ad._set_fwd_grad_enabled(False):
+            batch = Batch.of(x, output, weight)
+        if len(batch.mean) != len(layer.mean):
+            raise ValueError(
+                f"{layer.label}: expected an input of {len(layer.mean)} channels, got shape {tuple(x.shape)}; put the "
+                f"layer in skip"
+            )
+        layer.gather(batch, weight)
 
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
@@ -256,16 +284,21 @@ class BNP:
         # GradScaler leaves it to fused optimizers to skip a step. Then gradients that are not finite are no news.
         self._step(skipped=getattr(optimizer, "found_inf", None))
 
-    @torch.compiler.disable
+    @_disable_dynamo
     @torch.no_grad()
     def _step(self, skipped: Tensor | None = None) -> None:
+        for layer in self._layers:
+            layer.check()
+            if layer.watched is not layer.weight:  # of a functional_call with another module's parameters
+                layer.forget()
         self._arrange()
+        seen = self._seen or any(layer.batch is not None for layer in self._layers)
         world_size = 1
         if self.process_group is not False and dist.is_available() and dist.is_initialized():
             world_size = dist.get_world_size(self.process_group)
         if world_size > 1:
-            self._seen = merge_ranks(self._layers, self._seen, self.process_group, world_size)
-        if not self._seen:
+            seen = merge_ranks(self._layers, seen, self.process_group, world_size)
+        if not seen:
             raise RuntimeError(
                 "step: expected a forward pass in training mode since the last step, got none through any layer"
             )
@@ -279,6 +312,7 @@ class BNP:
         self._seen = False
         self._precondition(skipped)
 
+    @torch.inference_mode(False)  # or a step in it would leave tensors that no other may change
     def _arrange(self) -> None:
         """Running statistics where the weights are, and in their statistics' type: the model may have moved."""
         places = [(layer.weight.device, statistics_dtype(layer.weight.dtype)) for layer in self._layers]
@@ -306,7 +340,7 @@ class BNP:
             self.eps2,
         )
         if not self._warned:
-            self._report([layer.name for layer in layers], left, skipped)
+            self._report([layer.label for layer in layers], left, skipped)
 
     def _report(self, names: Sequence[str], left: Sequence[Tensor], skipped: Tensor | None) -> None:
         """Warn, once, of rows that were left alone; those on a GPU are looked at when their numbers have arrived."""
@@ -348,27 +382,51 @@ class _Left:
 class _Hook:
     """A layer's forward hook. A copy does nothing: the copied model's statistics are not those that BNP is for."""
 
-    def __init__(self, gather: Callable[[Layer, nn.Module, Tensor, Tensor], None] | None, layer: Layer | None) -> None:
+    def __init__(self, gather: Callable[[Layer, nn.Module, Any, Any], None] | None, layer: Layer | None) -> None:
         self.gather, self.layer = gather, layer
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, (None, None)
 
-    @torch.compiler.disable  # traced, what is gathered is guarded on, and steps and micro-batches compile again
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not torch.compiler.is_exporting():  # torch.export(strict=True) traces this, and has no graph breaks
+            self._gather(module, args, kwargs, output)
+
+    # Traced, what is gathered is guarded on, and steps and micro-batches compile again. The decorator is torch.optim's:
+    # torch.compiler.disable imports torch._dynamo, more than a second, with the package, this one at the first call.
+    @_disable_dynamo
     @torch.no_grad()
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def _gather(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.gather is not None and self.layer is not None:
-            self.gather(self.layer, module, (*args, *kwargs.values())[0], output)
+            self.gather(self.layer, module, next(iter((*args, *kwargs.values())), None), output)
 
 
-def _check_state(layer: Layer, state: Mapping[str, Any]) -> None:
+_TRACERS = [getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")]
+
+
+def _is_transformed() -> bool:
+    """Whether the call is one of torch.func, whose gradients go elsewhere, or of a tracer, which has no data."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
+        return True
+    return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
+
+
+def _check_state(layer: Layer, state: object) -> None:
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{layer.label}: expected a mapping as its state, got {type(state).__name__}")
     for key in ("mean", "variance", "samples", "positions"):
         if key not in state:
-            raise ValueError(f"{layer.name}: expected {key} in its state, got {', '.join(state) or 'nothing'}")
-    for key in ("mean", "variance"):
-        check_tensor(f"{layer.name}.{key}", state[key])
-        if state[key].shape != layer.mean.shape:
-            expected, got = tuple(layer.mean.shape), tuple(state[key].shape)
-            raise ValueError(f"{layer.name}.{key}: expected shape {expected}, got {got}")
-    check_integer(f"{layer.name}.samples", state["samples"], minimum=0)
-    check_number(f"{layer.name}.positions", state["positions"])
+            raise ValueError(f"{layer.label}: expected {key} in its state, got {', '.join(state) or 'nothing'}")
+    for key, minimum in (("mean", float("-inf")), ("variance", 0.0)):
+        name, value = f"{layer.label}.{key}", state[key]
+        check_tensor(name, value)
+        if value.shape != layer.mean.shape:
+            raise ValueError(f"{name}: expected shape {tuple(layer.mean.shape)}, got {tuple(value.shape)}")
+        if value.is_complex():
+            raise TypeError(f"{name}: expected real numbers, got {value.dtype}")
+        value = value.to(layer.mean.dtype)  # where it may overflow
+        if not (value.isfinite() & (value >= minimum)).all():
+            bounds = "at least 0" if minimum == 0 else "only"
+            raise ValueError(f"{name}: expected finite numbers {bounds}, got {value.tolist()}")
+    check_integer(f"{layer.label}.samples", state["samples"], minimum=0)
+    check_number(f"{layer.label}.positions", state["positions"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from normkernels.optim import BNP
@@ -443,8 +447,129 @@ def test_functional_call_gathers_nothing() -> None:
     layer, bnp = single(nn.Linear(5, 4))
     weights = {"weight": torch.zeros(4, 5, dtype=torch.float64, requires_grad=True)}
     torch.func.functional_call(layer, weights, data(6, 5)).sum().backward()
+    with pytest.raises(RuntimeError, match="forward pass"):
+        bnp.step()
+    parameters = {"weight": nn.Parameter(torch.zeros(4, 5, dtype=torch.float64))}
+    torch.func.functional_call(layer, parameters, data(6, 5)).sum().backward()
+    with pytest.raises(RuntimeError, match="forward pass"):
+        bnp.step()
+    torch.func.functional_call(layer, parameters, data(6, 5))
+    layer(data(3, 5)).sum().backward()
     bnp.step()
-    assert bnp.state_dict()[""]["samples"] == 0
+    assert bnp.state_dict()[""]["samples"] == 3
+
+
+def test_only_frozen_layers_were_called() -> None:
+    model, bnp = two_branches()
+    model["b"].requires_grad_(False)
+    model["b"](data(6, 5))
+    bnp.step()
+    with pytest.raises(RuntimeError, match="forward pass"):
+        bnp.step()
+
+
+def fake(layer: nn.Module, x: Tensor) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer(torch.empty(x.shape, dtype=x.dtype))
+
+
+# Of what torch.export and torch.func.jvp import.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda layer, x: torch.export.export(layer, (x,), strict=False),
+        lambda layer, x: torch.export.export(layer, (x,), strict=True),
+        fake,
+        lambda layer, x: torch.vmap(layer)(x),
+        lambda layer, x: torch.func.grad(lambda x: layer(x).sum())(x),
+        lambda layer, x: torch.func.jvp(layer, (x,), (x,)),
+    ],
+    ids=["export", "export-strict", "fake", "vmap", "grad", "jvp"],
+)
+def test_transforms_and_tracers_gather_nothing(transform: Callable[[nn.Module, Tensor], object]) -> None:
+    """In training mode, and they work as without BNP."""
+    layer, bnp = single(nn.Linear(5, 4), rho=0.0)
+    x = data(6, 5)
+    transform(layer, x)
+    with pytest.raises(RuntimeError, match="forward pass"):
+        bnp.step()
+    layer(x[:3]).sum().backward()
+    transform(layer, x)
+    bnp.step()
+    assert bnp.state_dict()[""]["samples"] == 3
+    assert_agree(state(bnp)[0], oracle.statistics(x[:3])[0])
+
+
+def test_forward_mode() -> None:
+    layer, bnp = single(nn.Linear(5, 4), rho=0.0)
+    x = data(6, 5)
+    with forward_ad.dual_level():
+        y = layer(forward_ad.make_dual(x, x))
+        assert forward_ad.unpack_dual(y).tangent is not None
+        y.sum().backward()
+        bnp.step()
+    assert_agree(state(bnp)[0], oracle.statistics(x)[0])
+
+
+def test_inference_mode() -> None:
+    """A step in it, and a forward pass, leave no tensors that later steps could not change."""
+    layer, bnp = single(nn.Linear(5, 4), rho=0.5)
+    running = oracle.Running(5, rho=0.5)
+    for first in (True, False):
+        x = data(6, 5)
+        layer.zero_grad()
+        layer(x).sum().backward()
+        with torch.inference_mode(first):
+            bnp.step()
+        running.update(x)
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+    bnp.step()
+    running.update(x)
+    assert bnp.state_dict()[""]["samples"] == 12
+    assert_agree(state(bnp), [running.mean, running.var])
+    bnp.load_state_dict(bnp.state_dict())
+
+
+class Unusual(nn.Linear):
+    """A subclass with another signature: args of the call are what a test wants."""
+
+    def forward(self, *args: Any) -> Any:  # type: ignore[override]
+        return args[1]
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ((torch.ones(2, 5).to_sparse(), torch.ones(2, 4)), TypeError, "0: .* tensor as input, got torch.sparse_coo"),
+        (((1, 2), torch.ones(2, 4)), TypeError, "0: .* tensor as input, got tuple"),
+        ((torch.ones(2, 5, dtype=torch.int64), torch.ones(2, 4)), TypeError, "0: .* tensor as input, got torch.int64"),
+        ((torch.ones(2, 5), (torch.ones(2, 4),)), TypeError, "0: .* tensor as output, got tuple"),
+        ((torch.ones(2, 3), torch.ones(2, 4)), ValueError, r"0: expected an input of 5 channels, got shape \(2, 3\)"),
+    ],
+)
+def test_calls_it_cannot_read(args: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    layer = Unusual(5, 4)
+    bnp = BNP(nn.Sequential(layer, nn.Linear(1, 1)))
+    with pytest.raises(error, match=f"{message}.*; put the layer in skip"):
+        layer(*args)
+    layer.eval()
+    layer(*args)
+    layer.train().requires_grad_(False)
+    layer(*args)
+    bnp.step()
+
+
+def test_weight_and_bnp_can_be_collected() -> None:
+    layer, bnp = single(nn.Linear(5, 4))
+    bnp.attach(torch.optim.SGD(layer.parameters(), lr=0.1))
+    backward(layer, data(6, 5))
+    references = [weakref.ref(layer), weakref.ref(layer.weight), weakref.ref(bnp)]
+    del layer, bnp
+    gc.collect()
+    assert [reference() for reference in references] == [None, None, None]
 
 
 # Degenerate input.

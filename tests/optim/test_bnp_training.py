@@ -6,6 +6,8 @@ import copy
 import io
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -166,6 +168,8 @@ def test_remove() -> None:
     assert torch.equal(bnp.state_dict()["0"]["mean"], before)
     with pytest.raises(RuntimeError, match="forward pass"):
         bnp.step()
+    with pytest.raises(RuntimeError, match=r"attach: expected a BNP with hooks, got one after remove\(\)"):
+        bnp.attach(optimizer)
     BNP(model)
 
 
@@ -268,9 +272,10 @@ def test_skipped_step_counts_where_gradients_are_zeroed_in_place() -> None:
 def test_fused_optimizer_skips_by_itself_without_a_warning() -> None:
     run = Scaled(fused=True)
     run.step(0)
-    before = values(run.model)
+    before, statistics = values(run.model), run.bnp.state_dict()["0"]["mean"]
     run.step(1, overflow=True)
     assert_identical(values(run.model), before)
+    assert not torch.equal(run.bnp.state_dict()["0"]["mean"], statistics)  # as documented
     run.step(2)
     assert all(value.isfinite().all() for value in values(run.model, run.bnp))
 
@@ -369,6 +374,12 @@ def test_load_refuses() -> None:
         (good | {"3": good["3"] | {"samples": 1.5}}, TypeError, "3.samples: expected an int"),
         (good | {"3": good["3"] | {"positions": float("nan")}}, ValueError, "3.positions: expected a finite number"),
         (good | {"3": {"mean": good["3"]["mean"]}}, ValueError, "3: expected variance in its state, got mean"),
+        (good | {"3": None}, TypeError, "3: expected a mapping as its state, got NoneType"),
+        (good | {1: None, None: 1}, ValueError, "lacks none and has 1, None besides"),  # type: ignore[dict-item]
+        (good | {"3": good["3"] | {"mean": torch.full((32,), float("inf"))}}, ValueError, "3.mean: expected finite"),
+        (good | {"3": good["3"] | {"variance": torch.full((32,), float("nan"))}}, ValueError, "3.variance: .* finite"),
+        (good | {"3": good["3"] | {"variance": -torch.ones(32)}}, ValueError, "3.variance: .* numbers at least 0"),
+        (good | {"3": good["3"] | {"mean": torch.ones(32) * 1j}}, TypeError, "3.mean: expected real numbers"),
     ]
     changed = copy.deepcopy(good["0"])
     changed["mean"] += 1
@@ -378,6 +389,27 @@ def test_load_refuses() -> None:
         with pytest.raises(error, match=message):
             bnp.load_state_dict(state)
         assert torch.equal(bnp.state_dict()["0"]["mean"], good["0"]["mean"])  # nothing was taken over
+    with pytest.raises(TypeError, match="state_dict: expected a mapping, got NoneType"):
+        bnp.load_state_dict(None)  # type: ignore[arg-type]
+
+
+def test_a_model_without_a_name_is_called_model() -> None:
+    layer = nn.Linear(5, 4)
+    bnp = BNP(layer)
+    with pytest.raises(ValueError, match="got one on model; remove"):
+        BNP(layer)
+    with pytest.raises(ValueError, match="without those of model; put"):
+        bnp.attach(torch.optim.SGD([layer.bias]))
+    with pytest.raises(ValueError, match="expected the layers model, got one that lacks model and has x besides"):
+        bnp.load_state_dict({"x": {}})
+    with pytest.raises(ValueError, match="model: expected mean in its state, got nothing"):
+        bnp.load_state_dict({"": {}})
+    with pytest.raises(ValueError, match="got 'x'; its layers are model"):
+        BNP(layer, skip=["x"])
+    layer(torch.ones(3, 5)).sum().backward()
+    layer.weight.grad.fill_(float("nan"))  # type: ignore[union-attr]
+    with pytest.warns(UserWarning, match="as they are in model;"):
+        bnp.step()
 
 
 def test_model_may_change_its_type() -> None:
@@ -408,6 +440,41 @@ def test_a_weight_may_be_replaced() -> None:
     loss_of(model, 3).backward()
     bnp.step()
     assert bnp.state_dict()["3"]["samples"] == 6  # gradients of the new one are dropped as well
+
+
+def test_a_weight_of_another_shape_is_refused() -> None:
+    model = network()
+    bnp = BNP(model)
+    message = "3: expected a weight for 32 input channels, as when BNP was made, got one for 7"
+    loss_of(model).backward()
+    model[3].weight = nn.Parameter(torch.ones(4, 7).double())
+    with pytest.raises(ValueError, match=message):
+        bnp.step()
+    with pytest.raises(ValueError, match=message):
+        model[3](torch.ones(2, 7).double())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning:torch")
+@pytest.mark.parametrize(
+    "change",
+    [
+        parametrizations.weight_norm,
+        lambda module: prune.l1_unstructured(module, "weight", 0.5),
+        lambda module: parametrize.register_parametrization(module, "bias", nn.Identity()),
+    ],
+)
+def test_a_weight_that_is_computed_afterwards_is_refused(change: Callable[[nn.Module], object]) -> None:
+    model = network()
+    bnp = BNP(model)
+    loss_of(model).backward()
+    change(model[3])
+    message = r"3: expected (weight|bias) to be a parameter of the layer, got one that is computed from others"
+    with pytest.raises(ValueError, match=message):
+        bnp.step()
+    with pytest.raises(ValueError, match=message):
+        loss_of(model)
+    model.eval()
+    loss_of(model)
 
 
 @pytest.mark.gpu
@@ -468,6 +535,12 @@ def test_compiled_model(attach: bool) -> None:
         assert bnp.state_dict()["0"]["samples"] == 6
         results.append(values(model, bnp))
     assert_agree(*results)
+
+
+def test_the_package_does_not_import_dynamo() -> None:
+    """Which takes more than a second."""
+    code = "import sys, normkernels; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # What it is for.
