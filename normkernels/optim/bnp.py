@@ -389,7 +389,9 @@ class _Hook:
         return _Hook, (None, None)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not torch.compiler.is_exporting():  # torch.export(strict=True) traces this, and has no graph breaks
+        # torch.export(strict=True) traces this, and has no graph breaks. The flag, for Dynamo takes is_exporting() for
+        # true in torch 2.11 whenever it compiles.
+        if not torch.compiler._is_exporting_flag:
             self._gather(module, args, kwargs, output)
 
     # Traced, what is gathered is guarded on, and steps and micro-batches compile again. The decorator is torch.optim's:
