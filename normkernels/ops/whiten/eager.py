@@ -35,7 +35,8 @@ def mix(sources: list[tuple[Tensor, Tensor | None]], matrix: Tensor, bias: Tenso
 def scaled(parts: list[tuple[Tensor, Tensor | None]], matrix: Tensor, bias: Tensor | None) -> Tensor:
     """What ``product`` is for groups of one channel: sum of factor * (tile - shift), + bias, in reused memory."""
     *others, (tile, shift) = parts
-    factors = matrix.view(len(matrix), len(parts), 1, 1).unbind(1)
+    # Contiguous vectors: with the channels innermost a step between factors would keep the loops from vectorizing.
+    factors = matrix.view(len(matrix), len(parts)).T.contiguous().view(len(parts), -1, 1, 1).unbind()
     total = stack((tile, shift), groups=len(matrix), dtype=matrix.dtype).mul_(factors[-1])
     for (tile, shift), factor in zip(others, factors, strict=False):
         part = tile if shift is None else stack((tile, shift), groups=len(matrix), dtype=matrix.dtype, slot="other")
