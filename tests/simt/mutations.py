@@ -146,8 +146,8 @@ MUTATIONS = (
     Mutation(
         "precondition: step 5 with the weights of before step 4",
         "csrc/precondition.cu",
-        "sum += mean[channel[k]] * changed(values.get(k, all.bfloat), channel[k]);",
-        "sum += mean[channel[k]] * values.get(k, all.bfloat);",
+        "? mean[channel[k]] * value : INFINITY",
+        "? mean[channel[k]] * values.get(k, all.bfloat) : INFINITY",
         ["tests/ops/test_precondition.py", "-k", "test_each_kind_of_layer"],
         WRONG_RESULT,
     ),
