@@ -33,7 +33,7 @@ class Batch:
             x = x.unsqueeze(0) if x.dim() == 1 else x.movedim(-1, 1)  # a view: positions are rows, as in a convolution
         elif x.dim() < weight.dim():
             x = x.unsqueeze(0)
-        # The op itself, without what the public function does for gradients: half of the time of a small layer.
+        # The op itself: what the public function does for gradients is not needed, and shows in small layers.
         mean, variance = torch.ops.normkernels.moments(x, 1)
         rows = x.numel() // x.shape[1]
         return Batch(rows, x.shape[0], output.numel() // weight.shape[0], mean, variance.flatten())

@@ -287,8 +287,15 @@ class BNP:
     @_disable_dynamo
     @torch.no_grad()
     def _step(self, skipped: Tensor | None = None) -> None:
+        owners: dict[int, Layer] = {}
         for layer in self._layers:
             layer.check()
+            owner = owners.setdefault(id(layer.weight), layer)
+            if owner is not layer:  # its gradient would be preconditioned twice
+                raise ValueError(
+                    f"{layer.label}: expected a weight of its own, got that of {owner.label}; make another BNP after "
+                    f"weights are tied"
+                )
             if layer.watched is not layer.weight:  # of a functional_call with another module's parameters
                 layer.forget()
         self._arrange()

@@ -655,3 +655,13 @@ def test_deterministic() -> None:
         results.append([*gradients(model), *state(bnp, "0"), *state(bnp, "3")])
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
+
+
+def test_weights_tied_after_bnp_was_made() -> None:
+    """One gradient of two layers would be preconditioned twice."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    bnp = BNP(model)
+    model[1].weight = model[0].weight
+    model(torch.randn(4, 3)).sum().backward()
+    with pytest.raises(ValueError, match="1: expected a weight of its own, got that of 0"):
+        bnp.step()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normkernels.ops import _fused
 from normkernels.ops._checks import (
     check_affine,
     check_data,
@@ -60,12 +61,7 @@ def iter_norm(
     check_inverse_sqrt_options(num_iterations, eps, scaling, method)
     check_affine(x, weight, bias)
     arguments = (x, weight, bias, d, num_iterations, float(eps), scaling, method)
-    # Dynamo cannot trace this Function where nothing needs a gradient; outside of it the Function must stay, for it
-    # is what refuses forward-mode differentiation.
-    plain = torch.compiler.is_compiling() and not (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    )
-    y, mean, W, *_ = (torch.ops.normkernels.iter_norm if plain else _IterNorm.apply)(*arguments)
+    y, mean, W, *_ = _fused.call(_IterNorm, torch.ops.normkernels.iter_norm, *arguments)
     return y, mean, W
 
 
@@ -84,41 +80,18 @@ class _IterNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, W, residual, scale = ctx.saved_tensors
-        _, num_iterations, _, scaling, method = ctx.options
+        group_size, num_iterations, eps, scaling, method = ctx.options
         if torch.is_grad_enabled():
-            return (*_differentiable_backward(grad, x, weight, bias, *ctx.options), *[None] * 5)
-        grad_x, grad_weight, grad_bias = torch.ops.normkernels.iter_norm_backward(
+
+            def path(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+                _, mean, cov = moments(x, group_size)
+                return whiten(x, mean, inverse_sqrt(cov, num_iterations, eps, scaling, method), weight, bias)
+
+            return (*_fused.gradients(path, grad, x, weight, bias), *[None] * 5)
+        grad_x, *of_parameters = torch.ops.normkernels.iter_norm_backward(
             grad, x, weight, mean, W, residual, scale, num_iterations, scaling, method
         )
-        return (
-            grad_x,
-            None if weight is None else grad_weight.to(weight.dtype),
-            None if bias is None else grad_bias.to(bias.dtype),
-            *[None] * 5,
-        )
-
-
-def _differentiable_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    num_iterations: int,
-    eps: float,
-    scaling: str,
-    method: str,
-) -> list[Tensor | None]:
-    """The same gradients through the three primitives, for backward(create_graph=True)."""
-    # Through aliases, so that a graph which connects x, weight and bias with each other is not walked here, too.
-    x = x.view_as(x)
-    weight = None if weight is None else weight.view_as(weight)
-    bias = None if bias is None else bias.view_as(bias)
-    _, mean, cov = moments(x, group_size)
-    y = whiten(x, mean, inverse_sqrt(cov, num_iterations, eps, scaling, method), weight, bias)
-    inputs = [value for value in (x, weight, bias) if value is not None and value.requires_grad]
-    gradients = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
-    return [next(gradients) if value is not None and value.requires_grad else None for value in (x, weight, bias)]
+        return (grad_x, *_fused.in_types(of_parameters, (weight, bias)), *[None] * 5)
 
 
 def _fake(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normkernels.ops import _fused
 from normkernels.ops._checks import check_affine, check_data, check_flag, check_number, statistics_dtype
 from normkernels.ops._library import define
 from normkernels.ops._tiles import empty_output
@@ -56,11 +57,7 @@ def pop_norm(
         if value is not None and not flag:
             raise ValueError(f"{name}: expected None with {use}=False, got a tensor of shape {tuple(value.shape)}")
     arguments = (x, weight, bias, float(kappa), float(eps), bool(center), bool(scale))
-    # As in iter_norm: what Dynamo cannot trace, and what refuses forward-mode differentiation.
-    plain = torch.compiler.is_compiling() and not (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    )
-    y, mean, var = (torch.ops.normkernels.pop_norm if plain else _PopNorm.apply)(*arguments)
+    y, mean, var = _fused.call(_PopNorm, torch.ops.normkernels.pop_norm, *arguments)
     return y, mean, var
 
 
@@ -89,38 +86,14 @@ class _PopNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, var = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return (*_differentiable_backward(grad, x, weight, bias, *ctx.options), *[None] * 4)
-        grad_x, grad_weight, grad_bias = torch.ops.normkernels.pop_norm_backward(
-            grad, x, weight, bias, mean, var, *ctx.options
-        )
-        return (
-            grad_x,
-            None if weight is None else grad_weight.to(weight.dtype),
-            None if bias is None else grad_bias.to(bias.dtype),
-            *[None] * 4,
-        )
 
+            def path(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+                _, mean, cov = moments(x, 1)
+                return affine_map(x, mean, cov.flatten(), weight, bias, *ctx.options)
 
-def _differentiable_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    kappa: float,
-    eps: float,
-    center: bool,
-    scale: bool,
-) -> list[Tensor | None]:
-    """The same gradients through the primitives, for backward(create_graph=True)."""
-    # Through aliases, so that a graph which connects x, weight and bias with each other is not walked here, too.
-    x = x.view_as(x)
-    weight = None if weight is None else weight.view_as(weight)
-    bias = None if bias is None else bias.view_as(bias)
-    _, mean, cov = moments(x, 1)
-    y = affine_map(x, mean, cov.flatten(), weight, bias, kappa, eps, center, scale)
-    inputs = [value for value in (x, weight, bias) if value is not None and value.requires_grad]
-    gradients = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
-    return [next(gradients) if value is not None and value.requires_grad else None for value in (x, weight, bias)]
+            return (*_fused.gradients(path, grad, x, weight, bias), *[None] * 4)
+        grad_x, *of_parameters = torch.ops.normkernels.pop_norm_backward(grad, x, weight, bias, mean, var, *ctx.options)
+        return (grad_x, *_fused.in_types(of_parameters, (weight, bias)), *[None] * 4)
 
 
 def affine_map(

@@ -33,7 +33,8 @@ def precondition(
     convolution is as many layers side by side: j and the maximum run over the output's own input channels. All layers
     of one device and type are one multi-tensor operation.
 
-    A row (the weights of one output, and its bias) whose result is not finite is left as it is, as a whole.
+    A row (the weights of one output, and its bias) whose result is not finite in the gradients' type is left as it is,
+    as a whole.
 
     Args:
         weight_grads: of each layer, (O, I / groups, *k) float16, bfloat16, float32 or float64; changed in place.
