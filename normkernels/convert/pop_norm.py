@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Tracer
 
+from normkernels.convert._graph import BATCH_NORMS, Tracer, swap
 from normkernels.layers import POPNorm1d, POPNorm2d, POPNorm3d
 from normkernels.ops._checks import check_flag
 
@@ -19,7 +19,6 @@ POP_NORM: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: POPNorm2d,
     nn.Conv3d: POPNorm3d,
 }
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def to_pop_norm(
@@ -80,14 +79,14 @@ def to_pop_norm(
             layer.bias = nn.Parameter(layer.weight.new_zeros(_channels(layer)[1]), layer.weight.requires_grad)
         both = nn.Sequential(OrderedDict(norm=pop, layer=layer)).train(layer.training)
         pop.train(norm.training)
-        _replace(model, layer, both)
-        _replace(model, norm, nn.Identity())
+        swap(model, layer, both)
+        swap(model, norm, nn.Identity())
     return {f"{name}.norm": f"{name}.layer" for name, _ in found}
 
 
 def _traced_pairs(model: nn.Module) -> list[tuple[str, str]]:
     try:
-        nodes = list(_Tracer().trace(model).nodes)
+        nodes = list(Tracer().trace(model).nodes)
     except Exception as error:  # whatever the model's code raises on a proxy
         raise RuntimeError(
             f"model: expected one that torch.fx can trace, got {type(error).__name__}: {error}; "
@@ -107,17 +106,6 @@ def _traced_pairs(model: nn.Module) -> list[tuple[str, str]]:
         if alone and norm.num_features == _channels(layer)[1]:  # a Linear on (N, L, C) is followed by one of L features
             pairs.append((str(before.target), str(node.target)))
     return pairs
-
-
-class _Tracer(Tracer):
-    """Looks into all modules but those that pairs are made of and this package's own, which check their input."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return (
-            super().is_leaf_module(m, module_qualified_name)
-            or type(m).__module__.startswith("normkernels.")
-            or isinstance(m, (*POP_NORM, nn.modules.batchnorm._BatchNorm))
-        )
 
 
 def _kind(layer: nn.Module) -> Any:
@@ -148,11 +136,3 @@ def _checked(named: dict[str, Any], pair: Any) -> tuple[Any, Any]:
     if norm.num_features != channels:
         raise ValueError(f"{pair[1]!r}: expected {channels} features as {pair[0]!r} gives, got {norm.num_features}")
     return layer, norm
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Under every name it has: one that is left out would be called past the new one."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, name, new)

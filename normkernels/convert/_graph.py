@@ -1,0 +1,28 @@
+"""What all conversions share: how a network is traced, and how a module takes another one's place."""
+
+from __future__ import annotations
+
+import torch.fx
+from torch import nn
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+AFFINE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Tracer(torch.fx.Tracer):
+    """Looks into all modules but those that pairs are made of and this package's own, which check their input."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return (
+            super().is_leaf_module(m, module_qualified_name)
+            or type(m).__module__.startswith("normkernels.")
+            or isinstance(m, (*AFFINE_LAYERS, nn.modules.batchnorm._BatchNorm))
+        )
+
+
+def swap(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Under every name it has: one that is left out would be called past the new one."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
