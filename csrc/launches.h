@@ -7,8 +7,9 @@
 
 namespace nk {
 
+// The mean is exact: float64.
 void launch_moments(const Run& run, const Columns& x, int element, int64_t groups, int64_t d, const Reduction& how,
-                    const Workspace& workspace, float* mean, float* cov);
+                    const Workspace& workspace, double* mean, float* cov);
 
 void launch_cross_moments(const Run& run, const Columns& y, const Columns& x, int element, const float* mean,
                           int64_t groups, int64_t d, const Reduction& how, const Workspace& workspace, float* cross,
@@ -16,7 +17,7 @@ void launch_cross_moments(const Run& run, const Columns& y, const Columns& x, in
 
 // The same for groups of one channel: cov and cross are (C,).
 void launch_channel_moments(const Run& run, const Columns& x, int element, const ChannelReduction& how,
-                            const Workspace& workspace, float* mean, float* cov);
+                            const Workspace& workspace, double* mean, float* cov);
 
 void launch_channel_sums(const Run& run, const Columns& y, const Columns& x, int element, const float* mean,
                          const ChannelReduction& how, const Workspace& workspace, float* cross, float* sum);

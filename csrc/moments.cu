@@ -8,7 +8,7 @@ namespace nk {
 template <class T, int D>
 __global__ __launch_bounds__(Warps<D, true>::THREADS,
                              D == 64 ? 2 : 1) void moments_kernel(Columns x, int d, Split cut, Merging merging,
-                                                                  Workspace workspace, float* mean, float* cov) {
+                                                                  Workspace workspace, double* mean, float* cov) {
   const Shared<D> shared(shared_memory());
   const Matrix<D> total{reinterpret_cast<float*>(shared.rest)};
   if (!reduce_moments<T, D>(x, d, cut, merging, workspace, shared,
@@ -19,7 +19,7 @@ __global__ __launch_bounds__(Warps<D, true>::THREADS,
   for_entries<D, Warps<D, true>::COUNT>([&](int i, int j) {
     if (i < d && j < d) cov[group * d * d + i * d + j] = total(i, j) / float(x.total);
   });
-  for (int i = threadIdx.x; i < d; i += Warps<D, true>::THREADS) mean[group * d + i] = float(shared.exact[i]);
+  for (int i = threadIdx.x; i < d; i += Warps<D, true>::THREADS) mean[group * d + i] = shared.exact[i];
 }
 
 template <class T, int D>
@@ -42,10 +42,10 @@ __global__ __launch_bounds__(Warps<D, false>::THREADS,
 
 template <class T>
 __global__ __launch_bounds__(SWEEP_THREADS, SWEEP_BLOCKS) void channel_moments_kernel(Sweep sweep, Source x,
-                                                                                      Workspace workspace, float* mean,
+                                                                                      Workspace workspace, double* mean,
                                                                                       float* cov) {
   channel_moments<T>(sweep, x, workspace, [&](int64_t channel, double exact, double variance) {
-    mean[channel] = float(exact);
+    mean[channel] = exact;
     cov[channel] = float(variance);
   });
 }
@@ -61,11 +61,11 @@ __global__ __launch_bounds__(SWEEP_THREADS,
 }
 
 void launch_moments(const Run& run, const Columns& x, int element, int64_t groups, int64_t d, const Reduction& how,
-                    const Workspace& workspace, float* mean, float* cov) {
+                    const Workspace& workspace, double* mean, float* cov) {
   run.zero(workspace.tickets, how.counters);
   with_kernel(element, d, [&]<class T, int D>() {
     run.launch("moments", moments_kernel<T, D>, groups * how.cut.parts, Warps<D, true>::THREADS, how.room.bytes,
-               {x.total * groups * d * element, groups * d * (d + 1) * 4}, x, int(d), how.cut, how.merging, workspace,
+               {x.total * groups * d * element, groups * d * (d + 2) * 4}, x, int(d), how.cut, how.merging, workspace,
                mean, cov);
   });
 }
@@ -82,11 +82,11 @@ void launch_cross_moments(const Run& run, const Columns& y, const Columns& x, in
 }
 
 void launch_channel_moments(const Run& run, const Columns& x, int element, const ChannelReduction& how,
-                            const Workspace& workspace, float* mean, float* cov) {
+                            const Workspace& workspace, double* mean, float* cov) {
   const Sweep& sweep = how.sweep;
   how.zero(run, workspace);
   run.launch("channel_moments", element == 4 ? channel_moments_kernel<float> : channel_moments_kernel<Half>,
-             sweep.blocks(), SWEEP_THREADS, SWEEP_BYTES, {x.total * sweep.channels * element, sweep.channels * 8},
+             sweep.blocks(), SWEEP_THREADS, SWEEP_BYTES, {x.total * sweep.channels * element, sweep.channels * 12},
              sweep, Source(x, sweep), workspace, mean, cov);
 }
 
@@ -108,18 +108,20 @@ std::tuple<Tensor, Tensor> moments(const Tensor& data, int64_t d) {
   const Tensor x = collapsible(data);
   const int element = int(x.element_size());
   const int64_t channels = x.size(1), groups = channels / d;
-  Tensor mean = empty({channels}, ScalarType::Float, x), cov = empty({groups, d, d}, ScalarType::Float, x);
+  Tensor mean = empty({channels}, ScalarType::Double, x), cov = empty({groups, d, d}, ScalarType::Float, x);
   if (d == 1) {
     const Columns seen = columns_of(x, channels);
     const ChannelReduction how(on.run.device, channels, element, {&seen});
     const Memory memory(how, x);
-    launch_channel_moments(on.run, seen, element, how, memory.workspace, floats(mean), floats(cov));
+    launch_channel_moments(on.run, seen, element, how, memory.workspace, static_cast<double*>(mean.data_ptr()),
+                           floats(cov));
     return {mean, cov};
   }
   const Columns seen = columns_of(x, d);
   const Reduction how(on.run.device, seen, element, groups, d, 1, 1);
   const Memory memory(how, x);
-  launch_moments(on.run, seen, element, groups, d, how, memory.workspace, floats(mean), floats(cov));
+  launch_moments(on.run, seen, element, groups, d, how, memory.workspace, static_cast<double*>(mean.data_ptr()),
+                 floats(cov));
   return {mean, cov};
 }
 

@@ -51,7 +51,7 @@ std::string refusal(const std::string& op, const std::string& dtype, int64_t gro
   static const std::vector<std::string> ops = {
       "moments",  "cross_moments",     "inverse_sqrt",       "inverse_sqrt_backward",
       "whiten",   "iter_norm",         "iter_norm_backward", "spectral_filter",
-      "pop_norm", "pop_norm_backward", "precondition"};
+      "pop_norm", "pop_norm_backward", "precondition",       "stacked_mix"};
   std::ostringstream reason;
   if (std::find(ops.begin(), ops.end(), op) == ops.end()) {
     reason << "expected an op with CUDA kernels, got " << op;
@@ -63,6 +63,8 @@ std::string refusal(const std::string& op, const std::string& dtype, int64_t gro
     reason << "expected float32 or a half type, got " << dtype;
   } else if (group_size > LARGEST_GROUP) {
     reason << "expected groups of at most " << LARGEST_GROUP << " channels, got " << group_size;
+  } else if (op == "stacked_mix" && group_size == 1) {
+    reason << "expected groups of more than one channel, got 1";  // scale_kernel has no shift for its second source
   } else if (plane.size() == 2 && std::max(plane[0], plane[1]) > LARGEST_PLANE) {
     reason << "expected planes of at most " << LARGEST_PLANE << " x " << LARGEST_PLANE << ", got " << plane[0] << " x "
            << plane[1];
@@ -148,6 +150,8 @@ std::vector<KernelPlan> launch_plan(const std::string& op, const std::vector<int
     launch_cross_moments(run, x, x, element, nullptr, groups, d, reduction(2, 1), {}, nullptr, nullptr);
   } else if (op == "whiten") {
     launch_mix(run, x, nullptr, nullptr, nullptr, x, element, {}, {}, {}, groups, d);
+  } else if (op == "stacked_mix") {
+    launch_mix(run, x, nullptr, &x, nullptr, x, element, {}, {}, {}, groups, d);
   } else if (op == "iter_norm") {
     launch_forward(run, x, element, groups, how, reduction(1, FORWARD_MATRICES), {}, nullptr, {}, {}, {});
     launch_mix(run, x, nullptr, nullptr, nullptr, x, element, {}, {}, {}, groups, d);

@@ -258,8 +258,37 @@ Tensor whiten(const Tensor& data, const Tensor& mean, const Tensor& W, const std
   return y;
 }
 
+// matrix [grad - grad_mean; x - mean] + constant.
+Tensor stacked_mix(const Tensor& gradient, const Tensor& data, const Tensor& gradient_mean, const Tensor& mean,
+                   const Tensor& matrix, const Tensor& constant) {
+  const char* op = "stacked_mix";
+  STD_TORCH_CHECK(matrix.dim() == 3 && matrix.size(2) == 2 * matrix.size(1), op,
+                  ": matrix: expected shape (G, d, 2 d), got ", text(shape_of(matrix)));
+  const int64_t groups = matrix.size(0), d = matrix.size(1);
+  check_data(op, "x", data, d);
+  auto reason = not_served(op, data, d);
+  if (d == 1) reason = "";  // without a word: Triton's is as good
+  if (reason) {
+    return std::get<0>(next<Tensor>(op, *reason, gradient, data, gradient_mean, mean, matrix, constant));
+  }
+  check_like(op, "grad", gradient, shape_of(data), data.scalar_type(), data);
+  check_like(op, "grad_mean", gradient_mean, {data.size(1)}, ScalarType::Float, data);
+  check_like(op, "mean", mean, {data.size(1)}, ScalarType::Float, data);
+  check_like(op, "matrix", matrix, {data.size(1) / d, d, 2 * d}, ScalarType::Float, data);
+  check_like(op, "constant", constant, {data.size(1)}, ScalarType::Float, data);
+  const OnDevice on(op, data);
+  const Tensor x = collapsible(data), grad = in_layout_of(x, gradient, d);
+  const Tensor center = packed(gradient_mean), shift = packed(mean), bias = packed(constant);
+  Tensor y = empty_output(data);
+  const Columns seen = columns_of(x, d);
+  launch_mix(on.run, columns_of(grad, d), floats(center), &seen, floats(shift), columns_of(y, d), int(x.element_size()),
+             {floats(matrix), matrix.stride(0), matrix.stride(1), matrix.stride(2)}, {}, {floats(bias)}, groups, d);
+  return y;
+}
+
 }  // namespace nk
 
 NORMKERNELS_IMPL(library) {
   library.impl("whiten", TORCH_BOX(&nk::whiten));
+  library.impl("stacked_mix", TORCH_BOX(&nk::stacked_mix));
 }

@@ -131,6 +131,14 @@ def _check_whiten(p: _Problem) -> Result:
     return (nk.ops.whiten(*p.here(*arguments)),), (_whiten(*arguments),), p.mix
 
 
+def _check_stacked_mix(p: _Problem) -> Result:
+    grad_mean, A = p.bias, p.W.flip(2)
+    one, none = torch.ones_like(p.bias), torch.zeros_like(p.bias)
+    expected = _whiten(p.y, grad_mean, A, one, none) + _whiten(p.x, p.mean, p.W, one, p.bias)
+    arguments = p.here(p.y, p.x, grad_mean, p.mean, torch.cat((A, p.W), dim=2), p.bias)
+    return (torch.ops.normkernels.stacked_mix(*arguments),), (expected,), 2 * p.mix
+
+
 def _iter_norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean, cov = _moments(x)
     W = _newton(cov)
@@ -249,6 +257,7 @@ CHECKS: dict[str, Callable[[_Problem], Result]] = {
     "inverse_sqrt": _check_inverse_sqrt,
     "inverse_sqrt_backward": _check_inverse_sqrt_backward,
     "whiten": _check_whiten,
+    "stacked_mix": _check_stacked_mix,
     "iter_norm": _check_iter_norm,
     "iter_norm_backward": _check_iter_norm_backward,
     "pop_norm": _check_pop_norm,

@@ -23,7 +23,7 @@ if extension is None:
 
 REDUCE = ("moments", "cross_moments")
 MATRIX = ("inverse_sqrt", "inverse_sqrt_backward")
-MIX = ("whiten", "iter_norm", "iter_norm_backward")
+MIX = ("whiten", "stacked_mix", "iter_norm", "iter_norm_backward")
 POP = ("pop_norm", "pop_norm_backward")
 SERVED = (*REDUCE, *MATRIX, *MIX, *POP, "spectral_filter", "precondition")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -270,6 +270,7 @@ PASSES = {
     "moments": ("moments",),
     "cross_moments": ("cross_moments",),
     "whiten": ("mix",),
+    "stacked_mix": ("stacked_mix",),
     "iter_norm": ("moments", "mix"),
     "iter_norm_backward": ("cross_moments", "stacked_mix"),
     "pop_norm": ("moments", "mix"),

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 ANYWHERE = pytest.mark.parametrize("backend", backends.CUDA, indirect=True)
 SIMT = pytest.mark.parametrize("backend", [backends.SIMT], indirect=True)
 
-SERVED = ("moments", "cross_moments", "inverse_sqrt", "inverse_sqrt_backward", "whiten", "iter_norm",
+SERVED = ("moments", "cross_moments", "inverse_sqrt", "inverse_sqrt_backward", "whiten", "stacked_mix", "iter_norm",
           "iter_norm_backward", "spectral_filter", "pop_norm", "pop_norm_backward", "precondition")  # fmt: skip
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -135,7 +135,9 @@ def test_opcheck(op: str) -> None:
 
 
 @ANYWHERE
-@pytest.mark.parametrize("op", ["whiten", "iter_norm", "iter_norm_backward", "pop_norm", "pop_norm_backward"])
+@pytest.mark.parametrize(
+    "op", ["whiten", "stacked_mix", "iter_norm", "iter_norm_backward", "pop_norm", "pop_norm_backward"]
+)
 def test_a_copied_input_has_an_output_of_its_own_layout(op: str) -> None:
     """channels_last cut in width: the spatial dimensions do not collapse, and the kernels get a copy."""
     found = given(op)

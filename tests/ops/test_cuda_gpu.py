@@ -34,6 +34,7 @@ def test_every_op_is_registered() -> None:
 ELSEWHERE = [
     ("whiten", 1, "mean"),
     ("whiten", 3, "weight"),
+    ("stacked_mix", 4, "matrix"),
     ("iter_norm_backward", 4, "W"),
     ("spectral_filter", 1, "v"),
     ("pop_norm_backward", 4, "mean"),
@@ -100,6 +101,7 @@ LAUNCHES = {
     "inverse_sqrt": ["inverse_sqrt_kernel"],
     "inverse_sqrt_backward": ["inverse_sqrt_backward_kernel"],
     "whiten": ["mix_kernel"],
+    "stacked_mix": ["mix_kernel"],
     "iter_norm": ["forward_kernel", "mix_kernel"],
     "iter_norm_backward": ["backward_kernel", "mix_kernel"],
     "spectral_filter": ["coefficients_kernel", "filter_kernel"],

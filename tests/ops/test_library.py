@@ -36,7 +36,8 @@ def arguments(op: str, x: Tensor, method: str = "newton", affine: bool = True) -
     stat = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight, bias = (torch.linspace(-1, 2, 8, dtype=x.dtype) if affine else None for _ in range(2))
     raw = torch.ops.normkernels
-    mean, cov = raw.moments(x, 4)
+    exact, cov = raw.moments(x, 4)
+    mean = exact.to(stat)
     w, residual, scale = raw.inverse_sqrt(cov, 3, 1e-3, "trace", method)
     grad = torch.ones((), dtype=x.dtype).expand(x.shape)
     return {
@@ -45,6 +46,7 @@ def arguments(op: str, x: Tensor, method: str = "newton", affine: bool = True) -
         "inverse_sqrt": (cov, 3, 1e-3, "trace", method),
         "inverse_sqrt_backward": (torch.ones(2, 4, 4, dtype=stat), w, residual, scale, 3, "frobenius", method),
         "whiten": (x, mean, w, weight, bias),
+        "stacked_mix": (grad, x, mean, mean, torch.cat((w, w), 2), mean),
         "iter_norm": (x, weight, bias, 4, 3, 1e-3, "trace", method),
         "iter_norm_backward": (grad, x, weight, mean, w, residual, scale, 3, "trace", method),
         "pop_norm": (x, weight, bias, 4.0, 1e-3, True, True),
@@ -70,8 +72,8 @@ def spectral_arguments(op: str, z: Tensor, weight_dtype: torch.dtype | None = No
 
 
 RAW = [
-    "moments", "cross_moments", "inverse_sqrt", "inverse_sqrt_backward", "whiten", "iter_norm", "iter_norm_backward",
-    "pop_norm", "pop_norm_backward",
+    "moments", "cross_moments", "inverse_sqrt", "inverse_sqrt_backward", "whiten", "stacked_mix", "iter_norm",
+    "iter_norm_backward", "pop_norm", "pop_norm_backward",
 ]  # fmt: skip
 SPECTRAL = ["kernel_spectrum", "kernel_spectrum_backward", "spectral_filter", "cross_spectrum"]
 

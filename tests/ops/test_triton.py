@@ -530,13 +530,14 @@ def test_the_answer_knows_the_entries_that_an_op_looks_up(d: int, monkeypatch: p
     raw = torch.ops.normkernels
     found = {}
     with nk.use_backend("triton"):
-        mean, _ = raw.moments(x, d)
+        mean = raw.moments(x, d)[0].float()
         y, _, W, S, scale = raw.iter_norm(x, None, None, d, 5, 1e-5, "trace", "newton")
         options = 4.0, 1e-5, True, True
         calls = {
             "moments": lambda: raw.moments(x, d),
             "cross_moments": lambda: raw.cross_moments(x, x, mean, d),
             "whiten": lambda: raw.whiten(x, mean, W, None, None),
+            "stacked_mix": lambda: raw.stacked_mix(x, x, mean, mean, torch.cat((W, W), 2), mean),
             "iter_norm": lambda: raw.iter_norm(x, None, None, d, 5, 1e-5, "trace", "newton"),
             "iter_norm_backward": lambda: raw.iter_norm_backward(y, x, None, mean, W, S, scale, 5, "trace", "newton"),
             "pop_norm": lambda: raw.pop_norm(x, None, None, *options),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -79,6 +81,37 @@ def test_ragged_tiles(layout: str) -> None:
 @pytest.mark.parametrize("d", [1, 2, 3, 4, 6, 12])
 def test_group_sizes(d: int) -> None:
     check(arguments(inputs.gaussian((7, 12, 3, 3), group_size=d), d))
+
+
+def check_stacked(grad: Tensor, x: Tensor, d: int) -> None:
+    """The op beneath the backward passes, [A | B] [grad - its mean; x - mean] + c, is the sum of two maps."""
+    (_, grad_mean, A, _, _), (_, mean, B, _, c) = arguments(grad, d, mean=2.0), arguments(x, d)
+    c = c.to(mean.dtype)
+    y = torch.ops.normkernels.stacked_mix(*(moved(t) for t in (grad, x, grad_mean, mean, torch.cat((A, B), 2), c)))
+
+    def path(of: Any, kind: Any) -> Tensor:
+        left, right = of(kind(grad), kind(grad_mean), kind(A)), of(kind(x), kind(mean), kind(B), None, kind(c))
+        return left + right
+
+    ref, same = path(iternorm.whiten, Tensor.double), path(plain.whiten, lambda t: t)
+    halves: list[list[Tensor | None]] = [[grad, grad_mean, A, None, None], [x, mean, B, None, c]]
+    floor = sum(whiten_floors(half, torch.zeros_like(x), ref, [None] * 5)["y"] for half in halves)
+    assert y.dtype == x.dtype and y.stride() == nk.ops.whiten(x, mean, B).stride()
+    assert_within("y", back(y), ref, same, floor, largest(ref))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("layout", inputs.LAYOUTS)
+def test_stacked_mix_in_every_layout_and_type(layout: str, dtype: torch.dtype) -> None:
+    shape, lay_out = inputs.LAYOUTS[layout]
+    x = lay_out(inputs.gaussian(shape, dtype=dtype))
+    check_stacked(incoming_gradient(x), x, 4)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 6, 12])
+def test_stacked_mix_of_group_sizes(d: int) -> None:
+    x = inputs.gaussian((7, 12, 3, 3), group_size=d)
+    check_stacked(incoming_gradient(x).contiguous(memory_format=torch.channels_last), x, d)
 
 
 @pytest.mark.parametrize("missing", [{"weight"}, {"bias"}, {"weight", "bias"}], ids=lambda s: "-".join(sorted(s)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normkernels.ops.inverse_sqrt.eager import inverse_sqrt, inverse_sqrt_adjoint
-from normkernels.ops.moments.eager import shifted_moments, summed_products
+from normkernels.ops.moments.eager import moments, summed_products
 from normkernels.ops.whiten.eager import affine
 from normkernels.ops.whiten.eager import mix as eager_mix
 
@@ -27,7 +27,7 @@ def iter_norm(
     scaling: str,
     method: str,
     *,
-    reduce: Pass = shifted_moments,
+    reduce: Pass = moments,
     mix: Pass = eager_mix,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     exact_mean, cov = reduce(x, group_size)

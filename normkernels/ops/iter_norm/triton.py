@@ -32,9 +32,9 @@ from normkernels.ops.moments.triton import (
     merged_covariance,
     merged_matrix,
     merged_sum,
+    moments,
     reduce_cross,
     reduce_moments,
-    shifted_moments,
     summed_products,
 )
 from normkernels.ops.whiten.triton import mix
@@ -166,7 +166,7 @@ def iter_norm(
     weight, bias = (None if value is None else value.contiguous() for value in (weight, bias))
     if method == "eigh" or group_size == 1:
         return full_precision(eager.iter_norm)(
-            x, weight, bias, group_size, num_iterations, eps, scaling, method, reduce=shifted_moments, mix=mix
+            x, weight, bias, group_size, num_iterations, eps, scaling, method, reduce=moments, mix=mix
         )
     partials = reduce_moments(x, group_size)
     groups, _, size = partials.vectors[0].shape

@@ -11,7 +11,7 @@ from normkernels.ops._products import fast, times_transposed
 from normkernels.ops._tiles import as_image, channels_innermost, stack, tiles
 
 
-def shifted_moments(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Mean (C,) in float64 and biased covariance (G, d, d) of x (N, C, *), in one pass.
 
     Sums are taken of x - s, with s the mean of the first tile, and corrected once at the end:
@@ -84,11 +84,6 @@ def outer(y: Tensor, x: Tensor, like: Tensor) -> Tensor:
     if d < 32 or not fast(x):
         return torch.bmm(y, x.mT)
     return torch.stack([times_transposed(left, right) for left, right in zip(y, x, strict=True)])
-
-
-def moments(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    mean, cov = shifted_moments(x, group_size)
-    return mean.to(cov.dtype), cov
 
 
 def cross_moments(y: Tensor, x: Tensor, mean: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ def moments(x: Tensor, group_size: int = 64) -> tuple[int, Tensor, Tensor]:
     check_data("x", x)
     d = resolve_group_size(x.shape[1], group_size)
     mean, cov = _Moments.apply(x, d)
-    return x.numel() // x.shape[1], mean, cov
+    return x.numel() // x.shape[1], mean.to(cov.dtype), cov
 
 
 def cross_moments(y: Tensor, x: Tensor, mean: Tensor, group_size: int = 64) -> tuple[Tensor, Tensor]:
@@ -69,6 +69,8 @@ def cross_moments(y: Tensor, x: Tensor, mean: Tensor, group_size: int = 64) -> t
 
 
 class _Moments(torch.autograd.Function):
+    """The op, whose mean is in float64: what rounding it would lose shows where means are large (iter_norm)."""
+
     @staticmethod
     def forward(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         result: tuple[Tensor, Tensor] = torch.ops.normkernels.moments(x, group_size)
@@ -84,6 +86,7 @@ class _Moments(torch.autograd.Function):
 
         x, mean = ctx.saved_tensors
         m = max(x.numel() // x.shape[1], 1)
+        mean, grad_mean = mean.to(grad_cov.dtype), grad_mean.to(grad_cov.dtype)
         return whiten(x, mean, (grad_cov + grad_cov.mT) / m, bias=grad_mean / m), None
 
 
@@ -113,7 +116,7 @@ def _moments_fake(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     dtype = statistics_dtype(x.dtype)
     channels = x.shape[1]
     return (
-        x.new_empty(channels, dtype=dtype),
+        x.new_empty(channels, dtype=torch.float64),
         x.new_empty((channels // group_size, group_size, group_size), dtype=dtype),
     )
 

@@ -19,7 +19,7 @@ from normkernels.ops._triton import (
     padded,
     split,
 )
-from normkernels.ops._triton_diagonal import merge_channel_cross, merge_channel_moments
+from normkernels.ops._triton_diagonal import channel_moments, merge_channel_cross
 from normkernels.ops._triton_tiles import bounds, count_of, load_tile, positions_of
 from normkernels.ops.moments import eager
 
@@ -178,18 +178,17 @@ def merged_matrix(cross, group, parts, row, D: tl.constexpr, BATCH: tl.constexpr
 
 @triton.jit(do_not_specialize=["columns"])
 def finish_moments(
-    shift, delta, gram, parts, chunk, columns, mean_out, exact_out, cov_out,
+    shift, delta, gram, parts, chunk, columns, mean_out, cov_out,
     d: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
-    """Mean in float32 and in float64, and the covariance."""
+    """Mean in float64, and the covariance."""
     group, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     every = tl.arange(0, D)
     cov, mean = merged_covariance(shift, delta, gram, group, parts, chunk, columns, row, D, BATCH)
     at = group.to(tl.int64) * d * d + row[:, None] * d + every[None, :]
     tl.store(cov_out + at, cov, mask=(row < d)[:, None] & (every < d)[None, :])
     if tl.program_id(1) == 0:
-        tl.store(mean_out + group * d + every, mean.to(tl.float32), mask=every < d)
-        tl.store(exact_out + group * d + every, mean, mask=every < d)
+        tl.store(mean_out + group * d + every, mean, mask=every < d)
 
 
 @triton.jit
@@ -263,28 +262,6 @@ def reduce_cross(y: Tensor, x: Tensor, mean: Tensor, group_size: int) -> Partial
     return partials
 
 
-def merge_moments(x: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (C,) in float32, the same in float64, and covariance (G, d, d)."""
-    if group_size == 1:
-        return merge_channel_moments(x)
-    partials = reduce_moments(x, group_size)
-    groups, _, size = partials.vectors[0].shape
-    mean, exact = (x.new_empty(x.shape[1], dtype=dtype) for dtype in (torch.float32, torch.float64))
-    cov = x.new_empty((groups, group_size, group_size), dtype=torch.float32)
-    config = configuration("merge", size, "", torch.float32, architecture(x.device))
-    launch(
-        finish_moments, (groups, size // config.block),
-        *partials.vectors, partials.matrix, partials.cut.parts, partials.cut.chunk, partials.columns, mean, exact, cov,
-        d=group_size, D=size, ROWS=config.block, BATCH=BATCH, config=config, device=x.device,
-    )  # fmt: skip
-    return mean, exact, cov
-
-
-def shifted_moments(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """As eager's: the mean in float64, and the covariance."""
-    return merge_moments(x, group_size)[1:]
-
-
 def summed_products(y: Tensor, x: Tensor, mean: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """sum y (x - mean)^T (G, d, d), sum y (C,) and sum (x - mean) (C,), in float32."""
     if group_size == 1:
@@ -306,7 +283,18 @@ def moments(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     check_supported(x, group_size=group_size)
     if x.numel() == 0:
         return eager.moments(x, group_size)
-    mean, _, cov = merge_moments(x, group_size)
+    if group_size == 1:
+        return channel_moments(x)
+    partials = reduce_moments(x, group_size)
+    groups, _, size = partials.vectors[0].shape
+    mean = x.new_empty(x.shape[1], dtype=torch.float64)
+    cov = x.new_empty((groups, group_size, group_size), dtype=torch.float32)
+    config = configuration("merge", size, "", torch.float32, architecture(x.device))
+    launch(
+        finish_moments, (groups, size // config.block),
+        *partials.vectors, partials.matrix, partials.cut.parts, partials.cut.chunk, partials.columns, mean, cov,
+        d=group_size, D=size, ROWS=config.block, BATCH=BATCH, config=config, device=x.device,
+    )  # fmt: skip
     return mean, cov
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normkernels.ops.moments.eager import shifted_moments, summed_products
+from normkernels.ops.moments.eager import moments, summed_products
 from normkernels.ops.whiten.eager import mix
 
 
@@ -28,7 +28,7 @@ def factors(
 def pop_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, kappa: float, eps: float, center: bool, scale: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    exact_mean, cov = shifted_moments(x, 1)
+    exact_mean, cov = moments(x, 1)
     mean, var = exact_mean.to(cov.dtype), cov.flatten()
     a, _, beta = factors(mean, var, weight, bias, kappa, eps, center, scale)
     matrix = a.view(-1, 1, 1)

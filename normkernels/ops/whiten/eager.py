@@ -32,6 +32,10 @@ def mix(sources: list[tuple[Tensor, Tensor | None]], matrix: Tensor, bias: Tenso
     return result
 
 
+def stacked_mix(grad: Tensor, x: Tensor, grad_mean: Tensor, mean: Tensor, matrix: Tensor, constant: Tensor) -> Tensor:
+    return mix([(grad, grad_mean), (x, mean)], matrix, constant, like=x)
+
+
 def scaled(parts: list[tuple[Tensor, Tensor | None]], matrix: Tensor, bias: Tensor | None) -> Tensor:
     """What ``product`` is for groups of one channel: sum of factor * (tile - shift), + bias, in reused memory."""
     *others, (tile, shift) = parts
@@ -73,7 +77,8 @@ def whiten(x: Tensor, mean: Tensor, W: Tensor, weight: Tensor | None, bias: Tens
         return in_layout_of(x, y)
     c = -torch.bmm(A, mean.view(*A.shape[:2], 1)).flatten()
     y = product(A, as_image(x), c if bias is None else c + bias)
-    return in_layout_of(x, of_image(y, x))
+    with torch._C._AutoDispatchBelowADInplaceOrView():  # a view could not be changed in place, as by the ReLU behind it
+        return in_layout_of(x, of_image(y, x))
 
 
 def _small(mean: Tensor, W: Tensor) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normkernels.ops import _onnx
 from normkernels.ops._checks import check_affine, check_data, check_like, check_tensor, statistics_dtype
 from normkernels.ops._library import define
 from normkernels.ops._tiles import empty_output, in_layout_of
@@ -42,6 +43,8 @@ def whiten(x: Tensor, mean: Tensor, W: Tensor, weight: Tensor | None = None, bia
     check_like("W", W, tuple(W.shape), dtype, x)
     check_like("mean", mean, (x.shape[1],), dtype, x)
     check_affine(x, weight, bias)
+    if _onnx.exporting():
+        return _onnx.whiten(x, mean, W, weight, bias)
     result: Tensor = _Whiten.apply(x, mean, W, weight, bias)
     return result
 
@@ -77,10 +80,24 @@ def _whiten_fake(x: Tensor, mean: Tensor, W: Tensor, weight: Tensor | None, bias
     return empty_output(x)
 
 
+def _stacked_mix_fake(
+    grad: Tensor, x: Tensor, grad_mean: Tensor, mean: Tensor, matrix: Tensor, constant: Tensor
+) -> Tensor:
+    return empty_output(x)
+
+
 define(
     "whiten(Tensor x, Tensor mean, Tensor W, Tensor? weight, Tensor? bias) -> Tensor",
     eager=eager.whiten,
     triton="normkernels.ops.whiten.triton",
     autograd=_Whiten,
     fake=_whiten_fake,
+)
+# matrix [grad - grad_mean; x - mean] + constant with matrix (G, d, 2 d): the last pass of every whitening backward, for
+# callers that have found the matrix themselves. The fused ops have it inside.
+define(
+    "stacked_mix(Tensor grad, Tensor x, Tensor grad_mean, Tensor mean, Tensor matrix, Tensor constant) -> Tensor",
+    eager=eager.stacked_mix,
+    triton="normkernels.ops.whiten.triton",
+    fake=_stacked_mix_fake,
 )

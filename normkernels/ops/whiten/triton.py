@@ -116,3 +116,11 @@ def whiten(x: Tensor, mean: Tensor, W: Tensor, weight: Tensor | None, bias: Tens
         return empty_output(x)
     weight, bias = (None if value is None else value.contiguous() for value in (weight, bias))
     return mix([(x, mean.contiguous())], W, bias, like=x, weight=weight)
+
+
+def stacked_mix(grad: Tensor, x: Tensor, grad_mean: Tensor, mean: Tensor, matrix: Tensor, constant: Tensor) -> Tensor:
+    check_supported(x, group_size=matrix.shape[1])
+    if x.numel() == 0:
+        return empty_output(x)
+    grad_mean, mean, constant = (value.contiguous() for value in (grad_mean, mean, constant))
+    return mix([(grad, grad_mean), (x, mean)], matrix, constant, like=x)
