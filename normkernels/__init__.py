@@ -14,6 +14,8 @@ from normkernels.layers import (
     POPNorm1d,
     POPNorm2d,
     POPNorm3d,
+    SyncDBN,
+    SyncIterNorm,
 )
 from normkernels.ops._library import backend_of, use_backend
 from normkernels.ops._triton import use_tf32
@@ -30,6 +32,8 @@ __all__ = [
     "POPNorm1d",
     "POPNorm2d",
     "POPNorm3d",
+    "SyncDBN",
+    "SyncIterNorm",
     "__version__",
     "analysis",
     "backend_of",

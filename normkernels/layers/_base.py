@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
 
 from normkernels.ops._checks import check_data, check_flag, check_integer, check_like, check_number, statistics_dtype
 
@@ -102,6 +103,11 @@ class BatchStatisticsLayer(nn.Module):
         """
         assert self.num_batches_tracked is not None
         finite = (batch[1] * 0).sum() == 0
+        if not torch.compiler.is_compiling() and is_batchedtensor(finite) > is_batchedtensor(self.num_batches_tracked):
+            raise RuntimeError(
+                "torch.vmap: expected running statistics for each batch in training mode, got one set for all; map over "
+                "them, too (torch.func.stack_module_state), or use evaluation mode or track_running_stats=False"
+            )
         self.num_batches_tracked.add_(finite)
         factor: Any = self.momentum
         if factor is None:  # the cumulative average

@@ -54,13 +54,18 @@ class _Whitening(BatchStatisticsLayer):
         running = self._running()
         if running is not None:
             return ops.whiten(x, *running, self.weight, self.bias)
+        y, *statistics = self._whitened(x)
+        if self.training and self.track_running_stats and statistics:
+            self._update(*statistics)  # eq. 8
+        return y
+
+    def _whitened(self, x: Tensor) -> tuple[Tensor, ...]:
+        """y, mean and W with batch statistics; y alone of an empty batch."""
         self._check_batch(x)
-        y, mean, W = ops.iter_norm(
+        result = ops.iter_norm(
             x, self.group_size, eps=self.eps, weight=self.weight, bias=self.bias, **self._op_options()
         )
-        if self.training and self.track_running_stats and x.numel() > 0:
-            self._update(mean, W)  # eq. 8
-        return y
+        return result if x.numel() > 0 else result[:1]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Accept a BatchNorm checkpoint: its running variance is a diagonal whitening matrix, inference the same."""

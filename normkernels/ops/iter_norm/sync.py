@@ -1,0 +1,179 @@
+"""iter_norm over the batches of all ranks of a process group. Algebra and costs in DERIVATION.md."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normkernels.ops._checks import check_affine, check_data, check_inverse_sqrt_options, resolve_group_size
+from normkernels.ops.whiten.eager import affine
+
+
+def sync_iter_norm(
+    x: Tensor,
+    process_group: Any,
+    group_size: int = 64,
+    num_iterations: int = 5,
+    eps: float = 1e-5,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scaling: str = "trace",
+    method: str = "newton",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""``iter_norm`` with the statistics of the samples of all ranks, in one collective forward and one backward.
+
+    .. math:: m = \sum_r m_r, \quad \mu = \frac1m \sum_r m_r \mu_r, \quad
+              \Sigma = \frac1m \sum_r m_r (\Sigma_r + \mu_r \mu_r^\top) - \mu \mu^\top
+
+    Every rank of the group calls it, with as many samples as it has, none if need be, and calls the backward as well.
+    The gradient is that of the sum of the ranks' losses; weight and bias get this rank's share of theirs, which
+    DistributedDataParallel adds up.
+
+    Args:
+        x: (N, C, *), this rank's samples; C and every option the same on all ranks.
+        process_group: a torch.distributed.ProcessGroup or its name.
+        group_size, num_iterations, eps, weight, bias, scaling, method: as in :func:`iter_norm`.
+
+    Returns:
+        y: this rank's, of x's shape, type and layout.
+        mean (C,), W (G, d, d): as of :func:`iter_norm`, the same on all ranks; without gradients.
+        count: m, (1,) float64, on x's device.
+
+    Saved for backward: as in :func:`iter_norm`, and two numbers for each channel.
+
+    Raises:
+        TypeError, ValueError: as :func:`iter_norm`.
+        NotImplementedError: double backward.
+    """
+    check_data("x", x)
+    d = resolve_group_size(x.shape[1], group_size)
+    check_inverse_sqrt_options(num_iterations, eps, scaling, method)
+    check_affine(x, weight, bias)
+    arguments = (x, weight, bias, process_group, d, num_iterations, float(eps), scaling, method)
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    # Dynamo cannot trace a Function where nothing needs a gradient, as in _fused.call.
+    plain = torch.compiler.is_compiling() and not differentiated
+    y, mean, W, count, *_ = (_SyncIterNorm.forward if plain else _SyncIterNorm.apply)(*arguments)
+    return y, mean, W, count
+
+
+class _SyncIterNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        process_group: Any,
+        group_size: int,
+        num_iterations: int,
+        eps: float,
+        scaling: str,
+        method: str,
+    ) -> tuple[Tensor, ...]:
+        exact, cov, count = _merged_moments(x, group_size, process_group)
+        W, residual, scale = torch.ops.normkernels.inverse_sqrt(cov, num_iterations, eps, scaling, method)
+        mean = exact.to(cov.dtype)
+        left_out = (mean - exact).to(cov.dtype)  # by the rounding of the mean; see DERIVATION.md
+        beta = _times(affine(W, weight), left_out)
+        if bias is not None:
+            beta = beta + bias
+        y = torch.ops.normkernels.whiten(x, mean, W, weight, beta)
+        return y, mean, W, count, residual, scale, left_out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, bias, ctx.process_group, _, ctx.num_iterations, _, ctx.scaling, ctx.method = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(x, weight, bias, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "sync_iter_norm: expected a first derivative, got create_graph=True; iter_norm has the second"
+            )
+        x, weight, bias, mean, W, count, residual, scale, left_out = ctx.saved_tensors
+        g, d, _ = W.shape
+        D, f = torch.ops.normkernels.cross_moments(grad, x, mean, d)
+        D = D + f.view(g, d, 1) * left_out.view(g, 1, d)  # about the exact mean
+        grad_weight = None if weight is None else (D * W).sum(2).flatten().to(weight.dtype)
+        grad_bias = None if bias is None else f.to(bias.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, grad_bias, *[None] * 6
+
+        # The adjoint is linear in D and symmetric: its sum over the ranks takes half the bytes of D's.
+        dcov = torch.ops.normkernels.inverse_sqrt_backward(
+            affine(D, weight), W, residual, scale, ctx.num_iterations, ctx.scaling, ctx.method
+        )
+        merged = _all_reduce(torch.cat((f, _triangle_of(dcov))), ctx.process_group)
+        m = count.clamp(min=1).to(W.dtype)
+        B = _symmetric(merged[g * d :], g, d) * (2 / m)
+        matrix = torch.cat((affine(W, weight).mT, B), dim=2)
+        grad_x = torch.ops.normkernels.stacked_mix(grad, x, merged[: g * d] / m, mean, matrix, _times(B, left_out))
+        return grad_x, grad_weight, grad_bias, *[None] * 6
+
+
+def _merged_moments(x: Tensor, group_size: int, process_group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (C,) in float64, covariance (G, d, d) in the statistics' type and count (1,) of all ranks' samples.
+
+    Sums of squares about 0 in float64: about a mean that all ranks know there would be less to lose, but they know none
+    before the collective. What is left of a difference that is below its rounding is none, so that constant channels
+    have no variance, however large they are.
+    """
+    mean, cov = torch.ops.normkernels.moments(x, group_size)
+    channels, (g, d, _) = x.shape[1], cov.shape
+    m = x.numel() // channels
+    squares = cov.double() + _outer(mean, g, d)
+    sums = _all_reduce(torch.cat((mean.new_full((1,), m), m * mean, m * _triangle_of(squares))), process_group)
+    count = sums[:1].clone()
+    means = sums[1:] / count.clamp(min=1)
+    exact = means[:channels]
+    products = _outer(exact, g, d)
+    difference = _symmetric(means[channels:], g, d) - products
+    rounding = 8 * torch.finfo(torch.float64).eps * products.abs()
+    return exact, torch.where(difference.abs() <= rounding, 0, difference).to(cov.dtype), count  # NaN stays NaN
+
+
+def _all_reduce(values: Tensor, process_group: Any) -> Tensor:
+    """Sum over the ranks. A functional collective: torch.compile keeps it inside its graph."""
+    from torch.distributed import _functional_collectives as collectives
+
+    return collectives.wait_tensor(collectives.all_reduce(values, "sum", process_group))
+
+
+def _outer(v: Tensor, g: int, d: int) -> Tensor:
+    return v.view(g, d, 1) * v.view(g, 1, d)
+
+
+def _times(matrix: Tensor, v: Tensor) -> Tensor:
+    """matrix (G, d, d) times v (C,); a matmul would follow autocast."""
+    return (matrix * v.view(matrix.shape[0], 1, -1)).sum(2).flatten()
+
+
+def _triangle_of(matrices: Tensor) -> Tensor:
+    """The lower triangles of (G, d, d), rows first, end to end."""
+    d = matrices.shape[1]
+    return matrices.flatten(1)[:, _places(d, matrices.device)[0]].flatten()
+
+
+def _symmetric(triangles: Tensor, g: int, d: int) -> Tensor:
+    """The symmetric matrices (G, d, d) of these lower triangles."""
+    return triangles.view(g, -1)[:, _places(d, triangles.device)[1]].view(g, d, d)
+
+
+def _places(d: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the triangle's entries are in a matrix, and where each of a matrix's entries is in the triangle."""
+    return (_computed_places if torch.compiler.is_compiling() else _kept_places)(d, device)
+
+
+def _computed_places(d: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    i = torch.arange(d, device=device)
+    row, column = torch.maximum(i[:, None], i), torch.minimum(i[:, None], i)
+    below = torch.tril_indices(d, d, device=device)
+    return below[0] * d + below[1], (row * (row + 1) // 2 + column).flatten()
+
+
+_kept_places = functools.lru_cache(_computed_places)
