@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch.fx
 from torch import nn
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-AFFINE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+AFFINE_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)  # transposed convolutions and ConvNorm are among them
+CALL_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class Tracer(torch.fx.Tracer):
-    """Looks into all modules but those that pairs are made of and this package's own, which check their input."""
+    """Looks into all modules but those that pairs are made of and this package's own, which check their input.
+
+    closed: further modules that it does not look into.
+    """
+
+    proxy_buffer_attributes = True  # who reads a running statistic is seen
+
+    def __init__(self, closed: Collection[nn.Module] = ()) -> None:
+        super().__init__()
+        self.closed = closed
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             super().is_leaf_module(m, module_qualified_name)
+            or m in self.closed
             or type(m).__module__.startswith("normkernels.")
             or isinstance(m, (*AFFINE_LAYERS, nn.modules.batchnorm._BatchNorm))
         )

@@ -1,83 +1,327 @@
-"""Normalizations that are one affine map per channel in evaluation, merged into the layer beside them."""
+"""An inference copy of a network, its normalizations merged into the layers beside them."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from operator import attrgetter
+from typing import Any
 
 import torch
+import torch.fx
 from torch import nn
+from torch.fx import Graph, Node
 
-from normkernels.convert.pop_norm import POP_NORM
+from normkernels.convert._affine import BATCH_NORM_RANKS, LAYERS, NORMS, fold_behind, fold_pop_norm
+from normkernels.convert._graph import AFFINE_LAYERS, CALL_HOOKS, Tracer
 from normkernels.layers.pop_norm import _POPNorm
-from normkernels.ops.pop_norm.eager import factors
+from normkernels.ops._checks import check_flag
 
-Layer = TypeVar("Layer", nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PASSED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-@torch.no_grad()
-def fold_pop_norm(norm: _POPNorm, layer: Layer) -> Layer:
-    r"""One layer for ``layer(norm(x))`` in evaluation, at no cost of its own.
+def fold(model: nn.Module, *, strict: bool = True) -> nn.Module:
+    r"""A copy of a network for inference, in which normalizations cost nothing: they are merged into other layers.
 
-    .. math:: W' = W \mathrm{diag}(a), \qquad b' = b + \sum W c, \qquad y = a x + c
+    .. math:: A (W x + b - \mu) + \beta = W' x + b', \qquad W' = A W, \qquad b' = A (b - \mu) + \beta
 
-    where y is what POP-Norm gives of x, channel by channel (eq. 11 and 12 with the running statistics). Zeros that a
-    convolution pads y with are no values of x: with c other than 0 that is not one convolution, and is refused. Other
-    padding modes repeat values of the image, so they are exact, and so is a norm with ``center=False``: there c = 0.
+    with A = diag(gamma) W_running, block diagonal in the whitening groups (IterNorm, section 3.3), for BatchNorm
+    diag(gamma / sqrt(var + eps)). It is computed in float64 and rounded once, to the layer's own type.
+
+    Merged are BatchNorm1d/2d/3d, SyncBatchNorm, this package's whitening layers, and POPNorm, into the Linear,
+    Conv1d/2d/3d, ConvTranspose1d/2d/3d or ConvNorm1d/2d (there only if A is diagonal, and with ``affine=True``) whose
+    output they normalize, Identity, Dropout and merged norms in between not counted; a POPNorm that has no such layer
+    also into the one that reads its output, as :func:`fold_pop_norm` does. ``nn.Identity`` takes the norm's place, all
+    other modules, names and types stay. A layer that had no bias gets one.
+
+    What goes where is found with torch.fx. A module that it cannot trace, or that has hooks, is a black box to what is
+    around it, and is looked into by itself; it is taken to call its children as a whole. A Linear is taken to work on
+    (N, C), a Conv1d on (N, C, L): a norm behind a Linear on (N, L, C) has L features, for L = C nothing tells it apart.
+
+    A ConvNorm layer itself stays: for planes of one size it is a convolution, but with a kernel as large as the plane.
 
     Args:
-        norm: POPNorm1d/2d/3d in evaluation mode, with running statistics.
-        layer: nn.Linear (on (N, C)) or nn.Conv1d/2d/3d of the norm's rank and as many input channels.
+        model: a network in evaluation mode. It stays as it is.
+        strict: whether it is an error if there is a norm that cannot be folded exactly. If not it stays, with one
+            warning that names all of them with the reasons.
 
     Returns:
-        A copy of ``layer`` with other weights, computed in float64 and rounded once; it has a bias where b' needs one.
+        The copy, equal but for rounding.
 
     Raises:
-        TypeError: ``norm`` or ``layer`` is of another kind (a subclass of the layers may have another forward), or the
-            layer's weight or bias is computed, as by parametrizations and pruning.
-        ValueError: the norm is in training mode or has no running statistics, channels differ, or the layer pads with
-            zeros and c is not 0.
+        TypeError: ``model`` is no module, or ``strict`` no flag.
+        ValueError: the model or one of its norms is in training mode; there is nothing that can be folded; or, if
+            strict, a norm cannot be: it has no running statistics or they are not finite; something else is between
+            it and the layer; the layer's output is used elsewhere as well; one of the two is called several times, is
+            of a subclass, has hooks, or its parameters are read elsewhere; the layer's weight is computed, as by
+            parametrizations and pruning; channels do not fit, or a convolution's groups do not consist of whole
+            whitening groups; the merged weights overflow the layer's type; or no call of it was found.
     """
-    if not isinstance(norm, _POPNorm):
-        raise TypeError(f"norm: expected POPNorm1d, POPNorm2d or POPNorm3d, got {type(norm).__name__}")
-    kinds = [kind for kind, pop in POP_NORM.items() if isinstance(norm, pop)]
-    if type(layer) not in kinds:
-        expected = " or ".join(kind.__name__ for kind in kinds)
-        raise TypeError(f"layer: expected {expected} behind {type(norm).__name__}, got {type(layer).__name__}")
-    if not {"weight", "bias"} <= layer._parameters.keys():
-        raise TypeError(f"layer: expected its weight and bias to be parameters, got computed ones in {layer}")
-    if norm.training or norm.running_mean is None or norm.running_var is None:
-        raise ValueError("norm: expected one in evaluation mode with running statistics, got one that uses the batch's")
-    channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-    if channels != norm.num_features:
-        raise ValueError(f"layer: expected {norm.num_features} input channels as in the norm, got {channels}")
-    mean, options = norm.running_mean.double(), (norm.kappa, norm.eps, norm.center, norm.scale)
-    weight, bias = (None if value is None else value.double() for value in (norm.weight, norm.bias))
-    a, _, beta = factors(mean, norm.running_var.double(), weight, bias, *options)
-    c = a * (beta - mean) if norm.center else torch.zeros_like(a)
-    if c.any() and _pads_with_zeros(layer):
-        raise ValueError(
-            f"layer: expected no zero padding, which the normalization would change at the borders, got {layer}"
-        )
-    folded = copy.deepcopy(layer)
-    W = layer.weight.double()
-    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
-    # Per output its own group's input channels: (O, I / groups, 1...).
-    a, c = (
-        value.view(groups, -1).repeat_interleave(len(W) // groups, 0).view(*W.shape[:2], *[1] * (W.dim() - 2))
-        for value in (a, c)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
+    check_flag("strict", strict)
+    norms: dict[nn.Module, str] = {
+        module: name or "model" for name, module in model.named_modules() if isinstance(module, NORMS)
+    }
+    if not norms:
+        raise ValueError("model: expected BatchNorm, IterNorm, DBN or POPNorm layers, got none")
+    for module, name in ((model, "model"), *norms.items()):
+        if module.training:
+            raise ValueError(f"{name!r}: expected evaluation mode, as after model.eval(), got training mode")
+    network = _Network(model)
+    merged, reasons = _merge(network, norms)
+    kept = "".join(
+        f"\n  {name!r} ({type(norm).__name__}): {reasons[norm]}" for norm, name in norms.items() if norm in reasons
     )
-    folded.weight.copy_(W * a)
-    if c.any():
-        if folded.bias is None:
-            folded.bias = nn.Parameter(layer.weight.new_zeros(len(W)), layer.weight.requires_grad)
-        folded.bias.copy_(folded.bias.double() + (W * c).flatten(1).sum(1))
-    return folded
+    if kept and (strict or len(reasons) == len(norms)):
+        raise ValueError(f"model: expected {'all' if strict else 'some of'} its norms to be foldable, got{kept}")
+    if kept:
+        warnings.warn(f"norms that are not folded and stay as they are:{kept}", stacklevel=2)
+    # Whoever refers to a module, in a list of its own as well, refers in the copy to what has taken its place.
+    places = {id(layer): _rounded(layer, exact) for layer, exact in merged.items()}
+    places |= {id(norm): nn.Identity().eval() for norm in norms if norm not in reasons}
+    return _copy(model, places)
 
 
-def _pads_with_zeros(layer: Any) -> bool:
-    if isinstance(layer, nn.Linear) or layer.padding_mode != "zeros":
+def _merge(network: _Network, norms: dict[nn.Module, str]) -> tuple[dict[nn.Module, Any], dict[nn.Module, str]]:
+    """The layers that change, each with what becomes of it in float64, and why norms stay that do.
+
+    In the order of the calls: a norm that is folded lets another one behind it see the layer.
+    """
+    merged: dict[nn.Module, Any] = {}
+    reasons: dict[nn.Module, str] = {}
+    passed: set[nn.Module] = set()
+    for call, norm in network.calls_of(norms):
+        try:
+            _check_norm(norm, network)
+            layer, folded = _folded(network, call, norm, merged, passed)
+            _check_range(folded, layer)
+        except ValueError as reason:
+            reasons[norm] = str(reason)
+        else:
+            merged[layer] = folded
+            passed.add(norm)
+    for norm in norms.keys() - passed - reasons.keys():
+        reasons[norm] = network.why_not_called(norm)
+    return merged, reasons
+
+
+def _folded(
+    network: _Network, call: Node, norm: nn.Module, merged: dict[nn.Module, Any], passed: set[nn.Module]
+) -> tuple[nn.Module, Any]:
+    """The layer beside a norm, and what becomes of it in float64; ValueError says why there is none."""
+    exact = _exact(norm)
+    try:
+        layer = network.neighbor(call, passed)
+        return layer, fold_behind(merged.get(layer) or _exact(layer), exact)
+    except ValueError as behind:
+        if not isinstance(norm, _POPNorm):
+            raise
+        try:
+            layer = network.neighbor(call, passed, forward=True)
+            return layer, fold_pop_norm(exact, _exact(layer))  # what is behind the layer comes later
+        except (TypeError, ValueError) as in_front:
+            raise ValueError(f"{behind}; and to be folded into the next layer, {in_front}") from None
+
+
+class _Network:
+    """Who calls what, as graphs: the model's own, and those of the modules that are closed to it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        # What forward does to modules while it is traced, as in `self.features = x`, is done to a copy.
+        traced = _copy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+        self.origin = {module: model.get_submodule(name) for name, module in traced.named_modules()}
+        self.names = {module: name for name, module in model.named_modules()}
+        self.closed = {module for module in traced.modules() if _hooks(module)}
+        self.errors: dict[nn.Module, str] = {}
+        self.module: dict[Node, nn.Module] = {}
+        self.nodes: list[Node] = []
+        self.read: set[int] = set()  # tensors, by their ids: with weights tied it has the name of another module
+        self._look_into([traced])
+        self.calls = Counter(self.module.values())
+
+    def _look_into(self, modules: Iterable[nn.Module], seen: set[nn.Module] | None = None) -> None:
+        seen = set() if seen is None else seen
+        for root in modules:
+            if root in seen or not any(isinstance(m, NORMS) for m in root.modules() if m is not root):
+                continue
+            seen.add(root)
+            graph = self._trace(root)
+            if graph is None:
+                self._look_into(_children(root), seen)
+                continue
+            called = []
+            for node in graph.nodes:
+                self.nodes.append(node)
+                if node.op == "call_module":
+                    called.append(root.get_submodule(str(node.target)))
+                    self.module[node] = self.origin[called[-1]]
+                elif node.op == "get_attr":
+                    self.read.add(id(attrgetter(str(node.target))(root)))
+            self._look_into(called, seen)
+
+    def _trace(self, root: nn.Module) -> Graph | None:
+        """None if it cannot be traced, not even with those of its children closed that cannot."""
+        while True:
+            try:
+                if "forward" in vars(root):  # the tracer takes the class's
+                    raise TypeError("its forward is not that of its class")
+                return Tracer(self.closed).trace(root)
+            except Exception as error:  # whatever the model's code raises on a proxy
+                before = len(self.closed)
+                for child in _children(root):
+                    if not Tracer(self.closed).is_leaf_module(child, ""):
+                        self._trace(child)
+                if len(self.closed) == before:
+                    self.closed.add(root)
+                    self.errors[self.origin[root]] = f"{type(error).__name__}: {error}"
+                    return None
+
+    def calls_of(self, norms: Iterable[nn.Module]) -> Iterator[tuple[Node, nn.Module]]:
+        """The first call of each that is called, in order."""
+        waiting = set(norms)
+        for node in self.nodes:
+            norm = self.module.get(node)
+            if norm in waiting:
+                waiting.remove(norm)
+                yield node, norm
+
+    def neighbor(self, call: Node, passed: set[nn.Module], forward: bool = False) -> nn.Module:
+        """The layer from which a norm has its input, or, forward, the one to which its output goes."""
+        node = call
+        while True:
+            if forward:
+                self._check_alone(node)
+                node = next(iter(node.users))
+            else:
+                node = node.all_input_nodes[0]
+            module = self.module.get(node)
+            if not (isinstance(module, AFFINE_LAYERS) or module in passed or _passes(module)):
+                where = "behind" if forward else "in front of"
+                raise ValueError(f"expected a convolution or linear layer {where} it, got {self._described(node)}")
+            if not forward:
+                self._check_alone(node)
+            if isinstance(module, AFFINE_LAYERS):
+                _check_layer(module, self)
+                return module
+
+    def _check_alone(self, node: Node) -> None:
+        if len(node.users) != 1:
+            users = ", ".join(self._described(user) for user in node.users) or "nobody"
+            raise ValueError(f"expected one user of the output of {self._described(node)}, got {users}")
+
+    def _described(self, node: Node) -> str:
+        module = self.module.get(node)
+        if module is not None:
+            return f"{self.names[module]!r} ({type(module).__name__})"
+        if node.op in ("placeholder", "output"):
+            return f"the {'input' if node.op == 'placeholder' else 'output'} of the traced module"
+        return getattr(node.target, "__name__", str(node.target))
+
+    def why_not_called(self, norm: nn.Module) -> str:
+        """The innermost module that cannot be traced has it."""
+        around = [(len(self.names[m]), m) for m in self.errors if any(inner is norm for inner in m.modules())]
+        if not around:
+            return "expected a call of it, found none in the traced forward"
+        _, module = max(around, key=lambda each: each[0])
+        name = self.names[module] or "model"
+        return f"expected {name!r} to have a forward that torch.fx can trace, got {self.errors[module]}"
+
+
+def _check_norm(norm: Any, network: _Network) -> None:
+    if type(norm) not in BATCH_NORM_RANKS and not type(norm).__module__.startswith("normkernels."):
+        raise ValueError(f"expected no subclass, which may compute something else, got {type(norm).__name__}")
+    if norm.running_mean is None:
+        raise ValueError("expected running statistics, got a norm that uses the batch's")
+    _check_unchanged(norm, network)
+    for name, value in norm.state_dict().items():
+        if value.is_meta or not value.isfinite().all():
+            got = "a meta tensor" if value.is_meta else f"{int((~value.isfinite()).sum())} that are not"
+            raise ValueError(f"expected finite values in {name}, got {got}")
+
+
+def _check_layer(layer: nn.Module, network: _Network) -> None:
+    name = repr(network.names[layer])
+    for key in ("weight", "bias"):
+        parameter = layer._parameters.get(key, layer)  # its place in the dict is empty where it is computed
+        if parameter is not None and type(parameter) is not nn.Parameter:
+            raise ValueError(
+                f"expected the {key} of {name} to be a plain parameter, got a computed one or another type"
+            )
+    if type(layer) not in LAYERS:
+        raise ValueError(
+            f"expected no subclass in {name}, which may compute something else, got {type(layer).__name__}"
+        )
+    _check_unchanged(layer, network)
+
+
+def _check_unchanged(module: nn.Module, network: _Network) -> None:
+    """It does what its class says, at one place."""
+    name = repr(network.names[module])
+    if _hooks(module):
+        raise ValueError(f"expected no hooks on {name}, got {', '.join(_hooks(module))}")
+    if "forward" in vars(module):
+        raise ValueError(f"expected the forward of its class in {name}, got another one")
+    if network.calls[module] > 1:
+        raise ValueError(f"expected one call of {name}, got {network.calls[module]}")
+    if any(id(tensor) in network.read for tensor in (*module.parameters(), *module.buffers())):
+        raise ValueError(f"expected no other use of the parameters of {name}, got one in the traced forward")
+
+
+def _check_range(folded: Any, layer: Any) -> None:
+    for name, exact in folded.named_parameters():
+        dtype = layer.weight.dtype
+        if not exact.to(dtype).isfinite().all():
+            raise ValueError(f"expected a merged {name} within {dtype}, got up to {exact.abs().max():.3g}")
+
+
+def _hooks(module: nn.Module) -> list[str]:
+    return [hooks.strip("_").replace("_", " ") for hooks in CALL_HOOKS if getattr(module, hooks)]
+
+
+def _passes(module: nn.Module | None) -> bool:
+    """Whether its output is its input."""
+    if module is None or type(module) not in PASSED or _hooks(module):
         return False
-    if isinstance(layer.padding, str):
-        return layer.padding == "same" and any(k > 1 for k in layer.kernel_size)
-    return any(layer.padding)
+    return type(module) is nn.Identity or not module.training
+
+
+def _children(module: nn.Module) -> Iterator[nn.Module]:
+    """Those that can be called: lists and dicts of modules have no forward."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _children(child)
+        else:
+            yield child
+
+
+def _copy(model: nn.Module, places: dict[int, Any]) -> nn.Module:
+    """A deep copy with these in place of the objects of these ids.
+
+    And with what cannot be copied: process groups, which stay, and attributes that are results of autograd, such as the
+    weights that torch.nn.utils.weight_norm and prune compute.
+    """
+    memo: dict[int, Any] = {}
+    for key, value in (item for module in model.modules() for item in vars(module).items()):
+        if isinstance(value, torch.Tensor) and not value.is_leaf:
+            memo[id(value)] = value.detach().clone()
+        elif key == "process_group":
+            memo[id(value)] = value
+    return copy.deepcopy(model, memo | places)
+
+
+def _exact(module: nn.Module) -> Any:
+    """In float64, on the CPU, because not every device has it."""
+    return _copy(module, {}).cpu().double()
+
+
+def _rounded(layer: Any, exact: Any) -> Any:
+    """The layer with these values, in its own type, layout and place."""
+    folded = copy.deepcopy(layer)
+    for name, value in exact.named_parameters():
+        like = getattr(layer, name)
+        rounded = layer.weight.new_empty(value.shape) if like is None else torch.empty_like(like)
+        setattr(folded, name, nn.Parameter(rounded.copy_(value.detach()), value.requires_grad))
+    return folded

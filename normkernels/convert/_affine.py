@@ -1,0 +1,169 @@
+"""Normalizations in evaluation are affine maps: merged into the layer behind which, or in front of which, they stand.
+
+Layer by layer; :mod:`normkernels.convert.fold` finds which layers these are.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from normkernels.convert.pop_norm import POP_NORM
+from normkernels.layers.conv_norm import ConvNorm1d, ConvNorm2d
+from normkernels.layers.pop_norm import _POPNorm
+from normkernels.layers.whitening import _Whitening
+from normkernels.ops.pop_norm.eager import factors
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+# Dimensions of what a layer gives, and of what a norm takes, the batch among them.
+LAYERS: dict[type[nn.Module], int] = {
+    nn.Linear: 2,
+    **{nn.Conv1d: 3, nn.ConvTranspose1d: 3, ConvNorm1d: 3},
+    **{nn.Conv2d: 4, nn.ConvTranspose2d: 4, ConvNorm2d: 4},
+    **{nn.Conv3d: 5, nn.ConvTranspose3d: 5},
+}
+BATCH_NORM_RANKS: dict[type[nn.Module], tuple[int, ...]] = {
+    nn.BatchNorm1d: (2, 3),
+    nn.BatchNorm2d: (4,),
+    nn.BatchNorm3d: (5,),
+    nn.SyncBatchNorm: (2, 3, 4, 5),
+}
+NORMS = (nn.modules.batchnorm._BatchNorm, _Whitening, _POPNorm)
+
+
+def evaluated(norm: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A (G, d, d), mean and beta (C,) of y = A (x - mean) + beta, which ``norm`` is in evaluation; in its own type."""
+    mean, weight, beta = norm.running_mean, norm.weight, norm.bias
+    var: Any = getattr(norm, "running_var", None)
+    if isinstance(norm, _POPNorm):
+        a, _, beta = factors(mean, var, weight, beta, norm.kappa, norm.eps, norm.center, norm.scale)
+        return a.view(-1, 1, 1), mean if norm.center else torch.zeros_like(mean), a * beta
+    W = norm.running_whitening if var is None else (var + norm.eps).rsqrt().view(-1, 1, 1)
+    A = W if weight is None else weight.view(*W.shape[:2], 1) * W
+    return A, mean, torch.zeros_like(mean) if beta is None else beta
+
+
+@torch.no_grad()
+def fold_behind(layer: Any, norm: Any) -> Any:
+    r"""One layer for ``norm(layer(x))`` in evaluation.
+
+    .. math:: W' = A W, \qquad b' = A (b - \mu) + \beta
+
+    A mixes the output channels of a group, all of which must read the same input channels.
+
+    Args:
+        layer: one of LAYERS. A ConvNorm's output does not scale with its weight: there A, which must be diagonal, goes
+            into its ``affine_weight``, a convolution with a group for each channel.
+        norm: one of NORMS in evaluation, with running statistics.
+
+    Returns:
+        A copy of ``layer`` with another weight, and with a bias.
+
+    Raises:
+        ValueError: dimensions or channels do not fit, groups are misaligned, or a ConvNorm has no ``affine_weight``.
+    """
+    linear = isinstance(layer, nn.Linear)
+    outputs, rank = layer.out_features if linear else layer.out_channels, LAYERS[type(layer)]
+    ranks = norm._ranks if hasattr(norm, "_ranks") else BATCH_NORM_RANKS[type(norm)]
+    if rank not in ranks:
+        raise ValueError(f"expected a norm for {rank}D input behind {type(layer).__name__}, got {type(norm).__name__}")
+    if norm.num_features != outputs:
+        raise ValueError(f"expected {outputs} features as {type(layer).__name__} gives, got {norm.num_features}")
+    A, mean, beta = evaluated(norm)
+    name, groups = "weight", 1 if linear else layer.groups
+    if isinstance(layer, ConvNorm1d | ConvNorm2d):
+        if layer.affine_weight is None:
+            raise ValueError(f"expected a {type(layer).__name__} with affine=True, which can take a scale, got {layer}")
+        name, groups = "affine_weight", outputs
+    each, d = outputs // groups, A.shape[-1]
+    if each % d and bool((A - torch.diag_embed(A.diagonal(dim1=-2, dim2=-1))).any()):
+        raise ValueError(
+            f"expected whitening groups that divide the {each} output channels in each of the convolution's {groups} "
+            f"groups, got misaligned groups of {d}"
+        )
+    folded = copy.deepcopy(layer)
+    W = old = getattr(layer, name)
+    transposed = isinstance(layer, _ConvTransposeNd)
+    if transposed:  # (I, O / groups, *): the output channels in front, as elsewhere
+        W = W.unflatten(0, (groups, -1)).transpose(1, 2)
+    mixed = (A @ W.reshape(*A.shape[:2], -1)).view(W.shape)
+    if transposed:
+        mixed = mixed.transpose(1, 2).flatten(0, 1)
+    b = -mean if layer.bias is None else layer.bias - mean
+    setattr(folded, name, nn.Parameter(mixed, old.requires_grad))
+    trains = (old if layer.bias is None else layer.bias).requires_grad
+    folded.bias = nn.Parameter((A @ b.view(*A.shape[:2], 1)).flatten() + beta, trains)
+    return folded
+
+
+@torch.no_grad()
+def fold_pop_norm(norm: _POPNorm, layer: Layer) -> Layer:
+    r"""One layer for ``layer(norm(x))`` in evaluation, at no cost of its own.
+
+    .. math:: W' = W \mathrm{diag}(a), \qquad b' = b + \sum W c, \qquad y = a x + c
+
+    where y is what POP-Norm gives of x, channel by channel (eq. 11 and 12 with the running statistics). Zeros that a
+    convolution pads y with are no values of x: with c other than 0 that is not one convolution, and is refused. Other
+    padding modes repeat values of the image, so they are exact, and so is a norm with ``center=False``: there c = 0.
+
+    Args:
+        norm: POPNorm1d/2d/3d in evaluation mode, with running statistics.
+        layer: nn.Linear (on (N, C)) or nn.Conv1d/2d/3d of the norm's rank and as many input channels.
+
+    Returns:
+        A copy of ``layer`` with other weights, computed in float64 and rounded once; it has a bias where b' needs one.
+
+    Raises:
+        TypeError: ``norm`` or ``layer`` is of another kind (a subclass of the layers may have another forward), or the
+            layer's weight or bias is computed, as by parametrizations and pruning.
+        ValueError: the norm is in training mode or has no running statistics, channels differ, or the layer pads with
+            zeros and c is not 0.
+    """
+    if not isinstance(norm, _POPNorm):
+        raise TypeError(f"norm: expected POPNorm1d, POPNorm2d or POPNorm3d, got {type(norm).__name__}")
+    kinds = [kind for kind, pop in POP_NORM.items() if isinstance(norm, pop)]
+    if type(layer) not in kinds:
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"layer: expected {expected} behind {type(norm).__name__}, got {type(layer).__name__}")
+    if not {"weight", "bias"} <= layer._parameters.keys():
+        raise TypeError(f"layer: expected its weight and bias to be parameters, got computed ones in {layer}")
+    if norm.training or norm.running_mean is None or norm.running_var is None:
+        raise ValueError("norm: expected one in evaluation mode with running statistics, got one that uses the batch's")
+    channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    if channels != norm.num_features:
+        raise ValueError(f"layer: expected {norm.num_features} input channels as in the norm, got {channels}")
+    mean, options = norm.running_mean.double(), (norm.kappa, norm.eps, norm.center, norm.scale)
+    weight, bias = (None if value is None else value.double() for value in (norm.weight, norm.bias))
+    a, _, beta = factors(mean, norm.running_var.double(), weight, bias, *options)
+    c = a * (beta - mean) if norm.center else torch.zeros_like(a)
+    if c.any() and _pads_with_zeros(layer):
+        raise ValueError(
+            f"layer: expected no zero padding, which the normalization would change at the borders, got {layer}"
+        )
+    folded = copy.deepcopy(layer)
+    W = layer.weight.double()
+    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+    # Per output its own group's input channels: (O, I / groups, 1...).
+    a, c = (
+        value.view(groups, -1).repeat_interleave(len(W) // groups, 0).view(*W.shape[:2], *[1] * (W.dim() - 2))
+        for value in (a, c)
+    )
+    folded.weight.copy_(W * a)
+    if c.any():
+        if folded.bias is None:
+            folded.bias = nn.Parameter(layer.weight.new_zeros(len(W)), layer.weight.requires_grad)
+        folded.bias.copy_(folded.bias.double() + (W * c).flatten(1).sum(1))
+    return folded
+
+
+def _pads_with_zeros(layer: Any) -> bool:
+    if isinstance(layer, nn.Linear) or layer.padding_mode != "zeros":
+        return False
+    if isinstance(layer.padding, str):
+        return layer.padding == "same" and any(k > 1 for k in layer.kernel_size)
+    return any(layer.padding)

@@ -1,0 +1,150 @@
+"""Families of normalization layers: which member takes which one's place, and with what group size."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from normkernels import layers
+from normkernels.ops._checks import check_integer
+
+# Members in the order of their ranks; those that synchronize take all ranks.
+FAMILIES: dict[str, tuple[type[nn.Module], ...]] = {
+    "BatchNorm": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    "IterNorm": (layers.IterNorm1d, layers.IterNorm2d, layers.IterNorm3d),
+    "DBN": (layers.DBN1d, layers.DBN2d, layers.DBN3d),
+    "POPNorm": (layers.POPNorm1d, layers.POPNorm2d, layers.POPNorm3d),
+    "SyncBatchNorm": (nn.SyncBatchNorm,),
+    "SyncIterNorm": (layers.SyncIterNorm,),
+    "SyncDBN": (layers.SyncDBN,),
+    "ConvNorm": (layers.ConvNorm1d, layers.ConvNorm2d),
+}
+SYNCHRONIZED = {"BatchNorm": "SyncBatchNorm", "IterNorm": "SyncIterNorm", "DBN": "SyncDBN"}
+WHITENING = ("IterNorm", "DBN", "SyncIterNorm", "SyncDBN")
+NOT_OPTIONS = {"num_features", "group_size", "device", "dtype"}  # they have places of their own
+
+
+def family_name(norm: object) -> str:
+    """Of a member or a name."""
+    expected = f"a layer class of this package, or one of {', '.join(map(repr, FAMILIES))}"
+    if not isinstance(norm, str | type):
+        raise TypeError(f"norm: expected {expected}, got {type(norm).__name__}")
+    for name, members in FAMILIES.items():
+        if norm == name or norm in members:
+            return name
+    raise ValueError(f"norm: expected {expected}, got {norm!r}")
+
+
+def member(family: str, rank: int) -> type[nn.Module]:
+    members = FAMILIES[family]
+    return members[0] if len(members) == 1 else members[rank - 1]
+
+
+def parameters(layer: type[nn.Module]) -> dict[str, inspect.Parameter]:
+    """Of the constructor, and of those that it hands keywords on to."""
+    found: dict[str, inspect.Parameter] = {}
+    for kind in layer.__mro__:
+        if "__init__" in vars(kind):
+            own = dict(inspect.signature(vars(kind)["__init__"]).parameters)
+            found = {**own, **found}
+            if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in own.values()):
+                break
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {name: found[name] for name in found if name != "self" and found[name].kind not in variable}
+
+
+def check_options(layer: type[nn.Module], options: Mapping[str, object], fixed: set[str] = NOT_OPTIONS) -> None:
+    accepted = [name for name in parameters(layer) if name not in fixed]
+    for name in options:
+        if name not in accepted:
+            raise TypeError(f"options: expected some of {', '.join(accepted)} of {layer.__name__}, got {name!r}")
+
+
+def asked_group_size(layer: type[nn.Module], group_size: int | None) -> int | None:
+    """What is asked for, in words or by saying nothing; None for layers without groups."""
+    parameter = parameters(layer).get("group_size")
+    if parameter is not None:
+        return parameter.default if group_size is None else check_integer("group_size", group_size, minimum=1)
+    if group_size is not None:
+        raise ValueError(f"group_size: expected None for {layer.__name__}, which has no groups, got {group_size!r}")
+    return None
+
+
+def largest_divisor(channels: int, asked: int) -> int:
+    """Of the channels, at most what is asked."""
+    return max(d for d in range(1, min(channels, asked) + 1) if channels % d == 0)
+
+
+def smaller_groups(asked: int, named: Mapping[int, list[str]]) -> str | None:
+    """What there is to be said where the size asked for does not divide; named: channels and names of their layers."""
+    parts = []
+    for channels, names in named.items():
+        size = largest_divisor(channels, asked)
+        if size != min(asked, channels):
+            where = f" in {', '.join(map(repr, names))}" if names else ""
+            parts.append(f"{channels} channels: {size}{where}")
+    return f"group_size {asked} does not divide {'; '.join(parts)}" if parts else None
+
+
+def norm_layer(
+    norm: type[nn.Module] | str, rank: int = 2, group_size: int | None = None, **options: Any
+) -> Callable[..., nn.Module]:
+    """For the argument ``norm_layer`` of timm's and torchvision's networks, which call it as ``norm_layer(channels)``.
+
+    Args:
+        norm: the layer's family, as in :func:`normkernels.convert.replace`.
+        rank: 1, 2 or 3, of ``IterNorm1d`` and so on; layers that synchronize take all.
+        group_size: channels whitened together. A layer has the largest divisor of its channels that is not above; None
+            for the family's default.
+        options: for the constructor, such as ``eps`` or ``num_iterations``.
+
+    Returns:
+        A ``functools.partial`` that makes a layer of ``(num_features, **keywords)``; keywords such as eps, momentum,
+        affine, device and dtype override ``options``. It can be copied and pickled. It warns once for each number of
+        channels that ``group_size`` does not divide. timm's networks whose layers are a norm and an activation in one
+        (``get_norm_act_layer``) refuse it.
+
+    Raises:
+        TypeError, ValueError: the family, rank, group size or an option is none there is, or is of another kind.
+    """
+    family = family_name(norm)
+    if family == "ConvNorm":
+        raise ValueError("norm: expected one that normalizes activations, got ConvNorm, which is a convolution")
+    if check_integer("rank", rank, minimum=1) > 3:
+        raise ValueError(f"rank: expected 1, 2 or 3, got {rank}")
+    layer = member(family, rank)
+    check_options(layer, options)
+    layer(1, device="meta", **options)  # which says now what is wrong with an option
+    return functools.partial(_Factory(layer, asked_group_size(layer, group_size)), **options)
+
+
+@dataclass(frozen=True, eq=False)
+class _Factory:
+    """An object and not a function: timm takes functions for layers with an activation, and would leave that out.
+
+    The partial around it holds the options by keyword, and nothing else: timm takes it apart and puts it together.
+    """
+
+    layer: type[nn.Module]
+    asked: int | None
+    warned: set[int] = field(default_factory=set, repr=False)
+
+    @property
+    def __name__(self) -> str:
+        return self.layer.__name__
+
+    def __call__(self, num_features: int, **keywords: Any) -> nn.Module:
+        num_features = check_integer("num_features", num_features, minimum=1)
+        if self.asked is None:
+            return self.layer(num_features, **keywords)
+        message = smaller_groups(self.asked, {num_features: []})
+        if message is not None and num_features not in self.warned:
+            self.warned.add(num_features)
+            warnings.warn(message, stacklevel=2)
+        return self.layer(num_features, group_size=largest_divisor(num_features, self.asked), **keywords)
