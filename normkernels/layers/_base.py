@@ -105,8 +105,8 @@ class BatchStatisticsLayer(nn.Module):
         finite = (batch[1] * 0).sum() == 0
         if not torch.compiler.is_compiling() and is_batchedtensor(finite) > is_batchedtensor(self.num_batches_tracked):
             raise RuntimeError(
-                "torch.vmap: expected running statistics for each batch in training mode, got one set for all; map over "
-                "them, too (torch.func.stack_module_state), or use evaluation mode or track_running_stats=False"
+                "torch.vmap: expected running statistics for each batch in training mode, got one set for all; map "
+                "over them, too (torch.func.stack_module_state), or use evaluation mode or track_running_stats=False"
             )
         self.num_batches_tracked.add_(finite)
         factor: Any = self.momentum

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normkernels.ops import _cuda, _triton
+from normkernels.ops import _cuda, _triton, _vmap
 from normkernels.ops._checks import check_integer, resolve_group_size
 from normkernels.ops._triton import Unsupported
 
@@ -71,6 +71,7 @@ def define(
         torch.library.register_autograd(
             f"normkernels::{name}", autograd.backward, setup_context=autograd.setup_context, lib=LIBRARY
         )
+    _vmap.register(name, autograd, LIBRARY)
     _IMPLEMENTATIONS[name] = {"eager": exact}
     kernels = None
     if triton is not None:

@@ -130,6 +130,14 @@ def test_without_affine() -> None:
     assert_identity(layer.eval()(x), evaluation(x, state | ones))
 
 
+def test_sync_iter_norm() -> None:
+    """An IterNorm, too, of every rank."""
+    layer = nk.SyncIterNorm(8, 4).double()
+    load_iternorm_state(layer, entries())
+    x = torch.randn(SAMPLE[2], dtype=torch.float64)
+    assert_identity(layer.eval()(x), evaluation(x, entries()))
+
+
 def test_shared_layer() -> None:
     """Under both of its names, as in the state_dict of a shared module."""
     norm = nk.IterNorm2d(8, 4).double()

@@ -86,6 +86,11 @@ def inverse_sqrt(
         S = cov / scale.unsqueeze(-1)
         return newton(S, num_iterations) / scale.unsqueeze(-1).sqrt(), S, scale
 
+    if cov.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "inverse_sqrt: expected method='newton' (IterNorm) in a CUDA graph, got 'eigh' (DBN), whose "
+            "eigendecomposition makes the host wait"
+        )
     # LAPACK raises on NaN, and a bad batch must not stop the training: its W is NaN, as any norm's output.
     finite = cov.isfinite().all(-1).all(-1).view(-1, 1, 1)
     eigenvalues, U = torch.linalg.eigh(torch.where(finite, cov, eye_like(cov)))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normkernels.ops import _onnx
 from normkernels.ops._checks import check_data, check_integer, check_like, check_number, check_tensor, statistics_dtype
 from normkernels.ops._library import define
 from normkernels.ops._tiles import channels_innermost, empty_output, in_layout_of
@@ -55,7 +56,8 @@ def kernel_spectrum(
             )
     if dims == 1:
         weight, lengths, steps = weight.unsqueeze(2), [1, *lengths], [1, *steps]
-    v: Tensor = _KernelSpectrum.apply(weight, lengths, float(eps), steps)
+    spectrum = _onnx.kernel_spectrum if _onnx.exporting() else _KernelSpectrum.apply
+    v: Tensor = spectrum(weight, lengths, float(eps), steps)
     return v.squeeze(1) if dims == 1 else v
 
 
@@ -99,7 +101,8 @@ def spectral_filter(
     signals = z.dim() == 3
     if signals:
         z, v, places, takes = z.unsqueeze(2), v.unsqueeze(1), [(0, 1, 1), *places], [(0, 1, 1), *takes]
-    y: Tensor = _SpectralFilter.apply(
+    apply = _onnx.spectral_filter if _onnx.exporting() else _SpectralFilter.apply
+    y: Tensor = apply(
         z, v, [part for start, step, _ in places for part in (start, step)], [part for take in takes for part in take]
     )
     return y.squeeze(2) if signals else y

@@ -1,0 +1,73 @@
+"""What evaluation computes, in operators that ONNX has: torch.onnx.export traces this instead of the opaque ops.
+
+Rejected: these functions in torch._decomp's table, where torch's exporter looks, too. With an entry there Inductor
+refuses an op wherever the environment has CI set, and its fake with symbolic sizes is no longer the op's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from normkernels.ops._checks import statistics_dtype
+from normkernels.ops._compile import constant
+from normkernels.ops.spectral import eager as spectral
+from normkernels.ops.whiten.eager import affine
+
+
+@constant  # Dynamo, by which torch.onnx.export traces a second time, would say no
+def exporting() -> bool:
+    """Whether torch.onnx.export traces. The first question costs 20 ns, the second a microsecond."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def whiten(x: Tensor, mean: Tensor, W: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """A (x - mean) + beta. Centred first, whatever the mean: A x + (c - A mean) may lose digits."""
+    A = affine(W, weight)
+    groups, d, _ = A.shape
+    per_channel = (-1, *[1] * (x.dim() - 2))
+    y = x.to(A.dtype) - mean.view(per_channel)
+    y = y * A.view(per_channel) if d == 1 else (A @ y.reshape(x.shape[0], groups, d, -1)).reshape(x.shape)
+    return (y if bias is None else y + bias.to(A.dtype).view(per_channel)).to(x.dtype)
+
+
+def kernel_spectrum(weight: Tensor, size: Sequence[int], eps: float, dilation: Sequence[int]) -> Tensor:
+    dtype = statistics_dtype(weight.dtype)
+    rows, columns = (
+        waves(n, (1 - k, 1, 2 * k - 1), weight, step)
+        for n, k, step in zip(size, weight.shape[2:], dilation, strict=True)
+    )
+    return spectral.spectrum(weight, (rows, columns), eps).clamp(max=torch.finfo(dtype).max).to(dtype)
+
+
+def spectral_filter(z: Tensor, v: Tensor, source: Sequence[int], target: Sequence[int]) -> Tensor:
+    """H (v H z) / (h w) with the two-dimensional Hartley transform H, which diagonalizes even filters.
+
+    A filter's even part is all that the real part of its result depends on. Not the blocks of spectral/eager.py, which
+    cost half the products and depend on whether lengths are even: here they may be unknown.
+    """
+    h, w = v.shape[1:]
+    rows, columns = (*source[:2], z.shape[2]), (*source[2:], z.shape[3])
+    Z = hartley(z.to(v.dtype), waves(h, rows, v), waves(w, columns, v))
+    even = 0.5 * (v + spectral.negated(spectral.negated(v, 1), 2)) / (h * w)
+    (cos_h, sin_h), (cos_w, sin_w) = waves(h, target[:3], v), waves(w, target[3:], v)
+    return hartley(Z * even, (cos_h.T, sin_h.T), (cos_w.T, sin_w.T)).to(z.dtype)
+
+
+def waves(n: int, window: spectral.Window, like: Tensor, dilation: int = 1) -> spectral.Waves:
+    """cos and sin of 2 pi u t / n for frequencies u and positions t of a window, dilated: (n, count), float64."""
+    start, step, count = window
+    position = (torch.arange(count, dtype=torch.float64, device=like.device) * step + start) * dilation
+    angle = torch.outer(torch.arange(n, dtype=torch.float64, device=like.device), position)
+    angle = angle.remainder(n) * (2 * math.pi / n)
+    return angle.cos(), angle.sin()
+
+
+def hartley(z: Tensor, rows: spectral.Waves, columns: spectral.Waves) -> Tensor:
+    """sum of z(s, t) (cos + sin)(u s + w t): cos u s (cos + sin)(w t) + sin u s (cos - sin)(w t)."""
+    (cos_h, sin_h), (cos_w, sin_w) = rows, columns
+    plus, minus = (cos_w + sin_w).T.to(z.dtype), (cos_w - sin_w).T.to(z.dtype)
+    return cos_h.to(z.dtype) @ (z @ plus) + sin_h.to(z.dtype) @ (z @ minus)
