@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -21,3 +22,30 @@ def test_code(page: Path) -> None:
     names: dict[str, object] = {}
     for block in BLOCK.findall(page.read_text(encoding="utf-8")):
         exec(compile(block, str(page), "exec"), names)
+
+
+ROW = re.compile(r"^\| (?P<what>.+?) \|(?: (?P<cells>.+?) \|)? `(?P<file>[\w/]+\.py)::(?P<test>\w+)` \|$", re.MULTILINE)
+SUPPORT = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+ROWS = [pytest.param(row, id=row["test"]) for row in ROW.finditer(SUPPORT)]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_support_matrix(row: re.Match[str]) -> None:
+    """The test of a row exists, and runs the layers that the row is about: no more, no less."""
+    test = getattr(importlib.import_module(f"tests.{row['file'].removesuffix('.py').replace('/', '.')}"), row["test"])
+    if row["cells"] is None:
+        return
+    layers = [name.strip() for name in SUPPORT.split("|---")[0].splitlines()[-1].split("|")[2:-2]]
+    cells = dict(zip(layers, row["cells"].split(" | "), strict=True))
+    assert set(cells.values()) <= {"yes", "refused", "gpu", "refused, gpu", "–"}
+    marks = getattr(test, "pytestmark", [])
+    assert any("gpu" in cell for cell in cells.values()) == any(mark.name == "gpu" for mark in marks)
+    for mark in marks:
+        if mark.name == "parametrize" and mark.args[0] in ("name", ("name", "marked")):
+            values = [value if isinstance(value, str) else value[0] for value in mark.args[1]]
+            run = {name for value in values for name in value.split("-")}
+            assert {name for name, cell in cells.items() if cell != "–"} == run & set(layers)
+
+
+def test_support_matrix_is_read() -> None:
+    assert len(ROWS) == SUPPORT.count(".py::")

@@ -378,3 +378,22 @@ def test_flags_are_true_or_false(layer_type: type, name: str) -> None:
     with pytest.raises(TypeError, match=f"{name}: expected True or False, got 'no'"):
         build(layer_type, **{name: "no"})
     assert getattr(build(layer_type, **{name: 0}), name) == 0
+
+
+GROUPED = [(t, {"group_size": d}) for t in WHITENING for d in (1, 4)]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(("layer_type", "options"), [*GROUPED, (nk.POPNorm1d, {}), (nk.POPNorm2d, {})])
+def test_an_activation_in_place(layer_type: type, options: dict[str, Any], training: bool) -> None:
+    """nn.ReLU(inplace=True) behind it: autograd allows that only for a y that is no view."""
+    layer = trained(layer_type, **options).train(training)
+    x = batch(layer_type, 7)
+    for layout in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
+        results = []
+        for activation in (torch.relu, torch.relu_):
+            leaf = layout.clone().requires_grad_()
+            twin = copy.deepcopy(layer)
+            y = activation(twin(leaf))
+            results.append([y.detach(), *torch.autograd.grad(y.square().sum(), [leaf, *twin.parameters()])])
+        assert_agree(*results)
