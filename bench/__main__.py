@@ -22,7 +22,7 @@ from bench.results import Results
 from bench.session import Session
 
 HERE = Path(__file__).resolve().parent
-SUITES = ("table_a1", "vgg", "inference", "scaling", "conv_norm", "pop_norm", "bnp", "memory")
+SUITES = ("table_a1", "vgg", "inference", "scaling", "conv_norm", "pop_norm", "bnp", "fold", "memory")
 GPU_SUITE = "gpu"
 
 try:

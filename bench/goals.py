@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bench.bnp import VANILLA
+from bench.folding import FOLDED
 from bench.gpu_suite import (
     BATCHNORM_CL,
     COMPILED,
@@ -112,6 +114,7 @@ GOALS = (
     Goal("inference_d16", WIDE, "DBN(16)", GROUPED, 1.2, mode="inference"),
     Goal("conv_norm", "32x64x32x32", CONV_NORM, CONV2D, 1.8),
     Goal("conv_norm", "32x64x32x32 stride 2", CONV_NORM, CONV2D, 4.0),
+    Goal("fold", "8x3x32x32", FOLDED, VANILLA, 1.02, mode="inference"),
     Goal("kernel_spectrum", "512x512x3x3", SPECTRUM, PADDED_FFT, 1 / 20, mode="inference"),
     on_gpu("gpu_norm", IMAGENET, ITERNORM, FLOOR, 1.25, 1.15),
     on_gpu("gpu_norm", IMAGENET, ITERNORMS, BATCHNORMS, 1.0, 0.8),

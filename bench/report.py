@@ -44,6 +44,7 @@ TITLES = {
     "kernel_spectrum": "The spectrum of a 3x3 convolution's kernels on planes of 34 x 34",
     "pop_norm": "POP-Norm against BatchNorm",
     "bnp_step": "One training step of a network with two hidden layers of 100 (BNP, Table 1), by mini-batch",
+    "fold": "Evaluation of a ResNet-18 for CIFAR, its norms folded into its convolutions",
     "memory": "Memory of one training step",
     "gpu_norm": "IterNorm on a GPU",
     "gpu_pop_norm": "POP-Norm on a GPU",

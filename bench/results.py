@@ -68,7 +68,7 @@ class Failure:
     error: str
 
 
-Row = TypeVar("Row", Record, Ratio, Failure)
+Row = TypeVar("Row", bound=Any)  # any dataclass
 
 
 @dataclass

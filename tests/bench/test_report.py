@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench import catalogue as cat
+from bench.folding import fold
 from bench.goals import Goal, evaluate, where_we_lose
 from bench.gpu_suite import gpu
 from bench.report import REFERENCES, goals_table, markdown, number, table, write_report
@@ -16,7 +17,7 @@ from bench.suites import Comparison, Settings, conv_norm, inference, memory, sca
 from bench.timing import Measurement, Plan
 from bench.workload import Workload
 
-SUITES = (table_a1, vgg, scaling, inference, conv_norm, memory, gpu)
+SUITES = (table_a1, vgg, scaling, inference, conv_norm, fold, memory, gpu)
 ORIGIN = {"device": "a machine, 2 threads", "versions": "torch 2; threads 2", "commit": "abc1234"}
 COLUMNS = [
     *("kernel", "provider", "mode", "metric", "shape", "dtype"),
