@@ -68,24 +68,15 @@ def fold_behind(layer: Any, norm: Any) -> Any:
         ValueError: dimensions or channels do not fit, groups are misaligned, or a ConvNorm has no ``affine_weight``.
     """
     linear = isinstance(layer, nn.Linear)
-    outputs, rank = layer.out_features if linear else layer.out_channels, LAYERS[type(layer)]
-    ranks = norm._ranks if hasattr(norm, "_ranks") else BATCH_NORM_RANKS[type(norm)]
-    if rank not in ranks:
-        raise ValueError(f"expected a norm for {rank}D input behind {type(layer).__name__}, got {type(norm).__name__}")
-    if norm.num_features != outputs:
-        raise ValueError(f"expected {outputs} features as {type(layer).__name__} gives, got {norm.num_features}")
+    outputs = layer.out_features if linear else layer.out_channels
+    _check_fits(norm, layer, outputs, "behind")
     A, mean, beta = evaluated(norm)
     name, groups = "weight", 1 if linear else layer.groups
     if isinstance(layer, ConvNorm1d | ConvNorm2d):
         if layer.affine_weight is None:
             raise ValueError(f"expected a {type(layer).__name__} with affine=True, which can take a scale, got {layer}")
         name, groups = "affine_weight", outputs
-    each, d = outputs // groups, A.shape[-1]
-    if each % d and bool((A - torch.diag_embed(A.diagonal(dim1=-2, dim2=-1))).any()):
-        raise ValueError(
-            f"expected whitening groups that divide the {each} output channels in each of the convolution's {groups} "
-            f"groups, got misaligned groups of {d}"
-        )
+    A = _aligned(A, outputs // groups, groups, "output")
     folded = copy.deepcopy(layer)
     W = old = getattr(layer, name)
     transposed = isinstance(layer, _ConvTransposeNd)
@@ -99,6 +90,71 @@ def fold_behind(layer: Any, norm: Any) -> Any:
     trains = (old if layer.bias is None else layer.bias).requires_grad
     folded.bias = nn.Parameter((A @ b.view(*A.shape[:2], 1)).flatten() + beta, trains)
     return folded
+
+
+@torch.no_grad()
+def fold_in_front(layer: Any, norm: Any) -> Any:
+    r"""One layer for ``layer(norm(x))`` in evaluation.
+
+    .. math:: W' = W A, \qquad b' = b + \sum W c, \qquad c = \beta - A \mu
+
+    Zeros with which a convolution pads what the norm gives are no values of x, so that with c other than 0 that is not
+    one convolution. Other padding modes repeat values of the image, so they are exact.
+
+    Args:
+        layer: nn.Linear or nn.Conv1d/2d/3d.
+        norm: one of NORMS in evaluation, with running statistics.
+
+    Returns:
+        A copy of ``layer`` with another weight; it has a bias where b' needs one.
+
+    Raises:
+        ValueError: it is another kind of layer, dimensions or channels do not fit, groups are misaligned, or it pads
+            with zeros and c is not 0.
+    """
+    if type(layer) not in POP_NORM:
+        raise ValueError(f"expected Linear or Conv1d/2d/3d behind a norm, got {type(layer).__name__}")
+    linear = isinstance(layer, nn.Linear)
+    inputs, groups = (layer.in_features, 1) if linear else (layer.in_channels, layer.groups)
+    _check_fits(norm, layer, inputs, "in front of")
+    A, mean, beta = evaluated(norm)
+    c = beta - (A @ mean.view(*A.shape[:2], 1)).flatten()
+    if c.any() and _pads_with_zeros(layer):
+        raise ValueError(f"expected no zero padding, which the normalization would change at the borders, got {layer}")
+    A = _aligned(A, inputs // groups, groups, "input")
+    folded = copy.deepcopy(layer)
+    # (group, output, block of A in the group, row of A, position)
+    W = layer.weight.view(groups, -1, len(A) // groups, A.shape[1], layer.weight[0, 0].numel())
+    mixed = torch.einsum("gobik,gbij->gobjk", W, A.view(groups, -1, *A.shape[1:]))
+    folded.weight = nn.Parameter(mixed.reshape(layer.weight.shape), layer.weight.requires_grad)
+    if c.any():
+        b = torch.einsum("gobik,gbi->go", W, c.view(groups, -1, A.shape[1])).flatten()
+        trains = (layer.weight if layer.bias is None else layer.bias).requires_grad
+        folded.bias = nn.Parameter(b if layer.bias is None else layer.bias + b, trains)
+    return folded
+
+
+def _check_fits(norm: Any, layer: nn.Module, channels: int, place: str) -> None:
+    rank = LAYERS[type(layer)]
+    ranks = norm._ranks if hasattr(norm, "_ranks") else BATCH_NORM_RANKS[type(norm)]
+    if rank not in ranks:
+        raise ValueError(f"expected a norm for {rank}D input {place} {type(layer).__name__}, got {type(norm).__name__}")
+    if norm.num_features != channels:
+        raise ValueError(f"expected {channels} features {place} {type(layer).__name__}, got {norm.num_features}")
+
+
+def _aligned(A: Tensor, each: int, groups: int, side: str) -> Tensor:
+    """A, whose groups must lie inside of the convolution's, of ``each`` channels; a diagonal one has groups of one."""
+    d = A.shape[-1]
+    diagonal = A.diagonal(dim1=-2, dim2=-1)
+    if each % d == 0:
+        return A
+    if bool((A - torch.diag_embed(diagonal)).any()):
+        raise ValueError(
+            f"expected whitening groups that divide the {each} {side} channels in each of the convolution's {groups} "
+            f"groups, got misaligned groups of {d}"
+        )
+    return diagonal.reshape(-1, 1, 1)
 
 
 @torch.no_grad()
@@ -137,27 +193,40 @@ def fold_pop_norm(norm: _POPNorm, layer: Layer) -> Layer:
     channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
     if channels != norm.num_features:
         raise ValueError(f"layer: expected {norm.num_features} input channels as in the norm, got {channels}")
-    mean, options = norm.running_mean.double(), (norm.kappa, norm.eps, norm.center, norm.scale)
-    weight, bias = (None if value is None else value.double() for value in (norm.weight, norm.bias))
-    a, _, beta = factors(mean, norm.running_var.double(), weight, bias, *options)
-    c = a * (beta - mean) if norm.center else torch.zeros_like(a)
-    if c.any() and _pads_with_zeros(layer):
-        raise ValueError(
-            f"layer: expected no zero padding, which the normalization would change at the borders, got {layer}"
-        )
+    try:
+        exact = fold_in_front(in_float64(layer), in_float64(norm))
+    except ValueError as error:
+        raise ValueError(f"layer: {error}") from error
+    return rounded(layer, exact)
+
+
+def copied(model: nn.Module, places: dict[int, Any]) -> nn.Module:
+    """A deep copy with these in place of the objects of these ids.
+
+    And with what cannot be copied: process groups, which stay, and attributes that are results of autograd, such as the
+    weights that torch.nn.utils.weight_norm and prune compute.
+    """
+    memo: dict[int, Any] = {}
+    for key, value in (item for m in model.modules() for item in (*vars(m).items(), *m._buffers.items())):
+        if isinstance(value, torch.Tensor) and not value.is_leaf:
+            memo[id(value)] = value.detach().clone()
+        elif key == "process_group":
+            memo[id(value)] = value
+    return copy.deepcopy(model, memo | places)
+
+
+def in_float64(module: Any) -> Any:
+    """A copy, on the CPU, because not every device has float64."""
+    return copied(module, {}).cpu().double()
+
+
+def rounded(layer: Any, exact: Any) -> Any:
+    """The layer with these values, in its own type, layout and place."""
     folded = copy.deepcopy(layer)
-    W = layer.weight.double()
-    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
-    # Per output its own group's input channels: (O, I / groups, 1...).
-    a, c = (
-        value.view(groups, -1).repeat_interleave(len(W) // groups, 0).view(*W.shape[:2], *[1] * (W.dim() - 2))
-        for value in (a, c)
-    )
-    folded.weight.copy_(W * a)
-    if c.any():
-        if folded.bias is None:
-            folded.bias = nn.Parameter(layer.weight.new_zeros(len(W)), layer.weight.requires_grad)
-        folded.bias.copy_(folded.bias.double() + (W * c).flatten(1).sum(1))
+    for name, value in exact.named_parameters():
+        like = getattr(layer, name)
+        target = layer.weight.new_empty(value.shape) if like is None else torch.empty_like(like)
+        setattr(folded, name, nn.Parameter(target.copy_(value.detach()), value.requires_grad))
     return folded
 
 

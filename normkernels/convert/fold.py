@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import Any
 
-import torch
-import torch.fx
 from torch import nn
 from torch.fx import Graph, Node
 
-from normkernels.convert._affine import BATCH_NORM_RANKS, LAYERS, NORMS, fold_behind, fold_pop_norm
+from normkernels.convert._affine import (
+    BATCH_NORM_RANKS,
+    LAYERS,
+    NORMS,
+    copied,
+    fold_behind,
+    fold_in_front,
+    in_float64,
+    rounded,
+)
 from normkernels.convert._graph import AFFINE_LAYERS, CALL_HOOKS, Tracer
-from normkernels.layers.pop_norm import _POPNorm
 from normkernels.ops._checks import check_flag
 
 PASSED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -32,8 +37,8 @@ def fold(model: nn.Module, *, strict: bool = True) -> nn.Module:
 
     Merged are BatchNorm1d/2d/3d, SyncBatchNorm, this package's whitening layers, and POPNorm, into the Linear,
     Conv1d/2d/3d, ConvTranspose1d/2d/3d or ConvNorm1d/2d (there only if A is diagonal, and with ``affine=True``) whose
-    output they normalize, Identity, Dropout and merged norms in between not counted; a POPNorm that has no such layer
-    also into the one that reads its output, as :func:`fold_pop_norm` does. ``nn.Identity`` takes the norm's place, all
+    output they normalize, Identity, Dropout and merged norms in between not counted; a norm that has no such layer into
+    the Linear or Conv1d/2d/3d that reads its output, unless zero padding would count as values of it. ``nn.Identity`` takes the norm's place, all
     other modules, names and types stay. A layer that had no bias gets one.
 
     What goes where is found with torch.fx. A module that it cannot trace, or that has hooks, is a black box to what is
@@ -80,9 +85,9 @@ def fold(model: nn.Module, *, strict: bool = True) -> nn.Module:
     if kept:
         warnings.warn(f"norms that are not folded and stay as they are:{kept}", stacklevel=2)
     # Whoever refers to a module, in a list of its own as well, refers in the copy to what has taken its place.
-    places = {id(layer): _rounded(layer, exact) for layer, exact in merged.items()}
+    places = {id(layer): rounded(layer, exact) for layer, exact in merged.items()}
     places |= {id(norm): nn.Identity().eval() for norm in norms if norm not in reasons}
-    return _copy(model, places)
+    return copied(model, places)
 
 
 def _merge(network: _Network, norms: dict[nn.Module, str]) -> tuple[dict[nn.Module, Any], dict[nn.Module, str]]:
@@ -112,17 +117,15 @@ def _folded(
     network: _Network, call: Node, norm: nn.Module, merged: dict[nn.Module, Any], passed: set[nn.Module]
 ) -> tuple[nn.Module, Any]:
     """The layer beside a norm, and what becomes of it in float64; ValueError says why there is none."""
-    exact = _exact(norm)
+    exact = in_float64(norm)
     try:
         layer = network.neighbor(call, passed)
-        return layer, fold_behind(merged.get(layer) or _exact(layer), exact)
+        return layer, fold_behind(merged.get(layer) or in_float64(layer), exact)
     except ValueError as behind:
-        if not isinstance(norm, _POPNorm):
-            raise
         try:
             layer = network.neighbor(call, passed, forward=True)
-            return layer, fold_pop_norm(exact, _exact(layer))  # what is behind the layer comes later
-        except (TypeError, ValueError) as in_front:
+            return layer, fold_in_front(in_float64(layer), exact)  # what is behind the layer comes later
+        except ValueError as in_front:
             raise ValueError(f"{behind}; and to be folded into the next layer, {in_front}") from None
 
 
@@ -131,7 +134,7 @@ class _Network:
 
     def __init__(self, model: nn.Module) -> None:
         # What forward does to modules while it is traced, as in `self.features = x`, is done to a copy.
-        traced = _copy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+        traced = copied(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
         self.origin = {module: model.get_submodule(name) for name, module in traced.named_modules()}
         self.names = {module: name for name, module in model.named_modules()}
         self.closed = {module for module in traced.modules() if _hooks(module)}
@@ -295,33 +298,3 @@ def _children(module: nn.Module) -> Iterator[nn.Module]:
             yield from _children(child)
         else:
             yield child
-
-
-def _copy(model: nn.Module, places: dict[int, Any]) -> nn.Module:
-    """A deep copy with these in place of the objects of these ids.
-
-    And with what cannot be copied: process groups, which stay, and attributes that are results of autograd, such as the
-    weights that torch.nn.utils.weight_norm and prune compute.
-    """
-    memo: dict[int, Any] = {}
-    for key, value in (item for module in model.modules() for item in vars(module).items()):
-        if isinstance(value, torch.Tensor) and not value.is_leaf:
-            memo[id(value)] = value.detach().clone()
-        elif key == "process_group":
-            memo[id(value)] = value
-    return copy.deepcopy(model, memo | places)
-
-
-def _exact(module: nn.Module) -> Any:
-    """In float64, on the CPU, because not every device has it."""
-    return _copy(module, {}).cpu().double()
-
-
-def _rounded(layer: Any, exact: Any) -> Any:
-    """The layer with these values, in its own type, layout and place."""
-    folded = copy.deepcopy(layer)
-    for name, value in exact.named_parameters():
-        like = getattr(layer, name)
-        rounded = layer.weight.new_empty(value.shape) if like is None else torch.empty_like(like)
-        setattr(folded, name, nn.Parameter(rounded.copy_(value.detach()), value.requires_grad))
-    return folded

@@ -147,6 +147,68 @@ def test_a_diagonal_whitening_matrix_may_be_misaligned() -> None:
     assert_folded(fold(net), net[0], norm, data(net[0]))
 
 
+# A norm with no layer in front of it goes into the one behind it.
+
+
+def check_in_front(norm: Any, layer: Any) -> Any:
+    net = nn.Sequential(trained(norm).double(), layer).eval()
+    before = state(net)
+    folded = fold(net)
+    assert type(folded[0]) is nn.Identity and type(folded[1]) is type(layer) and same_state(net, before)
+    x = data(layer)
+    assert_folded_network(folded(x), net(x), layers=1, terms=layer.weight[0].numel(), d=CHANNELS)
+    return folded[1]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("layer_type", [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d], ids=lambda t: t.__name__)
+def test_in_front(layer_type: Any, norm: str, bias: bool) -> None:
+    layer = make(layer_type, CHANNELS, outputs=6, bias=bias)
+    assert check_in_front(NORMS[norm](rank_of(layer_type)), layer).weight.shape == layer.weight.shape
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"groups": 2}, {"stride": 2, "dilation": 2}, {"padding": 1, "padding_mode": "circular"}, {"padding": "valid"}],
+    ids=str,
+)
+def test_convolutions_in_front(options: dict[str, Any]) -> None:
+    check_in_front(ITERNORM(2), make(nn.Conv2d, CHANNELS, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (
+            {"groups": 4},
+            "expected whitening groups that divide the 2 input channels in each .* 4 groups, got misaligned",
+        ),
+        ({"padding": 1}, "expected no zero padding"),
+    ],
+)
+def test_refused_in_front(options: dict[str, Any], reason: str) -> None:
+    norm = ITERNORM(2)
+    net = nn.Sequential(trained(norm).double(), make(nn.Conv2d, CHANNELS, **options))
+    with pytest.raises(ValueError, match=f"'0' .*got the input .* into the next layer, {reason}"):
+        fold(net.eval())
+
+
+def test_decorrelated_features_go_into_the_classifier() -> None:
+    """The paper's DF: nothing is left of it either."""
+    net = nn.Sequential(
+        make(nn.Conv2d, 3), nn.BatchNorm2d(CHANNELS), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(CHANNELS, 5),
+    ).double()  # fmt: skip
+    nk.convert.replace(net, "IterNorm", group_size=4, decorrelate_features=True)
+    for module in net:
+        for norm in (m for m in module.modules() if hasattr(m, "running_mean")):
+            trained(norm)
+    x, folded = torch.randn(3, 3, 7, 7, dtype=torch.float64), fold(net.eval())
+    assert_folded_network(folded(x), net(x), layers=2, terms=27, d=4)
+    assert not [m for m in folded.modules() if hasattr(m, "running_mean")]
+
+
 def test_a_zero_gamma() -> None:
     norm = member("BatchNorm")(2).double()
     net = nn.Sequential(make(nn.Conv2d), trained(norm)).eval()
@@ -528,7 +590,10 @@ def conv(**options: Any) -> nn.Conv2d:
 
 
 def bn(**options: Any) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(CHANNELS, **options)
+    """With a beta, so that it cannot be folded into the padded convolution behind it."""
+    norm = nn.BatchNorm2d(CHANNELS, **options)
+    nn.init.constant_(norm.bias, 0.5)
+    return norm
 
 
 def hooked(module: nn.Module, kind: str) -> nn.Module:
@@ -611,7 +676,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], str]]
     "meta": (conv, lambda: bn(device="meta"), "finite values in weight, got a meta tensor"),
     "misaligned": (lambda: conv(groups=4), lambda: nk.IterNorm2d(8, 4), "2 output channels .* 4 groups, got misal"),
     "across": (lambda: conv(groups=2), lambda: nk.DBN2d(8, 8), "4 output channels .* 2 groups, got misaligned"),
-    "channels": (lambda: conv(outputs=4), bn, "4 features as Conv2d gives, got 8"),
+    "channels": (lambda: conv(outputs=4), bn, "4 features behind Conv2d, got 8"),
     "rank": (conv, lambda: nn.BatchNorm3d(8), "norm for 4D input behind Conv2d, got BatchNorm3d"),
     "rank-iternorm": (conv, lambda: nk.IterNorm1d(8), "norm for 4D input behind Conv2d, got IterNorm1d"),
     "linear-on-images": (lambda: nn.Linear(8, 8), bn, "norm for 2D input behind Linear, got BatchNorm2d"),
@@ -692,7 +757,7 @@ def test_overflow() -> None:
 
 
 POP_REASONS = {
-    "padded": (lambda self, x: self.conv(self.bn(x.tanh())), "got tanh; .* next layer, layer: expected no zero pad"),
+    "padded": (lambda self, x: self.conv(self.bn(x.tanh())), "got tanh; .* next layer, expected no zero pad"),
     "two-users": (lambda self, x: self.conv(y := self.bn(x.tanh())) + y, "one user of the output of '0.bn' .*'0.conv'"),
     "no-layer": (lambda self, x: self.bn(x.tanh()).relu(), "linear layer behind it, got relu"),
     "unused": (lambda self, x: (self.bn(x), x)[1], "one user of the output of '0.bn' .*, got nobody"),
@@ -709,7 +774,7 @@ def test_refused_pop_norms(name: str) -> None:
 def test_pop_norm_in_front_of_a_transposed_convolution() -> None:
     layer = make(nn.ConvTranspose2d, 8)
     part = Graph(lambda self, x: self.conv(self.bn(x)), conv=layer, bn=trained(member("POPNorm")(2)))
-    refused(part, "bn", "expected Conv2d behind POPNorm2d, got ConvTranspose2d")
+    refused(part, "bn", "expected Linear or Conv1d/2d/3d behind a norm, got ConvTranspose2d")
 
 
 @pytest.mark.parametrize("strict", [True, False])
