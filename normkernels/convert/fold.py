@@ -38,8 +38,8 @@ def fold(model: nn.Module, *, strict: bool = True) -> nn.Module:
     Merged are BatchNorm1d/2d/3d, SyncBatchNorm, this package's whitening layers, and POPNorm, into the Linear,
     Conv1d/2d/3d, ConvTranspose1d/2d/3d or ConvNorm1d/2d (there only if A is diagonal, and with ``affine=True``) whose
     output they normalize, Identity, Dropout and merged norms in between not counted; a norm that has no such layer into
-    the Linear or Conv1d/2d/3d that reads its output, unless zero padding would count as values of it. ``nn.Identity`` takes the norm's place, all
-    other modules, names and types stay. A layer that had no bias gets one.
+    the Linear or Conv1d/2d/3d that reads its output, unless zero padding would count as values of it. ``nn.Identity``
+    takes the norm's place, all other modules, names and types stay. A layer that had no bias gets one.
 
     What goes where is found with torch.fx. A module that it cannot trace, or that has hooks, is a black box to what is
     around it, and is looked into by itself; it is taken to call its children as a whole. A Linear is taken to work on

@@ -10,9 +10,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from normkernels.layers.whitening import _DBN, _IterNorm, _Whitening
+from normkernels.ops._compile import constant
 from normkernels.ops.iter_norm.sync import sync_iter_norm
 
 _agreed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers that all ranks have found to be the same
+
+
+def _name_of(group: Any) -> str | None:
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"process_group: expected a torch.distributed.ProcessGroup or None, got {group!r}")
+    return None if group is None else group.group_name
+
+
+def _named(name: str | None) -> Any:
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    return None if name is None else resolve(name)
+
+
+@constant  # Dynamo cannot look groups up, and their size does not change
+def _size_of(name: str | None) -> int:
+    return dist.get_world_size(_named(name))
 
 
 class _Sync(_Whitening):
@@ -28,13 +45,11 @@ class _Sync(_Whitening):
     @property
     def process_group(self) -> Any:
         """A torch.distributed.ProcessGroup, or None for the default one."""
-        return None if self._group_name is None else dist.distributed_c10d._resolve_process_group(self._group_name)
+        return _named(self._group_name)
 
     @process_group.setter
     def process_group(self, group: Any) -> None:
-        if group is not None and not isinstance(group, dist.ProcessGroup):
-            raise TypeError(f"process_group: expected a torch.distributed.ProcessGroup or None, got {group!r}")
-        self._group_name = None if group is None else group.group_name
+        self._group_name = _name_of(group)
 
     def _whitened(self, x: Tensor) -> tuple[Tensor, ...]:
         if not self.training:  # and without running statistics: this rank's own, as in SyncBatchNorm
@@ -44,11 +59,11 @@ class _Sync(_Whitening):
                 f"{self}: expected torch.distributed.init_process_group(...) before the first forward pass in training "
                 f"mode, got no process group"
             )
-        group = self.process_group or dist.group.WORLD
-        if dist.get_world_size(group) == 1:
+        if _size_of(self._group_name) == 1:
             return super()._whitened(x)
         if not torch.compiler.is_compiling() and self not in _agreed:
-            self._check_agreement(group)
+            self._check_agreement(self.process_group)
+        group = self._group_name or dist.group.WORLD
         y, mean, W, count = sync_iter_norm(
             x, group, self.group_size, eps=self.eps, weight=self.weight, bias=self.bias, **self._op_options()
         )
@@ -67,12 +82,13 @@ class _Sync(_Whitening):
     @classmethod
     def _converted(cls, module: nn.Module, process_group: Any) -> nn.Module:
         """Layers keep their identity, and with it names, parameters, hooks and who shares them."""
-        found = [layer for layer in module.modules() if isinstance(layer, _IterNorm | _DBN)]
+        name = _name_of(process_group)
+        found: list[Any] = [layer for layer in module.modules() if isinstance(layer, _IterNorm | _DBN)]
         if not found:
             raise ValueError(f"module: expected IterNorm or DBN layers in it, got none in {type(module).__name__}")
         for layer in found:
             layer.__class__ = SyncIterNorm if isinstance(layer, _IterNorm) else SyncDBN
-            layer.process_group = process_group
+            layer._group_name = name
         return module
 
 
@@ -108,7 +124,8 @@ class SyncIterNorm(_Sync, _IterNorm):
         """Turn all IterNorm and DBN layers of ``module`` into SyncIterNorm and SyncDBN, in place.
 
         As torch.nn.SyncBatchNorm.convert_sync_batchnorm; call it before DistributedDataParallel. Parameters,
-        statistics, names, hooks and shared layers stay. For a network with BatchNorm see :func:`normkernels.convert.replace`.
+        statistics, names, hooks and shared layers stay. For a network with BatchNorm see
+        :func:`normkernels.convert.replace`.
 
         Returns: ``module``. Raises ValueError if there is no such layer.
         """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -155,25 +154,19 @@ def _times(matrix: Tensor, v: Tensor) -> Tensor:
 
 def _triangle_of(matrices: Tensor) -> Tensor:
     """The lower triangles of (G, d, d), rows first, end to end."""
-    d = matrices.shape[1]
-    return matrices.flatten(1)[:, _places(d, matrices.device)[0]].flatten()
+    row, column = _lower(matrices.shape[1], matrices.device)
+    return matrices[:, row, column].flatten()
 
 
 def _symmetric(triangles: Tensor, g: int, d: int) -> Tensor:
     """The symmetric matrices (G, d, d) of these lower triangles."""
-    return triangles.view(g, -1)[:, _places(d, triangles.device)[1]].view(g, d, d)
+    row, column = _lower(d, triangles.device)
+    result = triangles.new_empty(g, d, d)
+    result[:, row, column] = result[:, column, row] = triangles.view(g, -1)
+    return result
 
 
-def _places(d: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the triangle's entries are in a matrix, and where each of a matrix's entries is in the triangle."""
-    return (_computed_places if torch.compiler.is_compiling() else _kept_places)(d, device)
-
-
-def _computed_places(d: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    i = torch.arange(d, device=device)
-    row, column = torch.maximum(i[:, None], i), torch.minimum(i[:, None], i)
-    below = torch.tril_indices(d, d, device=device)
-    return below[0] * d + below[1], (row * (row + 1) // 2 + column).flatten()
-
-
-_kept_places = functools.lru_cache(_computed_places)
+def _lower(d: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Not kept from call to call: what was made under a FakeTensorMode or in a CUDA graph would not do elsewhere."""
+    row, column = torch.tril_indices(d, d, device=device)
+    return row, column
