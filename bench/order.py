@@ -10,7 +10,7 @@ from bench.results import Results
 
 # Comparison -> the ops whose kernels it spends its time in.
 OPS = {
-    "gpu_norm": ("moments", "cross_moments", "whiten", "iter_norm", "iter_norm_backward"),
+    "gpu_norm": ("moments", "cross_moments", "whiten", "stacked_mix", "iter_norm", "iter_norm_backward"),
     "gpu_pop_norm": ("pop_norm", "pop_norm_backward"),
     "gpu_precondition": ("precondition",),
     "gpu_newton": ("inverse_sqrt", "inverse_sqrt_backward"),

@@ -82,7 +82,7 @@ def moments(case: Case, device: torch.device) -> Call:
 
 def cross_moments(case: Case, device: torch.device) -> Call:
     x, y = case.activations(device), case.activations(device)
-    mean = raw.moments(x, case.size)[0]
+    mean = raw.moments(x, case.size)[0].float()
     return lambda: raw.cross_moments(y, x, mean, case.size)
 
 
@@ -93,7 +93,8 @@ def merge(case: Case, device: torch.device) -> Call:
 
 def mix(case: Case, device: torch.device) -> Call:
     x = case.activations(device)
-    mean, cov = raw.moments(x, case.size)
+    exact, cov = raw.moments(x, case.size)
+    mean = exact.float()
     W = raw.inverse_sqrt(cov, 5, 1e-5, "trace", "newton")[0]
     return lambda: raw.whiten(x, mean, W, None, None)
 
@@ -105,8 +106,9 @@ def stacked_mix(case: Case, device: torch.device) -> Call:
         options = 4.0, 1e-5, True, True
         _, *statistics = raw.pop_norm(x, weight, weight, *options)
         return lambda: raw.pop_norm_backward(dy, x, weight, weight, *statistics, *options)
-    _, *saved = raw.iter_norm(x, weight, None, case.size, 5, 1e-5, "trace", "newton")
-    return lambda: raw.iter_norm_backward(dy, x, weight, *saved, 5, "trace", "newton")
+    mean = raw.moments(x, case.size)[0].float()
+    matrix = torch.randn(CHANNELS // case.size, case.size, 2 * case.size, device=device)
+    return lambda: raw.stacked_mix(dy, x, mean, mean, matrix, mean)
 
 
 def newton(case: Case, device: torch.device) -> Call:

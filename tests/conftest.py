@@ -48,7 +48,8 @@ if INTERPRETED:
 def cannot_run(item: pytest.Item) -> bool:
     """Tests marked gpu where there is no CUDA device, and Triton kernels where there is a device but no interpreter.
 
-    And float64 for the kernels: they do not serve it, and a test of the fallback has nothing to add. With --simt, what
+    And float64 for the kernels: they do not serve it, and a test of the fallback has nothing to add; nor have tiles of
+    other sizes, which are the eager backend's. With --simt, what
     runs on the SIMT runtime and nothing else; without, everything else.
     """
     parameters = getattr(getattr(item, "callspec", None), "params", {})
@@ -57,6 +58,7 @@ def cannot_run(item: pytest.Item) -> bool:
         (item.get_closest_marker("gpu") is not None and not torch.cuda.is_available())
         or (backend == "triton" and (not INTERPRETED or item.get_closest_marker("large") is not None))
         or (backend.startswith(("triton", "simt", "cuda")) and torch.float64 in parameters.values())
+        or (backend not in ("", "eager") and "tiny_tiles" in getattr(item, "fixturenames", ()))
         or (backend.endswith("-cuda") and item.get_closest_marker("on_cpu") is not None)
         or (item.get_closest_marker("simt") is not None) != (item.config.getoption("--simt") != "off")
     )

@@ -39,6 +39,8 @@ def test_support_matrix(row: re.Match[str]) -> None:
     cells = dict(zip(layers, row["cells"].split(" | "), strict=True))
     assert set(cells.values()) <= {"yes", "refused", "gpu", "refused, gpu", "–"}
     marks = getattr(test, "pytestmark", [])
+    refuses = re.search("refuse|needs_statistics", row["test"]) is not None
+    assert any("refused" in cell for cell in cells.values()) == refuses
     assert any("gpu" in cell for cell in cells.values()) == any(mark.name == "gpu" for mark in marks)
     for mark in marks:
         if mark.name == "parametrize" and mark.args[0] in ("name", ("name", "marked")):

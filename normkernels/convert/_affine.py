@@ -208,10 +208,12 @@ def copied(model: nn.Module, places: dict[int, Any]) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for key, value in (item for m in model.modules() for item in (*vars(m).items(), *m._buffers.items())):
-        if isinstance(value, torch.Tensor) and not value.is_leaf:
-            memo[id(value)] = value.detach().clone()
-        elif key == "process_group":
+        if key == "process_group":
             memo[id(value)] = value
+        held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+        for each in held:
+            if isinstance(each, torch.Tensor) and not each.is_leaf:
+                memo[id(each)] = each.detach().clone()
     return copy.deepcopy(model, memo | places)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch.fx
 from torch import nn
@@ -10,6 +11,13 @@ from torch import nn
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 AFFINE_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)  # transposed convolutions and ConvNorm are among them
 CALL_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+class _TensorProxy(torch.fx.Proxy):
+    """A tensor to ``isinstance``, which otherwise sends a forward another way than tensors do."""
+
+    __class__ = property(lambda self: torch.Tensor)
+    _is_param = _is_buffer = False  # but no nn.Parameter and no nn.Buffer
 
 
 class Tracer(torch.fx.Tracer):
@@ -23,6 +31,12 @@ class Tracer(torch.fx.Tracer):
     def __init__(self, closed: Collection[nn.Module] = ()) -> None:
         super().__init__()
         self.closed = closed
+
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        return _TensorProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if type(a) is _TensorProxy else super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import nn
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from normkernels.convert._affine import (
     BATCH_NORM_RANKS,
@@ -42,8 +44,10 @@ def fold(model: nn.Module, *, strict: bool = True) -> nn.Module:
     takes the norm's place, all other modules, names and types stay. A layer that had no bias gets one.
 
     What goes where is found with torch.fx. A module that it cannot trace, or that has hooks, is a black box to what is
-    around it, and is looked into by itself; it is taken to call its children as a whole. A Linear is taken to work on
-    (N, C), a Conv1d on (N, C, L): a norm behind a Linear on (N, L, C) has L features, for L = C nothing tells it apart.
+    around it, and is looked into by itself; it is taken to call its children as a whole, but for Sequentials, which it
+    may go through. A graph has one way through what depends on attributes of the model: fold again where they change. A
+    Linear is taken to work on (N, C), a Conv1d on (N, C, L): a norm behind a Linear on (N, L, C) has L features, for
+    L = C nothing tells it apart. Parameters that are read by ``parameters()`` or ``state_dict()`` are not seen.
 
     A ConvNorm layer itself stays: for planes of one size it is a convolution, but with a kernel as large as the plane.
 
@@ -142,17 +146,26 @@ class _Network:
         self.module: dict[Node, nn.Module] = {}
         self.nodes: list[Node] = []
         self.read: set[int] = set()  # tensors, by their ids: with weights tied it has the name of another module
+        self.unseen: list[nn.Module] = []  # called, if at all, where it cannot be traced
         self._look_into([traced])
-        self.calls = Counter(self.module.values())
+        self.calls = Counter([*self.module.values(), *self.unseen])
 
     def _look_into(self, modules: Iterable[nn.Module], seen: set[nn.Module] | None = None) -> None:
         seen = set() if seen is None else seen
         for root in modules:
-            if root in seen or not any(isinstance(m, NORMS) for m in root.modules() if m is not root):
+            if root in seen or not root._modules:
                 continue
             seen.add(root)
-            graph = self._trace(root)
+            graph = None if self.origin[root] in self.errors else self._trace(root)
             if graph is None:
+                for child in _children(root):
+                    if not child._modules:
+                        self.unseen.append(self.origin[child])
+                    elif type(child).forward is nn.Sequential.forward and "forward" not in vars(child):
+                        self.errors[self.origin[child]] = (
+                            f"one whose modules {self.names[self.origin[root]] or 'model'!r}, which it cannot trace, "
+                            "may call one by one; if it does not, fold it by itself"
+                        )
                 self._look_into(_children(root), seen)
                 continue
             called = []
@@ -171,7 +184,7 @@ class _Network:
             try:
                 if "forward" in vars(root):  # the tracer takes the class's
                     raise TypeError("its forward is not that of its class")
-                return Tracer(self.closed).trace(root)
+                return self._graph(root)
             except Exception as error:  # whatever the model's code raises on a proxy
                 before = len(self.closed)
                 for child in _children(root):
@@ -181,6 +194,15 @@ class _Network:
                     self.closed.add(root)
                     self.errors[self.origin[root]] = f"{type(error).__name__}: {error}"
                     return None
+
+    def _graph(self, root: nn.Module) -> Graph:
+        """Optional arguments are traced as if they were given; that must make no difference."""
+        graph = Tracer(self.closed).trace(root)
+        parameters = inspect.signature(type(root).forward).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        if defaults and _calls(graph, defaults) != _calls(Tracer(self.closed).trace(root, concrete_args=defaults), {}):
+            raise TypeError(f"its forward depends on {', '.join(defaults)}, which may be left out")
+        return graph
 
     def calls_of(self, norms: Iterable[nn.Module]) -> Iterator[tuple[Node, nn.Module]]:
         """The first call of each that is called, in order."""
@@ -197,7 +219,10 @@ class _Network:
         while True:
             if forward:
                 self._check_alone(node)
-                node = next(iter(node.users))
+                user = next(iter(node.users))
+                if node.next is not user:  # the norm's input, which the layer is to read then, may change in place
+                    raise ValueError(f"expected nothing between it and its user, got {self._described(node.next)}")
+                node = user
             else:
                 node = node.all_input_nodes[0]
             module = self.module.get(node)
@@ -239,10 +264,14 @@ def _check_norm(norm: Any, network: _Network) -> None:
     if norm.running_mean is None:
         raise ValueError("expected running statistics, got a norm that uses the batch's")
     _check_unchanged(norm, network)
-    for name, value in norm.state_dict().items():
+    _check_finite(norm, "")
+
+
+def _check_finite(module: nn.Module, of: str) -> None:
+    for name, value in module.state_dict().items():
         if value.is_meta or not value.isfinite().all():
             got = "a meta tensor" if value.is_meta else f"{int((~value.isfinite()).sum())} that are not"
-            raise ValueError(f"expected finite values in {name}, got {got}")
+            raise ValueError(f"expected finite values in {name}{of}, got {got}")
 
 
 def _check_layer(layer: nn.Module, network: _Network) -> None:
@@ -258,6 +287,7 @@ def _check_layer(layer: nn.Module, network: _Network) -> None:
             f"expected no subclass in {name}, which may compute something else, got {type(layer).__name__}"
         )
     _check_unchanged(layer, network)
+    _check_finite(layer, f" of {name}")
 
 
 def _check_unchanged(module: nn.Module, network: _Network) -> None:
@@ -286,9 +316,25 @@ def _hooks(module: nn.Module) -> list[str]:
 
 def _passes(module: nn.Module | None) -> bool:
     """Whether its output is its input."""
-    if module is None or type(module) not in PASSED or _hooks(module):
+    if module is None or type(module) not in PASSED or _hooks(module) or "forward" in vars(module):
         return False
     return type(module) is nn.Identity or not module.training
+
+
+def _calls(graph: Graph, defaults: dict[str, Any]) -> list[Any]:
+    """What is computed of what: equal for equal computations. Arguments of these names count as their values.
+
+    But for what a trace with values adds: assertions that arguments have them.
+    """
+    asserted = [node for node in graph.nodes if getattr(node.target, "__name__", "").startswith("_assert")]
+    checks = {*asserted, *(node for each in asserted for node in each.all_input_nodes)}
+    values = {node: defaults.get(node.target, node.target) for node in graph.nodes if node.op == "placeholder"}
+    calls: list[Any] = []
+    for node in graph.nodes:
+        if node not in values and node not in checks:
+            values[node] = f"%{len(calls)}"
+            calls.append((node.op, node.target, str(map_arg((node.args, node.kwargs), values.get))))
+    return calls
 
 
 def _children(module: nn.Module) -> Iterator[nn.Module]:

@@ -9,27 +9,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from normkernels.layers.whitening import _DBN, _IterNorm, _Whitening
+from normkernels.layers.whitening import (
+    _DBN,
+    DBN1d,
+    DBN2d,
+    DBN3d,
+    IterNorm1d,
+    IterNorm2d,
+    IterNorm3d,
+    _IterNorm,
+    _Whitening,
+)
 from normkernels.ops._compile import constant
 from normkernels.ops.iter_norm.sync import sync_iter_norm
 
-_agreed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers that all ranks have found to be the same
-
-
-def _name_of(group: Any) -> str | None:
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"process_group: expected a torch.distributed.ProcessGroup or None, got {group!r}")
-    return None if group is None else group.group_name
-
-
-def _named(name: str | None) -> Any:
-    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
-    return None if name is None else resolve(name)
-
-
-@constant  # Dynamo cannot look groups up, and their size does not change
-def _size_of(name: str | None) -> int:
-    return dist.get_world_size(_named(name))
+# Layer -> weak reference to the process group whose ranks have found it to be the same.
+_agreed: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 class _Sync(_Whitening):
@@ -38,14 +33,11 @@ class _Sync(_Whitening):
     _ranks = (2, 3, 4, 5)
     _group_name: str | None = None  # of the process group: a name can be copied and pickled
 
-    def __init__(self, *args: Any, process_group: Any = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.process_group = process_group
-
     @property
     def process_group(self) -> Any:
         """A torch.distributed.ProcessGroup, or None for the default one."""
-        return _named(self._group_name)
+        resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+        return None if self._group_name is None else resolve(self._group_name)
 
     @process_group.setter
     def process_group(self, group: Any) -> None:
@@ -59,37 +51,43 @@ class _Sync(_Whitening):
                 f"{self}: expected torch.distributed.init_process_group(...) before the first forward pass in training "
                 f"mode, got no process group"
             )
-        if _size_of(self._group_name) == 1:
+        group = self._group_name or dist.group.WORLD  # by name, as Dynamo cannot look it up; of WORLD it has a guard
+        if _size_of_agreeing_group(self, x.dtype, x.requires_grad) == 1:
             return super()._whitened(x)
-        if not torch.compiler.is_compiling() and self not in _agreed:
-            self._check_agreement(self.process_group)
-        group = self._group_name or dist.group.WORLD
         y, mean, W, count = sync_iter_norm(
             x, group, self.group_size, eps=self.eps, weight=self.weight, bias=self.bias, **self._op_options()
         )
         # One sample or none has no statistics. NaN leaves the running ones alone, and the host does not wait.
         return y, mean, torch.where(count > 1, W, torch.nan)
 
-    def _check_agreement(self, group: Any) -> None:
-        """Once, on the first forward pass: ranks whose layers differ would wait for each other, or add unlike sums."""
-        layers: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(layers, repr(self), group)
-        for rank, layer in enumerate(layers):
-            if layer != layers[0]:
-                raise ValueError(f"{self}: expected one layer on all ranks, got {layers[0]} on 0 and {layer} on {rank}")
-        _agreed.add(self)
 
-    @classmethod
-    def _converted(cls, module: nn.Module, process_group: Any) -> nn.Module:
-        """Layers keep their identity, and with it names, parameters, hooks and who shares them."""
-        name = _name_of(process_group)
-        found: list[Any] = [layer for layer in module.modules() if isinstance(layer, _IterNorm | _DBN)]
-        if not found:
-            raise ValueError(f"module: expected IterNorm or DBN layers in it, got none in {type(module).__name__}")
-        for layer in found:
-            layer.__class__ = SyncIterNorm if isinstance(layer, _IterNorm) else SyncDBN
-            layer._group_name = name
-        return module
+def _name_of(group: Any) -> str | None:
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        got = (
+            "another group's member, which is not in this one" if group == dist.GroupMember.NON_GROUP_MEMBER else group
+        )
+        raise TypeError(f"process_group: expected a torch.distributed.ProcessGroup or None, got {got}")
+    return None if group is None else group.group_name
+
+
+@constant  # Dynamo asks while it traces: compiled ranks and others that have fallen back to eager must not differ in it
+def _size_of_agreeing_group(layer: _Sync, dtype: torch.dtype, differentiated: bool) -> int:
+    """Number of ranks, which compare their layers once.
+
+    Ranks whose layers differ would wait for each other for ever, or add unlike sums.
+    """
+    group = layer.process_group or dist.group.WORLD
+    known = _agreed.get(layer)
+    size = dist.get_world_size(group)
+    if size > 1 and (known is None or known() is not group):
+        own = f"{layer} on {dtype}, gradient {'needed' if differentiated else 'not needed'}"
+        said: list[Any] = [None] * size
+        dist.all_gather_object(said, own, group)
+        for rank, other in enumerate(said):
+            if other != said[0]:
+                raise ValueError(f"{layer}: expected the same on all ranks, got {said[0]} on 0 and {other} on {rank}")
+        _agreed[layer] = weakref.ref(group)
+    return size
 
 
 class SyncIterNorm(_Sync, _IterNorm):
@@ -110,7 +108,7 @@ class SyncIterNorm(_Sync, _IterNorm):
     Shape: (N, C, *) of 2 to 5 dimensions; y as x, in x's type and layout.
 
     State: IterNorm's, the same on all ranks. The first forward pass in training mode compares the ranks' layers, in one
-    more small collective (compiled code does not).
+    more small collective.
 
     Raises:
         RuntimeError: there is no process group in training mode.
@@ -119,17 +117,61 @@ class SyncIterNorm(_Sync, _IterNorm):
         NotImplementedError: double backward.
     """
 
+    def __init__(
+        self,
+        num_features: int,
+        group_size: int = 64,
+        num_iterations: int = 5,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        scaling: str = "trace",
+        process_group: Any = None,
+    ) -> None:
+        super().__init__(
+            num_features, group_size, num_iterations, eps, momentum, affine, track_running_stats, device, dtype,
+            scaling=scaling,
+        )  # fmt: skip
+        self.process_group = process_group
+
     @classmethod
     def convert_sync_iternorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
         """Turn all IterNorm and DBN layers of ``module`` into SyncIterNorm and SyncDBN, in place.
 
-        As torch.nn.SyncBatchNorm.convert_sync_batchnorm; call it before DistributedDataParallel. Parameters,
-        statistics, names, hooks and shared layers stay. For a network with BatchNorm see
+        As torch.nn.SyncBatchNorm.convert_sync_batchnorm; call it before DistributedDataParallel and fully_shard. The
+        layers keep their identity, and with it names, parameters, statistics, hooks and who shares them. Those that are
+        synchronized already get ``process_group``, unless it is None. For a network with BatchNorm see
         :func:`normkernels.convert.replace`.
 
-        Returns: ``module``. Raises ValueError if there is no such layer.
+        Returns: ``module``.
+
+        Raises:
+            ValueError: there is no such layer, or one, which is named, is of a subclass (also by a parametrization or
+                by fully_shard), of which the new class would lose what it adds. The module is as it was.
+            TypeError: ``module`` is no module or ``process_group`` no ProcessGroup.
         """
-        return cls._converted(module, process_group)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module: expected nn.Module, got {type(module).__name__}")
+        group_name = _name_of(process_group)
+        found: dict[Any, str] = {
+            layer: name for name, layer in module.named_modules() if isinstance(layer, _IterNorm | _DBN)
+        }
+        if not found:
+            raise ValueError(f"module: expected IterNorm or DBN layers in it, got none in {type(module).__name__}")
+        for layer, name in found.items():
+            if type(layer) not in SYNCHRONIZED:
+                raise ValueError(
+                    f"{name or 'module'!r}: expected {', '.join(kind.__name__ for kind in SYNCHRONIZED)}, got "
+                    f"{type(layer).__name__}, which may do more, which would be lost"
+                )
+        for layer in found:
+            layer.__class__ = SYNCHRONIZED[type(layer)]
+            layer._group_name = group_name or layer._group_name
+        return module
 
 
 class SyncDBN(_Sync, _DBN):
@@ -137,3 +179,25 @@ class SyncDBN(_Sync, _DBN):
 
     ``SyncIterNorm.convert_sync_iternorm`` makes it of the DBN layers of a network.
     """
+
+    def __init__(
+        self,
+        num_features: int,
+        group_size: int = 16,
+        eps: float = 1e-3,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        process_group: Any = None,
+    ) -> None:
+        super().__init__(num_features, group_size, eps, momentum, affine, track_running_stats, device, dtype)
+        self.process_group = process_group
+
+
+SYNCHRONIZED: dict[type[nn.Module], type[nn.Module]] = {
+    **dict.fromkeys((IterNorm1d, IterNorm2d, IterNorm3d, SyncIterNorm), SyncIterNorm),
+    **dict.fromkeys((DBN1d, DBN2d, DBN3d, SyncDBN), SyncDBN),
+}

@@ -19,6 +19,11 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_tensor(name: str, value: object) -> None:
+    """``value`` is a tensor. And none that carries a tangent unseen: compiled code would drop it without a word."""
+    if torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "forward mode AD: expected reverse mode, got torch.compile inside of forward_ad.dual_level()"
+        )
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
 

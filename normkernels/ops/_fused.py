@@ -17,11 +17,7 @@ def call(function: type[torch.autograd.Function], op: Callable[..., Any], *argum
     Dynamo cannot trace a Function where nothing needs a gradient: there it gets the op. Outside of it the Function must
     stay, for it is what refuses forward-mode differentiation.
     """
-    if _onnx.exporting():
-        raise ValueError(
-            "torch.onnx.export: expected layers in evaluation mode with running statistics, got one that uses the "
-            "batch's; call model.eval(), and leave track_running_stats=True"
-        )
+    _onnx.check_running_statistics()
     differentiated = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
     return (op if torch.compiler.is_compiling() and not differentiated else function.apply)(*arguments)
 

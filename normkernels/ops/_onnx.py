@@ -24,6 +24,15 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
+def check_running_statistics() -> None:
+    """For what uses a batch's: of that there is no ONNX, and an export would fail later, in torch's words."""
+    if exporting():
+        raise ValueError(
+            "torch.onnx.export: expected layers in evaluation mode with running statistics, got one that uses the "
+            "batch's; call model.eval(), and leave track_running_stats=True"
+        )
+
+
 def whiten(x: Tensor, mean: Tensor, W: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """A (x - mean) + beta. Centred first, whatever the mean: A x + (c - A mean) may lose digits."""
     A = affine(W, weight)

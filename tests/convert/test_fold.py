@@ -465,12 +465,21 @@ def test_tracing_leaves_nothing() -> None:
     pickle.loads(pickle.dumps(folded))
 
 
+class Stem(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
 class Untraceable(nn.Module):
     """With control flow that depends on data, around a block, a list of blocks and an activation alike."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.stem = Stem()
         self.blocks = nn.ModuleList([Block(8, 8, 1, nk.IterNorm2d), nn.Sequential(Block(8, 8, 1, nk.IterNorm2d))])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -508,6 +517,132 @@ def test_untraceable(kind: Any) -> None:
     folded, x = fold(net), images()
     assert not any(hasattr(module, "running_mean") for module in folded.modules())
     assert_folded_network(folded(x), net(x), layers=7, terms=9 * 8, d=8)
+
+
+class Hidden(nn.Module):
+    """What it calls is not seen."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if x.sum() < 1e9 else x
+
+
+class Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.other = conv(), bn().double(), conv()
+
+    def forward(self, x: Tensor, aux: Tensor | None = None) -> Tensor:
+        y = self.conv(x)
+        return self.bn(y) + (y if aux is None else self.other(aux))
+
+
+class Taps(nn.Module):
+    """Goes through a Sequential, which tracing would show, if it were possible."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(conv(), bn().double(), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == 8
+        taps = []
+        for layer in self.features:
+            x = layer(x)
+            taps.append(x)
+        return torch.stack(taps).sum(0)
+
+
+def hook_to_nothing(module: Any) -> Any:
+    module.register_forward_hook(lambda *args: None)
+    return module
+
+
+def doubling(module: Any) -> Any:
+    module.forward = lambda x: 2 * x
+    return module
+
+
+def shared_with_hidden(name: str) -> nn.Module:
+    part = Graph(lambda self, x: self.un(pair(self, x)), conv=conv(), bn=bn().double(), un=nn.Identity())
+    part.un = Hidden(getattr(part, name))
+    return part
+
+
+def in_place_beside(self: Any, x: Tensor) -> Tensor:
+    y, r = self.bn(x), self.act(x)
+    return self.conv(y) + r
+
+
+UNSEEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "conv-in-untraceable": (lambda: shared_with_hidden("conv"), "one call of 'conv', got 2"),
+    "norm-in-untraceable": (lambda: shared_with_hidden("bn"), "one call of 'bn', got 2"),
+    "conv-in-hooked": (
+        lambda: Graph(
+            lambda self, x: self.h(pair(self, x)), bn=bn().double(), conv=(c := conv()),
+            h=hook_to_nothing(nn.Sequential(c, nn.ReLU())),
+        ),
+        "one call of 'conv', got 2",
+    ),
+    "in-place": (
+        lambda: Graph(in_place_beside, conv=conv(padding=0, kernel_size=1), bn=bn().double(), act=nn.ReLU(True)),
+        "nothing between it and its user, got 'act'",
+    ),
+    "optional": (Optional, "forward depends on aux, which may be left out"),
+    "isinstance": (
+        lambda: Graph(lambda self, x: pair(self, x) + (self.conv(x) if isinstance(x, Tensor) else 0), conv=conv(),
+                      bn=bn().double()),
+        "one call of 'conv', got 2",
+    ),
+    "own-identity": (
+        lambda: nn.Sequential(conv(), doubling(nn.Identity()), bn().double()), r"got '1' \(Identity\)",
+    ),
+    "taps": (Taps, "'features' to have a forward .*'model', which it cannot trace, may call one by one"),
+    "meta-conv": (lambda: nn.Sequential(conv(device="meta"), bn()), "finite values in weight of '0', got a meta"),
+    "nan-conv": (lambda: nn.Sequential(filled(conv(), "weight", torch.nan), bn()), "finite values in weight of '0'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_tracing_does_not_see(name: str) -> None:
+    """Each of these was folded, into another function."""
+    build, reason = UNSEEN[name]
+    with pytest.raises(ValueError, match=reason):
+        fold(build().eval())
+
+
+def test_a_sequential_of_an_untraceable_model_by_itself() -> None:
+    net = Taps().eval()
+    net.features = fold(net.features)
+    assert type(net.features[1]) is nn.Identity
+
+
+def test_an_optional_argument_that_changes_nothing() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = conv(), bn().double()
+
+        def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
+            return self.bn(self.conv(x)) * scale
+
+    net = Network().eval()
+    x = data(net.conv)
+    assert_folded_network(fold(net)(x), net(x), layers=1, terms=72, d=1)
+
+
+def test_results_that_a_model_keeps_in_a_list() -> None:
+    def path(self: Any, x: Tensor) -> Tensor:
+        self.kept = [pair(self, x)]
+        return self.kept[0]
+
+    net = Graph(path, conv=conv(), bn=bn().double()).eval()
+    x = data(net.conv)
+    net(x)
+    assert_folded_network(fold(net)(x), net(x), layers=1, terms=72, d=1)
 
 
 def test_a_module_with_hooks_is_a_black_box() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.func import functional_call, grad, stack_module_state, vmap
 
@@ -96,7 +97,10 @@ def test_vmap_needs_statistics_for_each(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["IterNorm2d", "DBN2d", "POPNorm2d", "ConvNorm2d"])
-def test_forward_mode_is_refused(name: str) -> None:
-    net = build(name).eval()
-    with pytest.raises(NotImplementedError, match="forward mode AD"):
-        torch.func.jvp(net, (batch(),), (batch(1),))
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_forward_mode_is_refused(name: str, compiled: bool) -> None:
+    """Compiled code would otherwise drop the tangents of what nobody wants the gradient of."""
+    net = build(name).eval().requires_grad_(False)
+    call = torch.compile(net, backend="aot_eager") if compiled else net
+    with pytest.raises(NotImplementedError, match="forward mode AD"), forward_ad.dual_level():
+        call(forward_ad.make_dual(batch(), batch(1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import re
 import warnings
@@ -10,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -194,6 +196,27 @@ def raised(call: Callable[[], object]) -> str:
     return "nothing"
 
 
+def comparisons(rank: int, device: str) -> list[int]:
+    """How often the ranks have compared a layer, as it is called compiled and not, and moves to another group."""
+    calls: list[None] = []
+    gather = dist.all_gather_object
+    layer = UNEVEN.layer()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    found = []
+    with patch.object(dist, "all_gather_object", lambda *args: (calls.append(None), gather(*args))):
+        for call in (compiled, layer, compiled):
+            call(torch.randn(3, 8, 2, 2))
+            found.append(len(calls))
+        layer.process_group = dist.new_group([0, 1])
+        for call in (layer, compiled):
+            call(torch.randn(3, 8, 2, 2))
+            found.append(len(calls))
+    return found
+
+
+TYPES = (torch.float32, torch.float64)
+
+
 def refusals(rank: int, device: str) -> dict[str, Any]:
     """What every rank is told. Afterwards the group still works: no rank waits for another."""
     x = torch.randn(4, 8 - 4 * rank, 3, 3)
@@ -201,6 +224,8 @@ def refusals(rank: int, device: str) -> dict[str, Any]:
         "channels": raised(lambda: nk.SyncIterNorm(8 - 4 * rank, group_size=4)(x)),
         "group size": raised(lambda: nk.SyncIterNorm(8, group_size=4 - 2 * rank)(torch.randn(4, 8, 3, 3))),
         "method": raised(lambda: (nk.SyncIterNorm if rank else nk.SyncDBN)(8, 4)(torch.randn(4, 8, 3, 3))),
+        "type": raised(lambda: nk.SyncIterNorm(8, dtype=TYPES[rank])(torch.randn(4, 8, dtype=TYPES[rank]))),
+        "gradient": raised(lambda: nk.SyncIterNorm(8)(torch.randn(4, 8, requires_grad=rank == 0))),
     }
     layer = UNEVEN.layer()
     leaf = torch.randn(3, 8, 2, 2, requires_grad=True)
@@ -213,7 +238,19 @@ def refusals(rank: int, device: str) -> dict[str, Any]:
 
 CASES = {
     case.__name__: case
-    for case in (ddp, compiled_ddp, fsdp, accumulated, compiled, batch_sizes, checkpointed, copies, examples, refusals)
+    for case in (
+        ddp,
+        compiled_ddp,
+        fsdp,
+        accumulated,
+        compiled,
+        batch_sizes,
+        checkpointed,
+        copies,
+        comparisons,
+        examples,
+        refusals,
+    )
 }
 
 
@@ -281,6 +318,12 @@ def test_examples_of_the_documentation(ranks: list[dict[str, Any]]) -> None:
         assert mine[-1] == 3  # batches
 
 
+def test_ranks_compare_once_in_each_group(ranks: list[dict[str, Any]]) -> None:
+    """While Dynamo traces, too: a rank that falls back to eager must not ask what the others do not answer."""
+    for rank in ranks:
+        assert rank["comparisons"] == [1, 1, 1, 2, 2]
+
+
 def test_ranks_that_disagree_are_told(ranks: list[dict[str, Any]]) -> None:
     """All of them, with both layers, instead of waiting for each other or adding unlike sums."""
     for rank in ranks:
@@ -289,9 +332,11 @@ def test_ranks_that_disagree_are_told(ranks: list[dict[str, Any]]) -> None:
             "channels": ("SyncIterNorm(8,", "SyncIterNorm(4,"),
             "group size": ("group_size=4", "group_size=2"),
             "method": ("SyncDBN(8", "SyncIterNorm(8"),
+            "type": ("on torch.float32", "on torch.float64"),
+            "gradient": ("gradient needed", "gradient not needed"),
         }.items():
             message = found[name]
-            assert message.startswith("ValueError") and "expected one layer on all ranks" in message, message
+            assert message.startswith("ValueError") and "expected the same on all ranks" in message, message
             assert all(part in message for part in parts), message
         assert found["double backward"].startswith("NotImplementedError: sync_iter_norm: expected a first derivative")
         assert found["sum"] == 2.0
@@ -382,3 +427,6 @@ def test_signature_is_the_plain_layer_s_and_a_process_group() -> None:
     assert repr(layer).partition("(")[2] == repr(plain).partition("(")[2]
     with pytest.raises(ValueError, match="group_size: expected a divisor"):
         nk.SyncIterNorm(8, 3)
+    for kind, other in ((nk.SyncIterNorm, nk.IterNorm2d), (nk.SyncDBN, nk.DBN2d)):
+        own, like = (list(inspect.signature(each).parameters.values()) for each in (kind, other))
+        assert own[:-1] == like and own[-1].name == "process_group"

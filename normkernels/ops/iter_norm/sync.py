@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normkernels.ops import _onnx
 from normkernels.ops._checks import check_affine, check_data, check_inverse_sqrt_options, resolve_group_size
 from normkernels.ops.whiten.eager import affine
 
@@ -47,6 +48,7 @@ def sync_iter_norm(
         TypeError, ValueError: as :func:`iter_norm`.
         NotImplementedError: double backward.
     """
+    _onnx.check_running_statistics()
     check_data("x", x)
     d = resolve_group_size(x.shape[1], group_size)
     check_inverse_sqrt_options(num_iterations, eps, scaling, method)
