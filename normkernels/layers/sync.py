@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import Any
 
@@ -23,15 +24,28 @@ from normkernels.layers.whitening import (
 from normkernels.ops._compile import constant
 from normkernels.ops.iter_norm.sync import sync_iter_norm
 
-# Layer -> weak reference to the process group whose ranks have found it to be the same.
-_agreed: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+# A layer by its key, which Dynamo can hand on where it could not the layer (torch 2.11), and the process group whose
+# ranks have found the layer to be the same.
+_layers: weakref.WeakValueDictionary[str, _Sync] = weakref.WeakValueDictionary()
+_agreed: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_keys = itertools.count()
 
 
 class _Sync(_Whitening):
     """What SyncIterNorm and SyncDBN add: the statistics of all ranks while training."""
 
     _ranks = (2, 3, 4, 5)
-    _group_name: str | None = None  # of the process group: a name can be copied and pickled
+    _key: str
+    _group_name: str | None  # of the process group: a name can be copied and pickled
+
+    def _synchronize(self, group_name: str | None) -> None:
+        self._group_name = group_name
+        self._key = str(next(_keys))
+        _layers[self._key] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._synchronize(self._group_name)
 
     @property
     def process_group(self) -> Any:
@@ -41,7 +55,7 @@ class _Sync(_Whitening):
 
     @process_group.setter
     def process_group(self, group: Any) -> None:
-        self._group_name = _name_of(group)
+        self._synchronize(_name_of(group))
 
     def _whitened(self, x: Tensor) -> tuple[Tensor, ...]:
         if not self.training:  # and without running statistics: this rank's own, as in SyncBatchNorm
@@ -52,7 +66,7 @@ class _Sync(_Whitening):
                 f"mode, got no process group"
             )
         group = self._group_name or dist.group.WORLD  # by name, as Dynamo cannot look it up; of WORLD it has a guard
-        if _size_of_agreeing_group(self, x.dtype, x.requires_grad) == 1:
+        if _size_of_agreeing_group(self._key, x.dtype, x.requires_grad) == 1:
             return super()._whitened(x)
         y, mean, W, count = sync_iter_norm(
             x, group, self.group_size, eps=self.eps, weight=self.weight, bias=self.bias, **self._op_options()
@@ -71,22 +85,22 @@ def _name_of(group: Any) -> str | None:
 
 
 @constant  # Dynamo asks while it traces: compiled ranks and others that have fallen back to eager must not differ in it
-def _size_of_agreeing_group(layer: _Sync, dtype: torch.dtype, differentiated: bool) -> int:
+def _size_of_agreeing_group(key: str, dtype: torch.dtype, differentiated: bool) -> int:
     """Number of ranks, which compare their layers once.
 
     Ranks whose layers differ would wait for each other for ever, or add unlike sums.
     """
+    layer = _layers[key]
     group = layer.process_group or dist.group.WORLD
-    known = _agreed.get(layer)
     size = dist.get_world_size(group)
-    if size > 1 and (known is None or known() is not group):
+    if size > 1 and _agreed.get(key) is not group:
         own = f"{layer} on {dtype}, gradient {'needed' if differentiated else 'not needed'}"
         said: list[Any] = [None] * size
         dist.all_gather_object(said, own, group)
         for rank, other in enumerate(said):
             if other != said[0]:
                 raise ValueError(f"{layer}: expected the same on all ranks, got {said[0]} on 0 and {other} on {rank}")
-        _agreed[layer] = weakref.ref(group)
+        _agreed[key] = group
     return size
 
 
@@ -170,7 +184,7 @@ class SyncIterNorm(_Sync, _IterNorm):
                 )
         for layer in found:
             layer.__class__ = SYNCHRONIZED[type(layer)]
-            layer._group_name = group_name or layer._group_name
+            layer._synchronize(group_name or getattr(layer, "_group_name", None))
         return module
 
 

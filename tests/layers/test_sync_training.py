@@ -410,6 +410,30 @@ def test_conversion_with_nothing_to_convert() -> None:
         nk.SyncIterNorm.convert_sync_iternorm(model)
 
 
+class Frozen(nk.IterNorm2d):
+    """It does something else, which another class would not do."""
+
+
+@pytest.mark.parametrize(
+    "made", [lambda: Frozen(8), lambda: nn.utils.parametrizations.weight_norm(nk.DBN2d(8))], ids=["own", "parametrized"]
+)
+def test_conversion_of_a_subclass_is_refused(made: Callable[[], nn.Module]) -> None:
+    model = nn.Sequential(nk.IterNorm2d(8), made())
+    before = type(model[1])
+    with pytest.raises(ValueError, match=rf"'1': expected IterNorm1d, .*, got {before.__name__}, which may do more"):
+        nk.SyncIterNorm.convert_sync_iternorm(model)
+    assert type(model[0]) is nk.IterNorm2d and type(model[1]) is before
+    with pytest.raises(TypeError, match=r"module: expected nn\.Module, got int"):
+        nk.SyncIterNorm.convert_sync_iternorm(5)  # type: ignore[arg-type]
+
+
+def test_conversion_without_a_group_keeps_the_groups_that_there_are() -> None:
+    model = nn.Sequential(nk.SyncIterNorm(8), nk.IterNorm2d(8))
+    model[0]._group_name = "some"
+    nk.SyncIterNorm.convert_sync_iternorm(model)
+    assert model[0]._group_name == "some" and model[1]._group_name is None
+
+
 def test_checkpoints_are_those_of_the_plain_layers() -> None:
     x = torch.randn(6, 8, 5, 3)
     for plain, layer in ((nk.IterNorm2d(8, 4), nk.SyncIterNorm(8, 4)), (nk.DBN2d(8, 4), nk.SyncDBN(8, 4))):
