@@ -72,7 +72,8 @@ def asked_group_size(layer: type[nn.Module], group_size: int | None) -> int | No
     if parameter is not None:
         return parameter.default if group_size is None else check_integer("group_size", group_size, minimum=1)
     if group_size is not None:
-        raise ValueError(f"group_size: expected None for {layer.__name__}, which has no groups, got {group_size!r}")
+        family = family_name(layer)
+        raise ValueError(f"group_size: expected None for {family}, which has no groups, got {group_size!r}")
     return None
 
 
@@ -106,9 +107,9 @@ def norm_layer(
 
     Returns:
         A ``functools.partial`` that makes a layer of ``(num_features, **keywords)``; keywords such as eps, momentum,
-        affine, device and dtype override ``options``. It can be copied and pickled. It warns once for each number of
-        channels that ``group_size`` does not divide. timm's networks whose layers are a norm and an activation in one
-        (``get_norm_act_layer``) refuse it.
+        affine, device, dtype and group_size override what is given here. It can be copied and pickled. It warns once
+        for each number of channels that ``group_size`` does not divide. timm's networks whose layers are a norm and an
+        activation in one (``get_norm_act_layer``) refuse it.
 
     Raises:
         TypeError, ValueError: the family, rank, group size or an option is none there is, or is of another kind.
@@ -133,18 +134,19 @@ class _Factory:
 
     layer: type[nn.Module]
     asked: int | None
-    warned: set[int] = field(default_factory=set, repr=False)
+    warned: set[str] = field(default_factory=set, repr=False)
 
     @property
     def __name__(self) -> str:
         return self.layer.__name__
 
-    def __call__(self, num_features: int, **keywords: Any) -> nn.Module:
+    def __call__(self, num_features: int, *, group_size: int | None = None, **keywords: Any) -> nn.Module:
         num_features = check_integer("num_features", num_features, minimum=1)
-        if self.asked is None:
+        asked = self.asked if group_size is None else asked_group_size(self.layer, group_size)
+        if asked is None:
             return self.layer(num_features, **keywords)
-        message = smaller_groups(self.asked, {num_features: []})
-        if message is not None and num_features not in self.warned:
-            self.warned.add(num_features)
+        message = smaller_groups(asked, {num_features: []})
+        if message is not None and message not in self.warned:
+            self.warned.add(message)
             warnings.warn(message, stacklevel=2)
-        return self.layer(num_features, group_size=largest_divisor(num_features, self.asked), **keywords)
+        return self.layer(num_features, group_size=largest_divisor(num_features, asked), **keywords)

@@ -40,11 +40,17 @@ def load_iternorm_state(model: nn.Module, state_dict: Mapping[str, Any], strict:
     Raises:
         ValueError: a layer's keys are not those above, their shapes are not the layer's (as with another group size),
             or there is a running_wm where the model has no IterNorm; the module is named and the model as it was.
-        TypeError: an entry of those keys is not a tensor, or ``model`` is no module.
+        TypeError: an entry of those keys is not a tensor, ``model`` is no module, or ``state_dict`` no mapping from
+            strings.
         RuntimeError: of ``load_state_dict``, for the other modules.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict: expected a mapping from names to tensors, got {type(state_dict).__name__}")
+    for key in state_dict:
+        if not isinstance(key, str):
+            raise TypeError(f"state_dict: expected a mapping from names to tensors, got the key {key!r}")
     modules = dict(model.named_modules(remove_duplicate=False))
     converted = OrderedDict(state_dict)
     metadata = getattr(state_dict, "_metadata", None)
@@ -54,7 +60,7 @@ def load_iternorm_state(model: nn.Module, state_dict: Mapping[str, Any], strict:
         prefix, _, entry = key.rpartition(".")
         if entry == RUNNING and not isinstance(modules.get(prefix), _IterNorm):
             got = type(modules[prefix]).__name__ if prefix in modules else "no module of this name"
-            raise ValueError(f"{prefix!r}: expected an IterNorm for the checkpoint's {key!r}, got {got}")
+            raise ValueError(f"{prefix or 'model'!r}: expected an IterNorm for the checkpoint's {key!r}, got {got}")
     for name, layer in modules.items():
         if isinstance(layer, _IterNorm):
             _convert(name, layer, converted, strict)
@@ -77,7 +83,7 @@ def _convert(name: str, layer: _IterNorm, state: OrderedDict[str, Any], strict: 
         return
     if found != expected:
         raise ValueError(
-            f"{name!r}: expected a checkpoint with {', '.join(expected) or 'no keys'} for {layer}, "
+            f"{name or 'model'!r}: expected a checkpoint with {', '.join(expected) or 'no keys'} for {layer}, "
             f"got {', '.join(found) or 'none of them'}"
         )
     for entry in expected:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -41,7 +41,6 @@ WHERE = {"all": slice(None), "first": slice(1)}
 STATE = {"weight", "bias", "running_mean", "running_var", "running_whitening", "num_batches_tracked"}
 # They go on with the parameters and buffers that there were when they were made. By name: torch may be built without
 # torch.distributed, and then has none of them.
-# torch.distributed does not have them all.
 WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 HOOKS = (
     *CALL_HOOKS, "_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks",
@@ -100,6 +99,9 @@ def replace(
             what is kept, as ``eps`` and ``momentum``. ``affine=False``, ``center=False`` and ``scale=False`` drop what
             they name.
 
+    IterNorm, DBN and POP-Norm of a half type keep float32 statistics; a BatchNorm of one keeps them in its own type, to
+    which they are rounded.
+
     Returns:
         ``model``, or the new layer where the model itself is the layer. The logger ``normkernels.convert`` says at
         level INFO what became what.
@@ -107,9 +109,11 @@ def replace(
     Raises:
         TypeError, ValueError: there is nothing to replace; an argument or option is none that there is; or a layer,
             which is named, cannot be replaced without a loss: it is of a subclass (also by a parametrization, or lazy),
-            it has hooks or parts of its own, it synchronizes and the family does not, or its whitening matrices have
-            entries other than zero that the new layer has no place for (BatchNorm: all off the diagonal). The model is
-            as it was.
+            it has hooks, parts or public attributes of its own, it synchronizes and the family does not, its whitening
+            matrices have entries other than zero that the new layer has no place for (BatchNorm: all off the diagonal),
+            its statistics are not finite in the new layer's type, or a module of the model holds it otherwise than as a
+            submodule, as in a list of its own (in its attributes, lists and dicts in them, and those in these; what
+            closures and other objects hold is not seen, and goes on with the old layer). The model is as it was.
         RuntimeError: torch.fx cannot trace the model for ``decorrelate_features=True``.
 
     Source: Huang et al., 2019 (IterNorm), section 5.3; Liu et al., 2021 (ConvNorm), section 3.
@@ -132,6 +136,7 @@ def replace(
         planned.append(_Replacement(name, old, new, new))
     if isinstance(decorrelate_features, str) or decorrelate_features:
         planned.append(_decorrelated(model, family, decorrelate_features, planned[-1].new, group_size, options))
+    _check_references(model, planned)
     smaller: dict[int, list[str]] = {}
     for name, old, _, layer in planned:
         if asked is not None and not (group_size is None and hasattr(old, "group_size")):
@@ -149,14 +154,18 @@ def replace(
 
 def _chosen(model: nn.Module, family: str, where: Any) -> list[tuple[str, nn.Module]]:
     """Layers to be replaced, each by its first name."""
-    if family == "ConvNorm":
-        kinds: tuple[type[nn.Module], ...] = CONVOLUTIONS
-        done: tuple[type[nn.Module], ...] = ()
-    else:
-        kinds = (_BatchNorm, BatchStatisticsLayer)
-        done = FAMILIES[family] + FAMILIES.get(SYNCHRONIZED.get(family, ""), ())
+    kinds = CONVOLUTIONS if family == "ConvNorm" else (_BatchNorm, BatchStatisticsLayer)
+    synchronized = FAMILIES.get(SYNCHRONIZED.get(family, ""), ())
+    done = FAMILIES[family] + synchronized
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, kinds) and not isinstance(m, done)]
     if not found:
+        already = [m for m in model.modules() if isinstance(m, done)]
+        if already:
+            got = ", ".join(sorted({type(m).__name__ for m in already}))
+            message = f"model: expected layers of another family to make {family} of, got {got}, of that family already"
+            if any(isinstance(m, synchronized) for m in already):
+                message += "; of those that synchronize the only way back is a new network that loads the state_dict"
+            raise ValueError(message)
         expected = "Conv1d or Conv2d" if family == "ConvNorm" else "BatchNorm or another normalization of batches"
         got = ", ".join(sorted({type(m).__name__ for m in model.modules() if not m._modules}))
         raise ValueError(f"model: expected {expected} to make {family} of, got layers of the kinds {got}")
@@ -177,6 +186,27 @@ def _chosen(model: nn.Module, family: str, where: Any) -> list[tuple[str, nn.Mod
     return chosen
 
 
+def _check_references(model: nn.Module, planned: Sequence[_Replacement]) -> None:
+    """Nothing that can be seen would go on with an old layer."""
+    names = {id(old): name or "model" for name, old, _, _ in planned}
+    for holder, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            held = [] if attribute == "_modules" else [names[id(part)] for part in _parts(value) if id(part) in names]
+            if held:
+                raise ValueError(
+                    f"{holder or 'model'!r}: expected {held[0]!r} as a submodule alone, got it in {attribute!r}, too, "
+                    f"which would keep the old layer; use nn.ModuleList or nn.ModuleDict"
+                )
+
+
+def _parts(value: object, depth: int = 2) -> Iterator[object]:
+    """The value, and where it is a collection what is in it, and in collections in it."""
+    yield value
+    if depth and isinstance(value, list | tuple | set | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _parts(part, depth - 1)
+
+
 @contextmanager
 def _named(name: str) -> Iterator[None]:
     """Errors say which module they are about."""
@@ -195,8 +225,11 @@ def _check_plain(old: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
     if type(old) not in kinds:
         raise ValueError(f"expected a class of torch or normkernels itself, got {kind}, which may do more, {leave}")
     extra = [name.strip("_").replace("_", " ") for name in HOOKS if getattr(old, name)]
-    extra += sorted({*old._parameters, *old._buffers, *old._modules} - STATE)
-    extra += ["forward"] if "forward" in vars(old) else []
+    required = [p.default is p.empty for p in parameters(type(old)).values()]
+    fresh = type(old)(*[1] * sum(required), device="meta")
+    # Not private ones, with which libraries mark layers, as transformers those that it has initialized.
+    attributes = {name for name in vars(old).keys() - vars(fresh).keys() if not name.startswith("_")}
+    extra += sorted({*old._parameters, *old._buffers, *old._modules} - STATE | attributes)
     if extra:
         raise ValueError(f"expected a plain {kind}, got one with {', '.join(extra)} of its own, {leave}")
 
@@ -221,6 +254,9 @@ def _norm(old: Any, family: str, group_size: int | None, options: dict[str, Any]
     if old.running_mean is not None and new.running_mean is not None:
         new.load_state_dict(_statistics(old, new), strict=False)
         new.track_running_stats = options.get("track_running_stats", old.track_running_stats)  # False freezes them
+        for name, value in new.named_buffers():
+            if not value.is_meta and not value.isfinite().all():
+                raise ValueError(f"expected {name} that is finite in {value.dtype}, got {value.abs().max():.3g}")
     return new.train(old.training)
 
 

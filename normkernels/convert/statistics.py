@@ -23,7 +23,8 @@ def update_norm_stats(loader: Iterable[Any], model: nn.Module, device: torch.dev
     ``torch.optim.swa_utils.AveragedModel``), whose statistics nothing has estimated, and to replace the moving
     averages of training. Batches of one size weigh their samples equally.
 
-    A layer that no batch reaches, or none with finite statistics, keeps its own.
+    A layer that no batch reaches, or none with finite statistics, keeps its own; so does a BatchNorm or SyncBatchNorm
+    if only one batch's are not finite, which the others leave out; and a layer frozen by ``track_running_stats=False``.
 
     Args:
         loader: of batches, or of tuples or lists whose first element is one.
@@ -35,17 +36,20 @@ def update_norm_stats(loader: Iterable[Any], model: nn.Module, device: torch.dev
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: the model has no layer with running statistics, or no batch reaches one.
+        ValueError: the model has no layer with running statistics that are updated, no batch reaches one and leaves it
+            finite statistics, or a batch is an empty tuple or list.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
     kinds = (nn.modules.batchnorm._BatchNorm, BatchStatisticsLayer)
     layers: list[Any] = [
-        module for module in model.modules() if isinstance(module, kinds) and module.running_mean is not None
+        module
+        for module in model.modules()
+        if isinstance(module, kinds) and module.running_mean is not None and module.track_running_stats
     ]
     if not layers:
         raise ValueError(
-            "model: expected a BatchNorm, IterNorm, DBN or POP-Norm layer with running statistics, got none"
+            "model: expected a BatchNorm, IterNorm, DBN or POP-Norm layer that tracks running statistics, got none"
         )
     modes = {module: module.training for module in model.modules()}
     momenta = [layer.momentum for layer in layers]
@@ -58,12 +62,16 @@ def update_norm_stats(loader: Iterable[Any], model: nn.Module, device: torch.dev
         model.train()
         for batch in loader:
             if isinstance(batch, list | tuple):
+                if not batch:
+                    raise ValueError(f"loader: expected batches, or tuples that begin with one, got {batch!r}")
                 batch = batch[0]
             model(batch if device is None else batch.to(device))
             count += 1
-        unseen = [layer for layer in layers if layer.num_batches_tracked == 0]
+        unseen = [layer for layer in layers if layer.num_batches_tracked == 0 or not _finite(layer)]
         if len(unseen) == len(layers):
-            raise ValueError(f"loader: expected batches that reach the normalization layers, got {count} batches")
+            raise ValueError(
+                f"loader: expected batches that reach the normalization layers with finite values, got {count} batches"
+            )
     finally:
         for layer, momentum, before in zip(layers, momenta, statistics, strict=True):
             layer.momentum = momentum
@@ -72,3 +80,8 @@ def update_norm_stats(loader: Iterable[Any], model: nn.Module, device: torch.dev
                     getattr(layer, name).copy_(value)
         for module, training in modes.items():
             module.training = training
+
+
+def _finite(layer: nn.Module) -> bool:
+    statistics = [value for name, value in layer.named_buffers(recurse=False) if name.startswith("running_")]
+    return all(bool(value.isfinite().all()) for value in statistics)

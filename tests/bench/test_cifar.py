@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -268,11 +267,9 @@ def test_a_finished_run_can_be_resumed(
     ],
 )
 def test_other_runs(folder: Path, tmp_path: Path, arguments: list[str]) -> None:
-    features = "--decorrelate-features" in arguments
-    with pytest.warns(UserWarning, match="norms that are not folded") if features else nullcontext():
-        assert main([*TINY, "--epochs", "1", "--data", str(folder), "--out", str(tmp_path), *arguments]) == 0
+    assert main([*TINY, "--epochs", "1", "--data", str(folder), "--out", str(tmp_path), *arguments]) == 0
     (row,) = read_csv(tmp_path / "summary.csv", Summary)
-    assert row.norm == arguments[1] and row.norms_left == features
+    assert row.norm == arguments[1] and row.norms_left == 0
     keys = torch.load(tmp_path / "checkpoint.pt")["model"].keys()
     whitened = sum(key.endswith("running_whitening") for key in keys)
     assert whitened == {"batchnorm": 0, "dbn": 1, "popnorm": 0, "iternorm": 21}[arguments[1]]
@@ -300,9 +297,15 @@ def test_resuming_refuses_another_run(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--epochs", "0"], "--epochs: expected a positive number, got 0"),
-        (["--lr", "nan"], "--lr: expected a positive number, got nan"),
-        (["--stop-after", "-1"], "--stop-after: expected a positive number, got -1"),
+        (["--epochs", "0"], "--epochs: expected a finite positive number, got 0"),
+        (["--lr", "nan"], "--lr: expected a finite positive number, got nan"),
+        (["--lr", "inf"], "--lr: expected a finite positive number, got inf"),
+        (["--stop-after", "-1"], "--stop-after: expected a finite positive number, got -1"),
+        (
+            ["--seed", str(2**64)],
+            f"--seed: expected an integer from -2^63 to 2^64 - 1, as torch takes them, got {2**64}",
+        ),
+        (["--seed", str(-(2**63) - 1)], "--seed: expected an integer from"),
         (["--width", "x"], "expected a number or a fraction such as 1/4, got x"),
         (["--width", "1/0"], "expected a number or a fraction such as 1/4, got 1/0"),
         (["--width", "1/3"], "width: expected a positive multiple of 1/64, got 1/3"),
@@ -349,8 +352,8 @@ def test_an_interrupted_write_leaves_the_checkpoint_before(
 def test_deploying_refuses_other_logits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fold = nk.convert.fold
 
-    def wrong(model: nn.Module, strict: bool) -> nn.Module:
-        folded = fold(model, strict=strict)
+    def wrong(model: nn.Module) -> nn.Module:
+        folded = fold(model)
         with torch.no_grad():
             folded.get_parameter("stage3.0.conv2.bias").mul_(1 + 1e-6)
         return folded

@@ -209,7 +209,7 @@ def test_wrong_checkpoints(what: str, strict: bool) -> None:
 
 def test_more_refusals() -> None:
     layer = nk.IterNorm2d(8, 4, track_running_stats=False)
-    with pytest.raises(ValueError, match="expected a checkpoint with weight, bias for IterNorm2d"):
+    with pytest.raises(ValueError, match=r"^'model': expected a checkpoint with weight, bias for IterNorm2d"):
         load_iternorm_state(layer, entries())
     with pytest.raises(ValueError, match=r"expected an IterNorm for .*'0\.running_wm', got DBN2d"):
         load_iternorm_state(nn.Sequential(nk.DBN2d(8, 4)), {f"0.{key}": value for key, value in entries().items()})
@@ -218,6 +218,14 @@ def test_more_refusals() -> None:
         load_iternorm_state(nk.IterNorm2d(64, affine=False), wide)
     with pytest.raises(TypeError, match=r"'running_wm': expected a torch\.Tensor, got list"):
         load_iternorm_state(nk.IterNorm2d(8, 4), entries() | {"running_wm": [1.0]})
+    with pytest.raises(
+        ValueError, match=r"^'model': expected an IterNorm for the checkpoint's 'running_wm', got DBN2d"
+    ):
+        load_iternorm_state(nk.DBN2d(8, 4), entries())
+    with pytest.raises(TypeError, match="state_dict: expected a mapping from names to tensors, got NoneType"):
+        load_iternorm_state(layer, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="state_dict: expected a mapping from names to tensors, got the key 3"):
+        load_iternorm_state(layer, {3: torch.ones(8)})  # type: ignore[dict-item]
     with pytest.raises(TypeError, match=r"model: expected nn\.Module, got dict"):
         load_iternorm_state(entries(), entries())  # type: ignore[arg-type]
 

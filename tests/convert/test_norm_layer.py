@@ -85,6 +85,20 @@ def test_group_size(channels: int, size: int) -> None:
     assert norm_layer("IterNorm", group_size=8)(channels).group_size == 8
 
 
+def test_group_size_of_a_call() -> None:
+    made = norm_layer("IterNorm", group_size=32)
+    assert made(64, group_size=8).group_size == functools.partial(made, group_size=8)(64).group_size == 8
+    assert made(64, group_size=None).group_size == 32
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for size in (24, 24, None, 16):
+            made(40, group_size=size)
+    sizes = {"24": 20, "32": 20, "16": 10}
+    assert [str(w.message) for w in caught] == [
+        f"group_size {asked} does not divide 40 channels: {size}" for asked, size in sizes.items()
+    ]
+
+
 def test_one_warning_for_each_channel_count() -> None:
     made = norm_layer("IterNorm")
     with warnings.catch_warnings(record=True) as caught:
@@ -126,7 +140,7 @@ def test_timm_sees_that_it_brings_no_activation() -> None:
         (("IterNorm", 0), {}, ValueError, "rank: expected at least 1, got 0"),
         (("IterNorm", "2d"), {}, TypeError, "rank: expected an int, got '2d'"),
         (("IterNorm", 2, 0), {}, ValueError, "group_size: expected at least 1, got 0"),
-        (("POPNorm", 2, 4), {}, ValueError, "group_size: expected None for POPNorm2d, which has no groups, got 4"),
+        (("POPNorm", 2, 4), {}, ValueError, "group_size: expected None for POPNorm, which has no groups, got 4"),
         (("IterNorm",), {"kappa": 2.0}, TypeError, "options: expected some of .* of IterNorm2d, got 'kappa'"),
         (("IterNorm",), {"eps": -1.0}, ValueError, "eps: expected .*got -1"),
     ],
@@ -144,5 +158,9 @@ def test_calls_refused() -> None:
         made(0)
     with pytest.raises(TypeError, match="apply_act"):
         made(8, apply_act=True)
+    with pytest.raises(ValueError, match="group_size: expected at least 1, got 0"):
+        made(8, group_size=0)
+    with pytest.raises(ValueError, match="group_size: expected None for BatchNorm, which has no groups, got 4"):
+        norm_layer("BatchNorm")(8, group_size=4)
     with pytest.raises(TypeError, match="positional"):
         made(8, 1e-5)

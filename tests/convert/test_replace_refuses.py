@@ -87,8 +87,8 @@ def test_where(where: Any, error: type[Exception], match: str) -> None:
         ("IterNorm", {"momentum": "x"}, TypeError, "'1': momentum: expected a number, got 'x'"),
         ("IterNorm", {"group_size": 0}, ValueError, "group_size: expected at least 1, got 0"),
         ("IterNorm", {"group_size": 2.0}, TypeError, "group_size: expected an int, got 2.0"),
-        ("POPNorm", {"group_size": 4}, ValueError, "group_size: expected None for POPNorm1d, .* no groups, got 4"),
-        ("ConvNorm", {"group_size": 4}, ValueError, "group_size: expected None for ConvNorm1d"),
+        ("POPNorm", {"group_size": 4}, ValueError, "group_size: expected None for POPNorm, .* no groups, got 4"),
+        ("ConvNorm", {"group_size": 4}, ValueError, "group_size: expected None for ConvNorm, .* got 4"),
         ("ConvNorm", {"stride": 2}, TypeError, "'0': options: .* affine, eps, detach_spectrum of ConvNorm2d, got 's"),
         ("ConvNorm", {"eps": "x"}, TypeError, "'0': eps: expected"),
         ("POPNorm", {"decorrelate_features": True}, ValueError, "decorrelate_features: expected IterNorm, .*got P"),
@@ -105,13 +105,59 @@ def test_the_model() -> None:
     nothing = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Sequential(nn.ReLU(), nn.InstanceNorm2d(8)))
     expected = "model: expected BatchNorm or another normalization of batches to make DBN of, got layers of the kinds "
     refused(nothing, ValueError, expected + "Conv2d, GroupNorm, InstanceNorm2d, ReLU$", "DBN")
-    refused(nn.Sequential(nn.SyncBatchNorm(8)), ValueError, "to make BatchNorm of, got .*SyncBatchNorm$", "BatchNorm")
-    refused(nn.Sequential(nk.SyncIterNorm(8)), ValueError, "to make IterNorm of, got .*SyncIterNorm$")
-    refused(nn.Sequential(nk.IterNorm2d(8)), ValueError, "expected BatchNorm or another .*kinds IterNorm2d$")
     refused(
         nn.Sequential(nn.Linear(3, 4)), ValueError, "expected Conv1d or Conv2d to make ConvNorm .*Linear$", "ConvNorm"
     )
     refused(nn.Sequential(nn.Conv3d(3, 4, 1)), ValueError, "expected Conv1d or Conv2d .*Conv3d$", nk.ConvNorm2d)
+
+
+@pytest.mark.parametrize(
+    ("layer", "family", "options"),
+    [
+        (nn.BatchNorm2d(8), "BatchNorm", {}),
+        (nk.IterNorm2d(8), "IterNorm", {"group_size": 4}),
+        (nk.ConvNorm2d(3, 8, 1), "ConvNorm", {}),
+        (nn.SyncBatchNorm(8), "BatchNorm", {}),
+        (nk.SyncIterNorm(8), "IterNorm", {}),
+    ],
+)  # fmt: skip
+def test_all_of_the_family_already(layer: nn.Module, family: str, options: dict[str, Any]) -> None:
+    kind = type(layer).__name__
+    match = f"model: expected layers of another family to make {family} of, got {kind}, of that family already"
+    back = "; of those that synchronize the only way back is a new network that loads the state_dict"
+    refused(nn.Sequential(layer), ValueError, f"^{match}{back if 'Sync' in kind else ''}$", family, **options)
+
+
+def test_the_way_back_of_those_that_synchronize() -> None:
+    source, new = nk.SyncIterNorm(8), nk.IterNorm2d(8)
+    source.running_whitening.mul_(3)
+    new.load_state_dict(source.state_dict())
+    assert torch.equal(new.running_whitening, source.running_whitening)
+
+
+@pytest.mark.parametrize("held", [
+    lambda m: [m["conv"], m["bn"]], lambda m: (torch.relu, m["bn"]), lambda m: {"norm": m["bn"]},
+    lambda m: {"a": [m["bn"]]}, lambda m: [(m["conv"], m["bn"])],
+])  # fmt: skip
+def test_references_beside_the_submodules(held: Callable[[nn.ModuleDict], Any]) -> None:
+    """As a forward over such a list, which would go on with the old layer."""
+    inner = nn.ModuleDict({"conv": nn.Conv2d(3, 8, 1), "bn": nn.BatchNorm2d(8)})
+    inner.path = held(inner)
+    match = "'3': expected '3.bn' as a submodule alone, got it in 'path', too, which would keep the old layer"
+    refused(net(inner), ValueError, match)
+    replace(net(inner), "IterNorm", "first")  # which is another one
+    inner.path = [inner["conv"]]
+    replace(net(inner), "IterNorm")
+
+
+def test_references_in_the_model_itself() -> None:
+    model = net()
+    object.__setattr__(model, "first", model[1])
+    refused(model, ValueError, "'model': expected '1' as a submodule alone, got it in 'first', too")
+    model = net(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    model.heads = [model[5]]
+    match = "'model': expected '5' as a submodule alone, got it in 'heads'"
+    refused(model, ValueError, match, "IterNorm", decorrelate_features=True)
 
 
 def test_a_model_that_is_wrapped_already() -> None:
@@ -156,6 +202,12 @@ def extended() -> nn.Module:
     return layer
 
 
+def noted() -> nn.Module:
+    layer = nn.BatchNorm2d(8)
+    layer.note = 3
+    return layer
+
+
 def pruned() -> nn.Module:
     return prune.l1_unstructured(nn.BatchNorm2d(8), "weight", 0.5)
 
@@ -176,7 +228,8 @@ def pruned() -> nn.Module:
         (hooked("register_load_state_dict_post_hook"), "got one with load state dict post hooks"),
         (patched, "got one with forward of its own"),
         (extended, "got one with seen of its own"),
-        (pruned, "got one with forward pre hooks, weight_mask, weight_orig of its own"),
+        (noted, "got one with note of its own"),
+        (pruned, "got one with forward pre hooks, weight, weight_mask, weight_orig of its own"),
     ],
 )  # fmt: skip
 def test_a_layer_that_does_more(make: Callable[[], nn.Module], match: str) -> None:
@@ -188,6 +241,20 @@ def test_a_layer_that_does_more(make: Callable[[], nn.Module], match: str) -> No
     replace(model, "IterNorm", lambda name, m: name == "1")
     assert type(model[1]) is nk.IterNorm2d
     assert id(model[3][0]) == before["3.0"]
+
+
+@pytest.mark.parametrize("family", ["BatchNorm", "DBN", "POPNorm"])
+def test_what_every_layer_has_is_not_its_own(family: str) -> None:
+    """Nor are marks that libraries leave."""
+    model = net(nk.IterNorm1d(8, 1), nk.DBN3d(8, 1), nk.POPNorm2d(8), nn.BatchNorm1d(8))
+    model.apply(lambda m: setattr(m, "_is_hf_initialized", True))
+    replace(model, family)
+    assert [type(m).__name__ for m in model[3:]] == [family + rank for rank in ("1d", "3d", "2d", "1d")]
+    model = net(nk.SyncIterNorm(8, 1), nk.SyncDBN(8, 1))
+    assert type(replace(model, "SyncBatchNorm")[4]) is nn.SyncBatchNorm
+    assert type(replace(model, "SyncDBN")[4]) is nk.SyncDBN
+    model = nn.Sequential(nn.Conv1d(3, 4, 3, padding="same", padding_mode="circular"))
+    assert type(replace(model, "ConvNorm")[0]) is nk.ConvNorm1d
 
 
 def test_a_lazy_layer_after_its_first_batch() -> None:
@@ -208,7 +275,9 @@ def test_convolutions_that_do_more() -> None:
     ):
         replace(nn.Sequential(nn.LazyConv2d(8, 1)), "ConvNorm")
     pruned = net(prune.l1_unstructured(nn.Conv2d(8, 8, 1), "weight", 0.5))
-    refused(pruned, ValueError, "'3': expected a plain Conv2d, got one with forward pre hooks, weight_mask", "ConvNorm")
+    refused(
+        pruned, ValueError, "'3': expected a plain Conv2d, got one with forward pre hooks, weight, weight_m", "ConvNorm"
+    )
     complex_net = nn.Sequential(nn.Conv2d(3, 8, 1, dtype=torch.complex64))
     refused(complex_net, TypeError, "'0': parameters of the layer: expected float16, ", "ConvNorm")
 
@@ -239,6 +308,20 @@ def test_whitening_of_no_variance(value: float) -> None:
     with pytest.raises(ValueError, match=r"'3': .*running_whitening .* of a variance of at least 0 with eps=1e-05"):
         replace(model, "BatchNorm")
     assert model[3] is layer
+
+
+def test_statistics_beyond_the_new_layers_type() -> None:
+    """A variance of 400^2 is above float16's largest number."""
+    layer = nk.IterNorm2d(8, 8).half()
+    layer.running_whitening /= 400
+    match = r"'3': expected running_var that is finite in torch\.float16, got inf"
+    refused(net().half().append(layer), ValueError, match, "BatchNorm", lambda name, _: name == "3")
+    new: Any = replace(nn.Sequential(layer.bfloat16()), "BatchNorm")[0]
+    assert torch.equal(new.running_var, torch.full((8,), 160000.0).bfloat16())  # rounded
+    broken = nn.BatchNorm2d(8)
+    broken.running_mean[1] = float("nan")
+    with pytest.raises(ValueError, match=r"'model': expected running_mean that is finite in torch\.float32, got nan"):
+        replace(broken, "IterNorm")
 
 
 def test_an_error_in_the_last_layer_leaves_the_first_as_it_was() -> None:

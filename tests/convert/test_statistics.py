@@ -156,9 +156,38 @@ def test_layers_that_no_batch_reaches_keep_theirs() -> None:
     assert net[1].num_batches_tracked == 3
 
     kept = state(net)
-    with pytest.raises(ValueError, match="expected batches that reach the normalization layers, got 3 batches"):
+    with pytest.raises(ValueError, match="that reach the normalization layers with finite values, got 3 batches"):
         update_norm_stats([torch.full_like(batch, float("nan")) for batch in batches()], net)
     assert_same(state(net), kept)
+
+
+def test_batches_that_are_not_finite() -> None:
+    """One of them spoils BatchNorm's average, and no other layer's."""
+    net = network(nn.BatchNorm2d(8), nk.IterNorm2d(8, 4))
+    before, kept = state(net[1]), conventions(net)
+    data = batches()
+    data[1][0, 0, 0, 0] = float("nan")
+    update_norm_stats(data, net)
+    assert_same(state(net[1]), before)
+    assert net[2].num_batches_tracked == 2 and conventions(net) == kept
+    data[1] = torch.full_like(data[1], 1e200)  # whose variance alone overflows
+    update_norm_stats(data, net)
+    assert_same(state(net[1]), before)
+
+
+@pytest.mark.parametrize("norm", list(NORMS))
+def test_layers_frozen_by_hand(norm: str) -> None:
+    """They use a batch's statistics, and update none."""
+    net = network(NORMS[norm]())
+    net[1].track_running_stats = False
+    before = state(net)
+    with pytest.raises(ValueError, match="layer that tracks running statistics, got none"):
+        update_norm_stats(batches(), net)
+    net.insert(2, NORMS[norm]().double())
+    frozen = state(net[1])
+    update_norm_stats(batches(), net)
+    assert_same(state(net[1]), frozen)
+    assert net[2].num_batches_tracked == 3 and all(torch.equal(before[f"1.{name}"], v) for name, v in frozen.items())
 
 
 def interrupted() -> Iterator[Tensor]:
@@ -180,6 +209,7 @@ LOADERS: dict[str, tuple[Any, Any]] = {
     "loader-raises": (lambda net: interrupted(), KeyboardInterrupt),
     "model-raises": (failing, RuntimeError),
     "wrong-shape": (lambda net: [*batches(), torch.ones(2, 5)], RuntimeError),
+    "empty-tuple": (lambda net: [*batches(), ()], ValueError),
     "not-a-loader": (lambda net: 3, TypeError),
 }
 
@@ -204,5 +234,7 @@ def test_refusals() -> None:
         update_norm_stats(batches(), bare)
     with pytest.raises(TypeError, match=r"model: expected nn\.Module, got function"):
         update_norm_stats(batches(), lambda x: x)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"loader: expected batches, or tuples that begin with one, got \(\)"):
+        update_norm_stats([()], network(nk.IterNorm2d(8, 4)))
     with pytest.raises(ValueError, match="got 0 batches"):
         update_norm_stats([], network(nk.IterNorm2d(8, 4)))

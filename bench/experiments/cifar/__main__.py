@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -140,8 +141,10 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     options = parser.parse_args(arguments)
     for name in ("epochs", "stop_after", "batch_size", "lr"):
         value = getattr(options, name)
-        if value is not None and not value > 0:
-            parser.error(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')}: expected a finite positive number, got {value}")
+    if not -(2**63) <= options.seed < 2**64:
+        parser.error(f"--seed: expected an integer from -2^63 to 2^64 - 1, as torch takes them, got {options.seed}")
     if options.norm == "batchnorm" and (options.where != "all" or options.decorrelate_features):
         parser.error("--norm: expected a norm that replaces BatchNorm, got batchnorm")
     options.out = (options.out or ROOT / "out" / "cifar" / options.norm).resolve()
@@ -194,7 +197,7 @@ def report(training: Training, data: str, out: Path, beside: Sequence[Path]) -> 
     if len(history) < settings.epochs:
         print(f"{len(history)} of {settings.epochs} epochs, go on with --resume.\nFiles: {out}")
         return
-    deployed = deploy(training.model, training.data, out / PROGRAM, strict=not settings.decorrelate_features)
+    deployed = deploy(training.model, training.data, out / PROGRAM)
     summary = summarize(data, settings, history, deployed)
     write_csv(out / SUMMARY, Summary, [summary])
     print(f"\n{summary_table([summary])}\n\nDifferences of logits over the largest logit.\nFiles: {out}")

@@ -34,20 +34,20 @@ class Deployed:
     exported_difference: float
 
 
-def deploy(model: nn.Module, data: Images, path: Path, strict: bool = True) -> Deployed:
-    """Fold and export ``model`` to ``path``; without ``strict`` a norm that cannot be folded stays.
+def deploy(model: nn.Module, data: Images, path: Path) -> Deployed:
+    """Fold and export ``model`` to ``path``.
 
     Raises:
         RuntimeError: logits of the folded network, or of the exported one as loaded again, are others.
         ValueError: a norm cannot be folded.
     """
     model.eval()
-    folded = nk.convert.fold(model, strict=strict)
+    folded = nk.convert.fold(model)
     norms_left = sum(isinstance(m, (BatchStatisticsLayer, nn.modules.batchnorm._BatchNorm)) for m in folded.modules())
     x = data.standardized(data.test_x)
     before, after = logits(model, x), logits(folded, x)
     wide, few = copy.deepcopy(model).double(), x[:BATCH].double()
-    exact = difference(logits(nk.convert.fold(wide, strict=strict), few), logits(wide, few))
+    exact = difference(logits(nk.convert.fold(wide), few), logits(wide, few))
 
     program = torch.export.export(folded, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.export.save(program, path)
