@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from typing import Any
 
@@ -24,38 +23,26 @@ from normkernels.layers.whitening import (
 from normkernels.ops._compile import constant
 from normkernels.ops.iter_norm.sync import sync_iter_norm
 
-# A layer by its key, which Dynamo can hand on where it could not the layer (torch 2.11), and the process group whose
-# ranks have found the layer to be the same.
-_layers: weakref.WeakValueDictionary[str, _Sync] = weakref.WeakValueDictionary()
-_agreed: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
-_keys = itertools.count()
-
 
 class _Sync(_Whitening):
     """What SyncIterNorm and SyncDBN add: the statistics of all ranks while training."""
 
     _ranks = (2, 3, 4, 5)
-    _key: str
-    _group_name: str | None  # of the process group: a name can be copied and pickled
-
-    def _synchronize(self, group_name: str | None) -> None:
-        self._group_name = group_name
-        self._key = str(next(_keys))
-        _layers[self._key] = self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._synchronize(self._group_name)
+    _group_name: str | None = None  # of the process group: a name can be copied and pickled
+    _traced = False  # whether it has run in compiled code, where its ranks have compared layers of its kind
+    _kind: str  # what they compare, in one word: with dynamic=True Dynamo takes the numbers for variables
 
     @property
     def process_group(self) -> Any:
         """A torch.distributed.ProcessGroup, or None for the default one."""
-        resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
-        return None if self._group_name is None else resolve(self._group_name)
+        return None if self._group_name is None else _named(self._group_name)
 
     @process_group.setter
     def process_group(self, group: Any) -> None:
         self._synchronize(_name_of(group))
+
+    def _synchronize(self, group_name: str | None) -> None:
+        self._group_name, self._traced, self._kind = group_name, False, repr(self)
 
     def _whitened(self, x: Tensor) -> tuple[Tensor, ...]:
         if not self.training:  # and without running statistics: this rank's own, as in SyncBatchNorm
@@ -66,7 +53,13 @@ class _Sync(_Whitening):
                 f"mode, got no process group"
             )
         group = self._group_name or dist.group.WORLD  # by name, as Dynamo cannot look it up; of WORLD it has a guard
-        if _size_of_agreeing_group(self._key, x.dtype, x.requires_grad) == 1:
+        data = (self._kind, x.dtype, x.requires_grad)
+        if torch.compiler.is_compiling():
+            self._traced = True  # not read here: Dynamo would compile again for its other value
+            size = _size_of_group(self._group_name, *data)
+        else:
+            size = _size_of_group(self._group_name, *data, layer=None if self._traced else self)
+        if size == 1:
             return super()._whitened(x)
         y, mean, W, count = sync_iter_norm(
             x, group, self.group_size, eps=self.eps, weight=self.weight, bias=self.bias, **self._op_options()
@@ -77,30 +70,51 @@ class _Sync(_Whitening):
 
 def _name_of(group: Any) -> str | None:
     if group is not None and not isinstance(group, dist.ProcessGroup):
-        got = (
-            "another group's member, which is not in this one" if group == dist.GroupMember.NON_GROUP_MEMBER else group
+        raise TypeError(
+            f"process_group: expected None or a torch.distributed.ProcessGroup of which this rank is a member, "
+            f"got {group!r}"
         )
-        raise TypeError(f"process_group: expected a torch.distributed.ProcessGroup or None, got {got}")
     return None if group is None else group.group_name
 
 
-@constant  # Dynamo asks while it traces: compiled ranks and others that have fallen back to eager must not differ in it
-def _size_of_agreeing_group(key: str, dtype: torch.dtype, differentiated: bool) -> int:
-    """Number of ranks, which compare their layers once.
+def _named(name: str) -> Any:
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    return resolve(name)
 
-    Ranks whose layers differ would wait for each other for ever, or add unlike sums.
+
+class _Agreement:
+    """What the ranks of a group have found to be the same on all of them."""
+
+    def __init__(self) -> None:
+        self.layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.kinds: set[str] = set()
+
+
+_agreements: weakref.WeakKeyDictionary[Any, _Agreement] = weakref.WeakKeyDictionary()
+
+
+@constant  # Dynamo asks while it traces, and keeps the answer
+def _size_of_group(
+    group_name: str | None, kind: str, dtype: torch.dtype, differentiated: bool, layer: nn.Module | None = None
+) -> int:
+    """Number of ranks, which compare each layer once; in compiled code, which layers of a kind may share, each kind.
+
+    Ranks whose layers differ would wait for each other for ever, or add unlike sums. So would ranks of which some
+    compare and others do not: what has run in compiled code is not compared when one of them falls back to eager.
     """
-    layer = _layers[key]
-    group = layer.process_group or dist.group.WORLD
+    group = dist.group.WORLD if group_name is None else _named(group_name)
     size = dist.get_world_size(group)
-    if size > 1 and _agreed.get(key) is not group:
-        own = f"{layer} on {dtype}, gradient {'needed' if differentiated else 'not needed'}"
+    agreement = _agreements.setdefault(group, _Agreement())
+    own = f"{kind} on {dtype}, gradient {'needed' if differentiated else 'not needed'}"
+    if size > 1 and (own not in agreement.kinds if layer is None else layer not in agreement.layers):
         said: list[Any] = [None] * size
         dist.all_gather_object(said, own, group)
         for rank, other in enumerate(said):
             if other != said[0]:
-                raise ValueError(f"{layer}: expected the same on all ranks, got {said[0]} on 0 and {other} on {rank}")
-        _agreed[key] = group
+                raise ValueError(f"{kind}: expected the same on all ranks, got {said[0]} on 0 and {other} on {rank}")
+        agreement.kinds.add(own)
+        if layer is not None:
+            agreement.layers.add(layer)
     return size
 
 
@@ -184,7 +198,7 @@ class SyncIterNorm(_Sync, _IterNorm):
                 )
         for layer in found:
             layer.__class__ = SYNCHRONIZED[type(layer)]
-            layer._synchronize(group_name or getattr(layer, "_group_name", None))
+            layer._synchronize(group_name or layer._group_name)
         return module
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -200,7 +201,7 @@ def comparisons(rank: int, device: str) -> list[int]:
     """How often the ranks have compared a layer, as it is called compiled and not, and moves to another group."""
     calls: list[None] = []
     gather = dist.all_gather_object
-    layer = UNEVEN.layer()
+    layer = nk.SyncIterNorm(8, 4, eps=0.25)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     found = []
     with patch.object(dist, "all_gather_object", lambda *args: (calls.append(None), gather(*args))):
@@ -212,6 +213,29 @@ def comparisons(rank: int, device: str) -> list[int]:
             call(torch.randn(3, 8, 2, 2))
             found.append(len(calls))
     return found
+
+
+class Block(nn.Module):
+    """Layers like it share compiled code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nk.SyncIterNorm(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(x))
+
+
+def blocks(rank: int, device: str) -> int:
+    """Graphs of as many blocks as Dynamo would not compile apart."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    x = torch.randn(4, 8, 3, 3)
+    for _ in range(2):
+        for block in [Block() for _ in range(10)]:
+            block.compile(backend=counter)
+            x = block(x)
+    return counter.frame_count
 
 
 TYPES = (torch.float32, torch.float64)
@@ -248,6 +272,7 @@ CASES = {
         checkpointed,
         copies,
         comparisons,
+        blocks,
         examples,
         refusals,
     )
@@ -318,6 +343,11 @@ def test_examples_of_the_documentation(ranks: list[dict[str, Any]]) -> None:
         assert mine[-1] == 3  # batches
 
 
+def test_blocks_share_compiled_code(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["blocks"] == 2  # the first one's input needs no gradient
+
+
 def test_ranks_compare_once_in_each_group(ranks: list[dict[str, Any]]) -> None:
     """While Dynamo traces, too: a rank that falls back to eager must not ask what the others do not answer."""
     for rank in ranks:
@@ -357,7 +387,9 @@ def test_training_without_a_process_group() -> None:
 
 def test_process_group_of_another_type() -> None:
     for group in ("default", 0, [0, 1], dist.GroupMember.NON_GROUP_MEMBER):
-        with pytest.raises(TypeError, match=r"process_group: expected a torch\.distributed\.ProcessGroup or None, got"):
+        with pytest.raises(
+            TypeError, match=r"process_group: expected None or a torch\.distributed\.ProcessGroup .*, got"
+        ):
             nk.SyncIterNorm(8, process_group=group)
         layer = nk.SyncDBN(8)
         with pytest.raises(TypeError, match="process_group"):
