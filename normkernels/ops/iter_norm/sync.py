@@ -42,7 +42,7 @@ def sync_iter_norm(
         mean (C,), W (G, d, d): as of :func:`iter_norm`, the same on all ranks; without gradients.
         count: m, (1,) float64, on x's device.
 
-    Saved for backward: as in :func:`iter_norm`, and two numbers for each channel.
+    Saved for backward: as in :func:`iter_norm`, one more number for each channel, and the count.
 
     Raises:
         TypeError, ValueError: as :func:`iter_norm`.
