@@ -34,9 +34,9 @@ class Batch:
         elif x.dim() < weight.dim():
             x = x.unsqueeze(0)
         # The op itself: what the public function does for gradients is not needed, and shows in small layers.
-        mean, variance = torch.ops.normkernels.moments(x, 1)
+        mean, _, variance = torch.ops.normkernels.moments(x, 1, False)
         rows = x.numel() // x.shape[1]
-        return Batch(rows, x.shape[0], output.numel() // weight.shape[0], mean.to(variance.dtype), variance.flatten())
+        return Batch(rows, x.shape[0], output.numel() // weight.shape[0], mean, variance.flatten())
 
     def merged(self, other: Batch) -> Batch:
         """Chan's formula: nothing cancels, however large the means."""
