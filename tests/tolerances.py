@@ -259,6 +259,27 @@ def largest_stretch(eps: float, dtype: torch.dtype, d: int) -> float:
     return (1 + d * unit(dtype) * (4 + d**0.5)) / eps**0.5
 
 
+# Whitening by eigendecomposition where standard deviations differ by up to 1e4 or are all 1e4, correlation matrices
+# with a condition number k of up to 1e3, in float32. The covariance is off by a quarter of a rounding in units of the
+# deviations (moments/eager.py), W relative to its diagonal by k / 2 times that: r = 7.5e-6. y, of at most 6, and its
+# rounding: 6 r + |W| 2 u |x| = 4.5e-5 + 32 * 8 u = 6e-5. dx has three times W's error and x's rounding, relative to
+# the largest of a channel, where terms k^(1/2) times as large may cancel: 32 * 6 * 3 r = 4e-3.
+SCALED_W, SCALED_Y, SCALED_GRADIENT = 1e-4, 1e-4, 1e-2
+
+# Singular covariances: rounding has its own directions there. They grow no larger than in float64.
+LARGER_THAN_FLOAT64 = 3
+
+
+def assert_within_remainder(mean: Tensor, remainder: Tensor, exact: Tensor, x: Tensor) -> None:
+    """mean + remainder: a mean is the first tile's, plus one of differences to it, which float32 rounds.
+
+    m differences, of no more than the range of x, are off by sqrt(m) u of it at most (Higham and Mary, 2019).
+    """
+    m, spread = x.numel() // x.shape[1], (x.double() - exact.view(1, -1, *[1] * (x.dim() - 2))).abs().max()
+    error = (mean.double() + remainder.double() - exact).abs().max()
+    assert error <= (4 + m**0.5) * unit(torch.float32) * spread, f"off by {error:.2g}"
+
+
 def assert_agree(got: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]) -> None:
     """Two careful paths in one type, on a well-conditioned input of the size used in these tests.
 
