@@ -1,0 +1,116 @@
+"""Products of matrices to 48 bits in float32 alone, for devices without float64 (spectral/DERIVATION.md).
+
+A number of at most 1/2 is a sum of digits d_1 / B + d_2 / B^2 + ..., whole numbers of at most B / 2 that float32 holds.
+A product of matrices of digits is exact in float32, whatever the order of its sums, as long as they stay below 2^24.
+Between the products a number is a float32 number, or a pair: one and its remainder.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from normkernels.ops._tiles import constant
+
+BITS = 52  # at least so many are kept of an entry, from those of the largest one of its matrix on
+Pair = tuple[Tensor, Tensor]
+Parts = tuple[Tensor, ...]  # that add up to the number
+Waves = tuple[Pair, Pair]
+
+
+def two_sum(a: Tensor, b: Tensor) -> Pair:
+    """a + b, rounded, and what rounding has taken (Knuth)."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
+
+
+def powers_of_two(x: Tensor) -> Pair:
+    """The largest power of two that is not above x > 0, within 2^-120 and 2^120, and its inverse.
+
+    From the bits of the exponent: not every device rounds divisions and exponentials as it should.
+    """
+    exponent = (x.view(torch.int32) & 0x7F800000).clamp(7 << 23, 247 << 23)
+    return exponent.view(torch.float32), (0x7F000000 - exponent).view(torch.float32)
+
+
+def normalized(x: Parts) -> tuple[Parts, Tensor]:
+    """Matrices over a power of two for each, so that no entry exceeds 1/2, and that power. Exact."""
+    power, inverse = powers_of_two(x[0].abs().amax((-2, -1), keepdim=True))
+    return tuple(0.25 * part * inverse for part in x), 4 * power
+
+
+def digits(x: Parts, bits: int, count: int) -> Tensor:
+    """The first digits (count, ...) of ``normalized`` numbers for B = 2^bits, the largest first, each at most B.
+
+    A digit is what rounding one place later adds. So those of a float32 number are exact, and at most B / 2.
+    """
+    scale = places(bits, count, x[0].device).view(-1, *[1] * x[0].dim())
+    found = []
+    for part in x:
+        whole = (part * scale).round_()
+        found.append(torch.sub(whole[1:], whole[:-1], alpha=2**bits))
+    return functools.reduce(torch.add, found)
+
+
+@constant
+def places(bits: int, count: int, device: torch.device) -> Tensor:
+    """B^0 to B^count."""
+    return torch.tensor([2.0 ** (bits * n) for n in range(count + 1)], dtype=torch.float32, device=device)
+
+
+def bits_of_digits(terms: int) -> tuple[int, int]:
+    """Bits of a digit and number of digits, so that no product of digits exceeds 2^24 in sums of ``terms``."""
+    return next((b, n) for b in range(12, 0, -1) if terms * (n := -(-BITS // b)) * 4**b <= 2**24)
+
+
+def product(a: Parts, b: Parts, fold: Callable[[Tensor], Tensor] | None = None, folded: int = 1) -> Pair:
+    """a @ b, and of each matrix (*, m, n) ``fold``, which adds up at most ``folded`` entries to one."""
+    (a, of_a), (b, of_b) = normalized(a), normalized(b)
+    inner = a[0].shape[-1]
+    bits, count = bits_of_digits(inner * folded)
+    left = digits(a, bits, count).movedim(0, -2).flatten(-2)
+    right = digits(b, bits, count).flip(0).movedim(0, -3).flatten(-3, -2)
+    # At place n + 1 all pairs of digits whose product belongs there, in one product.
+    sums = torch.stack([left[..., : n * inner] @ right[..., -n * inner :, :] for n in range(1, count + 1)])
+    if fold is not None:
+        sums = fold(sums.flatten(0, 1)).unflatten(0, sums.shape[:2])
+    hi = lo = torch.zeros((), dtype=torch.float32, device=left.device)
+    for n, place in enumerate(sums.unbind(), 2):
+        hi, rest = two_sum(hi, place * 2.0 ** (-bits * n))
+        lo = lo + rest
+    hi, lo = two_sum(hi, lo)
+    return hi * of_a * of_b, lo * of_a * of_b
+
+
+@constant
+def waves(n: int, reach: int, dilation: int, device: torch.device) -> Waves:
+    """cos and sin of 2 pi u t / n for frequencies u and lags t = -reach..reach, dilated: (n, 2 reach + 1) each."""
+    turns = torch.outer(torch.arange(n, device="cpu"), torch.arange(-reach, reach + 1, device="cpu") * dilation) % n
+
+    def rounded(circle: list[float]) -> Pair:
+        hi = torch.tensor(circle, dtype=torch.float32, device="cpu")
+        rest = [exact - near for exact, near in zip(circle, hi.tolist(), strict=True)]
+        lo = torch.tensor(rest, dtype=torch.float32, device="cpu")
+        return hi[turns].to(device), lo[turns].to(device)
+
+    angles = [2 * math.pi * i / n for i in range(n)]
+    return rounded([math.cos(angle) for angle in angles]), rounded([math.sin(angle) for angle in angles])
+
+
+def cosine_transform(x: Parts, rows: Waves, columns: Waves) -> Pair:
+    """cos_h x cos_w^T - sin_h x sin_w^T, as two products."""
+    (cos_h, sin_h), (cos_w, sin_w) = rows, columns
+    both = product(x, (torch.cat((cos_w[0], sin_w[0])).mT, torch.cat((cos_w[1], sin_w[1])).mT))
+    half = cos_w[0].shape[0]
+    along = [torch.cat((part[..., :half], -part[..., half:]), -2) for part in both]
+    return product((torch.cat((cos_h[0], sin_h[0]), -1), torch.cat((cos_h[1], sin_h[1]), -1)), (along[0], along[1]))
+
+
+def transposed(both: Waves) -> Waves:
+    (cos, cos_lo), (sin, sin_lo) = both
+    return (cos.mT, cos_lo.mT), (sin.mT, sin_lo.mT)
