@@ -1,13 +1,16 @@
 """A device without float64, pretended: its tensors hold tensors of the CPU, and it refuses what Apple's GPUs refuse.
 
-Under ``Pretended()`` the device "mps" exists. The mode sees every operator, those inside of this package's ops, too, of
+Under ``pretended()`` the device "mps" exists. The mode sees every operator, those inside of this package's ops, too, of
 which it runs the plain PyTorch. So an operator raises that makes float64 or complex128 there, that takes tensors of two
 devices, or that Metal lacks; the CPU beside it stays a device of its own, where float64 is allowed. Values are right.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -50,11 +53,20 @@ class PretendedTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise RuntimeError(f"{func}: expected a call under Pretended(), got one outside")
+        raise RuntimeError(f"{func}: expected a call under pretended(), got one outside")
 
 
-class Pretended(TorchDispatchMode):
-    """Makes ``DEVICE`` exist."""
+def _literal(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+    """torch.tensor, which moves its result to a device where no mode sees it."""
+    made = _tensor(*args, device="cpu", **kwargs)
+    return made if device is None else made.to(device)
+
+
+_tensor = torch.tensor
+
+
+class _Device(TorchDispatchMode):
+    """Runs on the CPU what is for ``DEVICE``, where that would run it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -92,3 +104,10 @@ class Pretended(TorchDispatchMode):
             return PretendedTensor(t)
 
         return tree_map(wrap, result)
+
+
+@contextlib.contextmanager
+def pretended() -> Iterator[None]:
+    """Make ``DEVICE`` exist."""
+    with mock.patch.object(torch, "tensor", _literal), _Device():
+        yield

@@ -60,7 +60,7 @@ def digits(x: Parts, bits: int, count: int) -> Tensor:
 @constant
 def places(bits: int, count: int, device: torch.device) -> Tensor:
     """B^0 to B^count."""
-    return torch.tensor([2.0 ** (bits * n) for n in range(count + 1)], dtype=torch.float32, device=device)
+    return torch.tensor([2.0 ** (bits * n) for n in range(count + 1)], dtype=torch.float32, device="cpu").to(device)
 
 
 def bits_of_digits(terms: int) -> tuple[int, int]:

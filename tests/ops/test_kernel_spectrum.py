@@ -195,7 +195,8 @@ def test_scaled_weights(scale: float) -> None:
     weight = kernels((3, 2, 3, 3), torch.float32)
     v, scaled = check(weight, (13, 16)), check(weight * scale, (13, 16))
     # Scaling rounds the weight: u of each tap, sqrt(peak) in |a^|.
-    allowed = unit(torch.float32) * (4 + 2 * peak_power(weight).sqrt() * v.double())
+    allowed = 2 * spectrum_floor(weight, v.double()) / v.double()
+    allowed += 2 * unit(torch.float32) * (1 + peak_power(weight).sqrt() * v.double())
     assert ((scaled.double() * scale / v.double() - 1).abs() <= allowed).all()
 
 

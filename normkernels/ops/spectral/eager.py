@@ -199,15 +199,13 @@ def dft(n: int, window: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     Its rows are cosines of the frequencies 0..n//2, then sines of 1..(n-1)//2.
     """
     start, step, count = window
-    position = torch.arange(count, dtype=torch.float64, device="cpu") * step + start
-    frequency = torch.arange(n // 2 + 1, dtype=torch.float64, device="cpu")
-    angle = torch.outer(frequency, position).remainder(n) * (2 * math.pi / n)
-    cosine = angle.cos() * math.sqrt(2 / n)
-    cosine[0] = math.sqrt(1 / n)
-    if n % 2 == 0:
-        cosine[-1] /= math.sqrt(2)
-    sine = angle.sin()[1 : (n - 1) // 2 + 1] * math.sqrt(2 / n)
-    return torch.cat((cosine, sine)).to(device, dtype)
+
+    def row(wave: Callable[[float], float], u: int) -> list[float]:
+        scale = math.sqrt((1 if 2 * u % n == 0 else 2) / n)
+        return [scale * wave(2 * math.pi * (u * (start + step * i) % n) / n) for i in range(count)]
+
+    rows = [row(math.cos, u) for u in range(n // 2 + 1)] + [row(math.sin, u) for u in range(1, (n - 1) // 2 + 1)]
+    return torch.tensor(rows, dtype=dtype, device="cpu").to(device)
 
 
 def negated(v: Tensor, dim: int) -> Tensor:
