@@ -1,8 +1,8 @@
-"""Products of matrices to 48 bits in float32 alone, for devices without float64 (spectral/DERIVATION.md).
+"""Products of matrices in float32 alone, as exact as in float64 (spectral/DERIVATION.md), for devices without it.
 
 A number of at most 1/2 is a sum of digits d_1 / B + d_2 / B^2 + ..., whole numbers of at most B / 2 that float32 holds.
 A product of matrices of digits is exact in float32, whatever the order of its sums, as long as they stay below 2^24.
-Between the products a number is a float32 number, or a pair: one and its remainder.
+Between the products a number is the sum of up to three float32 numbers, each the remainder of the ones before.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from normkernels.ops._tiles import constant
 
-BITS = 52  # at least so many are kept of an entry, from those of the largest one of its matrix on
+LONGEST = 2**15  # sums; longer ones are cut, or digits would have a single bit
+BITS = 57  # at least so many are kept of an entry, from those of the largest one of its matrix on
 Pair = tuple[Tensor, Tensor]
-Parts = tuple[Tensor, ...]  # that add up to the number
-Waves = tuple[Pair, Pair]
+Parts = tuple[Tensor, ...]  # that add up to the number, the largest first
+Waves = tuple[Parts, Parts]
 
 
 def two_sum(a: Tensor, b: Tensor) -> Pair:
@@ -68,10 +69,30 @@ def bits_of_digits(terms: int) -> tuple[int, int]:
     return next((b, n) for b in range(12, 0, -1) if terms * (n := -(-BITS // b)) * 4**b <= 2**24)
 
 
-def product(a: Parts, b: Parts, fold: Callable[[Tensor], Tensor] | None = None, folded: int = 1) -> Pair:
+def plus(x: Parts, term: Tensor) -> Parts:
+    """x + term, all that three numbers hold of it."""
+    parts = []
+    for part in x[:-1]:
+        total, term = two_sum(part, term)
+        parts.append(total)
+    return (*parts, x[-1] + term)
+
+
+def renormalized(x: Parts) -> Parts:
+    """The first of three parts rounds their sum, the second what is left."""
+    first, rest = two_sum(x[0], x[1])
+    return first, *two_sum(rest, x[2])
+
+
+def product(a: Parts, b: Parts, fold: Callable[[Tensor], Tensor] | None = None, folded: int = 1) -> Parts:
     """a @ b, and of each matrix (*, m, n) ``fold``, which adds up at most ``folded`` entries to one."""
-    (a, of_a), (b, of_b) = normalized(a), normalized(b)
     inner = a[0].shape[-1]
+    if inner * folded > LONGEST and inner > 1:
+        cut = inner // 2
+        head = product(tuple(part[..., :cut] for part in a), tuple(part[..., :cut, :] for part in b), fold, folded)
+        tail = product(tuple(part[..., cut:] for part in a), tuple(part[..., cut:, :] for part in b), fold, folded)
+        return renormalized(functools.reduce(plus, tail, head))
+    (a, of_a), (b, of_b) = normalized(a), normalized(b)
     bits, count = bits_of_digits(inner * folded)
     left = digits(a, bits, count).movedim(0, -2).flatten(-2)
     right = digits(b, bits, count).flip(0).movedim(0, -3).flatten(-3, -2)
@@ -79,12 +100,10 @@ def product(a: Parts, b: Parts, fold: Callable[[Tensor], Tensor] | None = None, 
     sums = torch.stack([left[..., : n * inner] @ right[..., -n * inner :, :] for n in range(1, count + 1)])
     if fold is not None:
         sums = fold(sums.flatten(0, 1)).unflatten(0, sums.shape[:2])
-    hi = lo = torch.zeros((), dtype=torch.float32, device=left.device)
+    total: Parts = (torch.zeros((), dtype=torch.float32, device=left.device),) * 3
     for n, place in enumerate(sums.unbind(), 2):
-        hi, rest = two_sum(hi, place * 2.0 ** (-bits * n))
-        lo = lo + rest
-    hi, lo = two_sum(hi, lo)
-    return hi * of_a * of_b, lo * of_a * of_b
+        total = plus(total, place * 2.0 ** (-bits * n))
+    return tuple(part * of_a * of_b for part in renormalized(total))
 
 
 @constant
@@ -92,25 +111,25 @@ def waves(n: int, reach: int, dilation: int, device: torch.device) -> Waves:
     """cos and sin of 2 pi u t / n for frequencies u and lags t = -reach..reach, dilated: (n, 2 reach + 1) each."""
     turns = torch.outer(torch.arange(n, device="cpu"), torch.arange(-reach, reach + 1, device="cpu") * dilation) % n
 
-    def rounded(circle: list[float]) -> Pair:
-        hi = torch.tensor(circle, dtype=torch.float32, device="cpu")
-        rest = [exact - near for exact, near in zip(circle, hi.tolist(), strict=True)]
-        lo = torch.tensor(rest, dtype=torch.float32, device="cpu")
-        return hi[turns].to(device), lo[turns].to(device)
+    def of_circle(values: list[float]) -> Parts:
+        parts = []
+        for _ in range(3):
+            parts.append(torch.tensor(values, dtype=torch.float32, device="cpu"))
+            values = [exact - near for exact, near in zip(values, parts[-1].tolist(), strict=True)]
+        return tuple(part[turns].to(device) for part in parts)
 
     angles = [2 * math.pi * i / n for i in range(n)]
-    return rounded([math.cos(angle) for angle in angles]), rounded([math.sin(angle) for angle in angles])
+    return of_circle([math.cos(angle) for angle in angles]), of_circle([math.sin(angle) for angle in angles])
 
 
-def cosine_transform(x: Parts, rows: Waves, columns: Waves) -> Pair:
+def cosine_transform(x: Parts, rows: Waves, columns: Waves) -> Parts:
     """cos_h x cos_w^T - sin_h x sin_w^T, as two products."""
-    (cos_h, sin_h), (cos_w, sin_w) = rows, columns
-    both = product(x, (torch.cat((cos_w[0], sin_w[0])).mT, torch.cat((cos_w[1], sin_w[1])).mT))
-    half = cos_w[0].shape[0]
-    along = [torch.cat((part[..., :half], -part[..., half:]), -2) for part in both]
-    return product((torch.cat((cos_h[0], sin_h[0]), -1), torch.cat((cos_h[1], sin_h[1]), -1)), (along[0], along[1]))
+    both = product(x, tuple(torch.cat(parts).mT for parts in zip(*columns, strict=True)))
+    half = both[0].shape[-1] // 2
+    along = tuple(torch.cat((part[..., :half], -part[..., half:]), -2) for part in both)
+    return product(tuple(torch.cat(parts, -1) for parts in zip(*rows, strict=True)), along)
 
 
 def transposed(both: Waves) -> Waves:
-    (cos, cos_lo), (sin, sin_lo) = both
-    return (cos.mT, cos_lo.mT), (sin.mT, sin_lo.mT)
+    cos, sin = (tuple(part.mT for part in wave) for wave in both)
+    return cos, sin

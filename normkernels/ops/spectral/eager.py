@@ -20,8 +20,7 @@ from normkernels.ops._tiles import constant, empty_output, tile_threads, workspa
 # --- kernel_spectrum ----------------------------------------------------------------------------------------------
 
 CHUNK_ELEMENTS = 2**18  # float64 numbers of one chunk of channels: 2 MiB
-# Times E: what rounding leaves of a spectral zero, in float64 and in pairs; less power is not believed.
-FLOOR, FLOOR_OF_PAIRS = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps ** 2
+FLOOR = torch.finfo(torch.float64).eps  # times E: what rounding leaves of a spectral zero; less power is not believed
 Waves = tuple[Tensor, Tensor]
 
 
@@ -110,7 +109,7 @@ def kernel_spectrum(weight: Tensor, size: Sequence[int], eps: float, dilation: S
     v = weight.new_empty((weight.shape[0], *size), dtype=dtype)
     if widest(weight) == torch.float32:
         for chunk in chunks(weight, size):
-            v[chunk] = in_pairs(weight[chunk], size, eps, dilation)
+            v[chunk] = in_float32(weight[chunk], size, eps, dilation)
         return v
     waves = both_waves(weight, size, dilation)
     for chunk in chunks(weight, size):
@@ -124,7 +123,7 @@ def kernel_spectrum_backward(grad: Tensor, weight: Tensor, eps: float, dilation:
     result = torch.empty_like(weight, memory_format=torch.contiguous_format)
     if widest(weight) == torch.float32:
         for chunk in chunks(weight, grad.shape[1:]):
-            d_taps = in_pairs(weight[chunk], grad.shape[1:], eps, dilation, grad[chunk])
+            d_taps = in_float32(weight[chunk], grad.shape[1:], eps, dilation, grad[chunk])
             result[chunk] = d_taps.view_as(result[chunk])
         return result
     waves = both_waves(weight, grad.shape[1:], dilation)
@@ -143,10 +142,10 @@ def kernel_spectrum_backward(grad: Tensor, weight: Tensor, eps: float, dilation:
     return result
 
 
-# The same without float64: pairs where numbers cancel, in products of ``_digits``, float32 where they do not.
+# The same without float64: products of ``_digits`` where numbers cancel, float32 where they do not.
 
 
-def in_pairs(
+def in_float32(
     weight: Tensor, size: Sequence[int], eps: float, dilation: Sequence[int], grad: Tensor | None = None
 ) -> Tensor:
     """v (C_O, H, W) in float32, or with ``grad``, that of v, the gradient (C_O, C_I k) of the weight."""
@@ -157,18 +156,17 @@ def in_pairs(
     kernels, over_scale = scaled_in_float32(weight)
     taps = kernels.flatten(2)
     R = _digits.product((taps.mT,), (taps,), lambda gram: along_lags(gram, kh, kw), folded=kh * kw)
-    (power, _), energy = _digits.cosine_transform(R, rows, columns), R[0][:, kh - 1, kw - 1, None, None]
-    square = torch.maximum(power, FLOOR_OF_PAIRS * energy) + eps * energy
+    power, energy = _digits.cosine_transform(R, rows, columns)[0], R[0][:, kh - 1, kw - 1, None, None]
+    square = torch.maximum(power, FLOOR * energy) + eps * energy
     v = torch.where(energy == 0, 1.0, square).rsqrt()
     if grad is None:
         return over_scale(v).clamp(max=torch.finfo(torch.float32).max)
     d_square = -0.5 * over_scale(grad.float()) * v**3
-    d_power = torch.where(power > FLOOR_OF_PAIRS * energy, d_square, 0.0)
-    dR, left_over = _digits.cosine_transform((d_power,), _digits.transposed(rows), _digits.transposed(columns))
-    d_energy = (eps * d_square + FLOOR_OF_PAIRS * (d_square - d_power)).sum((1, 2))
-    dR[:, kh - 1, kw - 1], rest = _digits.two_sum(dR[:, kh - 1, kw - 1], d_energy)
-    left_over[:, kh - 1, kw - 1] += rest
-    d_taps, _ = _digits.product((taps,), (from_lags(dR, kh, kw), from_lags(left_over, kh, kw)))
+    d_power = torch.where(power > FLOOR * energy, d_square, 0.0)
+    dR = _digits.cosine_transform((d_power,), _digits.transposed(rows), _digits.transposed(columns))
+    d_energy = (eps * d_square + FLOOR * (d_square - d_power)).sum((1, 2))
+    dR = _digits.plus(dR, pad(d_energy[:, None, None], (kw - 1, kw - 1, kh - 1, kh - 1)))
+    d_taps = _digits.product((taps,), tuple(from_lags(part, kh, kw) for part in dR))[0]
     return over_scale(2 * d_taps)
 
 

@@ -30,13 +30,13 @@ def kernel_spectrum(
         weight: (C_O, C_I / groups, kh, kw) or (C_O, C_I / groups, k), float16, bfloat16, float32 or float64.
         size: (H, W) or L of the planes, at least the (dilated) kernel's extent.
         eps: relative floor of the spectrum; without it a spectral zero is 1 / (1.5e-8 sqrt(E_k)). Below about 1e-12 the
-            gradient at a spectral zero is rounding. (1.2e-7 and 1e-11 on a device without float64.)
+            gradient at a spectral zero is rounding.
         dilation: of the convolution, for each dimension or one for all.
 
     Returns:
         v: (C_O, H, W) or (C_O, L) in float32 (float64 for float64 weight), accumulated in float64 and finite; on a
-        device without float64 in pairs of float32 numbers, without a wait for the host. A channel whose kernels are all
-        zero gets 1.
+        device without float64 as exactly, in products of float32, without a wait for the host. A channel whose kernels
+        are all zero gets 1.
 
     Differentiable in weight, once or more; on a device without float64 the CPU computes the second derivative.
 
