@@ -8,7 +8,7 @@ devices, or that Metal lacks; the CPU beside it stays a device of its own, where
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -68,11 +68,18 @@ _tensor = torch.tensor
 class _Device(TorchDispatchMode):
     """Runs on the CPU what is for ``DEVICE``, where that would run it."""
 
+    def __init__(self, unsupported: Sequence[str]) -> None:
+        super().__init__()
+        self.unsupported = unsupported
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func.namespace == "normkernels":
             with self:
                 return _library._IMPLEMENTATIONS[func._schema.name.partition("::")[2]]["eager"](*args, **kwargs)
+        with self:  # what is made of other operators comes whole, where autograd is done
+            if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
+                return result
         name, given = func._schema.name.partition("::")[2], tree_flatten((args, kwargs))[0]
         theirs = [t for t in given if isinstance(t, PretendedTensor)]
         others = [t for t in given if isinstance(t, Tensor) and not isinstance(t, PretendedTensor) and t.dim()]
@@ -82,7 +89,7 @@ class _Device(TorchDispatchMode):
             kwargs["device"] = "cpu"
         if theirs and others and name not in CROSSING:
             raise RuntimeError(f"{func}: expected all tensors on one device, got {DEVICE} and {others[0].device}")
-        if here and name in UNSUPPORTED:
+        if here and name in self.unsupported:
             raise NotImplementedError(f"{func}: not implemented for {DEVICE}")
         if here and kwargs.get("dtype") in LACKING:
             raise TypeError(f"{func}: {DEVICE} has no {kwargs['dtype']}")
@@ -107,7 +114,7 @@ class _Device(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def pretended() -> Iterator[None]:
-    """Make ``DEVICE`` exist."""
-    with mock.patch.object(torch, "tensor", _literal), _Device():
+def pretended(*unsupported: str) -> Iterator[None]:
+    """Make ``DEVICE`` exist, which lacks these operators, too."""
+    with mock.patch.object(torch, "tensor", _literal), _Device((*UNSUPPORTED, *unsupported)):
         yield

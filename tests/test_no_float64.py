@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import normkernels as nk
-from normkernels.ops import _library
+from normkernels.ops import _devices, _library
 from normkernels.ops._devices import has_float64
 from tests.oracles import inputs
 from tests.pretended import DEVICE, LACKING, PretendedTensor, pretended
@@ -348,6 +348,20 @@ def test_the_cpu_is_taken_with_one_warning() -> None:
         for _ in range(2):
             nk.analysis.covariance_condition(x.to(DEVICE))
     assert len(warned) == 1
+
+
+@pytest.mark.usefixtures("_warned_anew")
+@pytest.mark.parametrize("name", ["ops.spectral_filter: twice", "layers.ConvNorm1d", "layers.ConvNorm2d: bfloat16"])
+def test_without_fourier_transforms_they_take_the_cpu_with_one_warning(name: str) -> None:
+    expected = CASES[name](CPU)
+    _devices._transforms.cache_clear()
+    with pretended("_fft_r2c"), pytest.warns(UserWarning) as warned:
+        results = CASES[name](DEVICE)
+    _devices._transforms.cache_clear()
+    assert all(isinstance(t, PretendedTensor) for t in results)
+    assert_agree([t.held for t in results], [t.detach() for t in expected])  # type: ignore[attr-defined]
+    about_filter = [w for w in warned if "torch.fft does not work on mps" in str(w.message)]
+    assert len(about_filter) == 1
 
 
 @pytest.mark.parametrize(("value", "expected"), [("1", False), ("0", True), (None, True)])

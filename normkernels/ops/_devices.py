@@ -1,4 +1,4 @@
-"""What a device lacks: float64 on Apple's and some of Intel's GPUs."""
+"""What a device lacks: float64 on Apple's and some of Intel's GPUs, Fourier transforms on others."""
 
 from __future__ import annotations
 
@@ -40,6 +40,24 @@ def with_float64(value: Tensor) -> Tensor:
 def in_float64(value: Tensor) -> Tensor:
     """Return ``value`` in float64, on its own device or on the CPU (``with_float64``)."""
     return with_float64(value).double()
+
+
+def has_fft(device: torch.device) -> bool:
+    """Return whether torch.fft works on a device; if not, one warning says that transforms take the CPU."""
+    if device.type in ("cpu", "cuda") or _transforms(device):
+        return True
+    _warn_once(f"spectral_filter: on the CPU, because torch.fft does not work on {device.type}")
+    return False
+
+
+@functools.cache
+def _transforms(device: torch.device) -> bool:
+    """Whether a small transform there succeeds: what a device has depends on its driver, too, and no table says it."""
+    try:
+        torch.fft.irfft2(torch.fft.rfft2(torch.ones(1, 2, 2, dtype=torch.float32, device=device)), s=(2, 2))
+    except RuntimeError:  # NotImplementedError is one
+        return False
+    return True
 
 
 @functools.cache

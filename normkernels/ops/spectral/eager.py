@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from normkernels.ops import _digits
 from normkernels.ops._checks import statistics_dtype
-from normkernels.ops._devices import widest
+from normkernels.ops._devices import has_fft, widest
 from normkernels.ops._products import fast, times_columns, times_transposed
 from normkernels.ops._tiles import constant, empty_output, tile_threads, workspace
 
@@ -304,6 +304,8 @@ def spectral_filter(z: Tensor, v: Tensor, source: Sequence[int], target: Sequenc
         return y
     if z.numel() == 0:
         return y.zero_()
+    if not has_fft(z.device):
+        return y.copy_(spectral_filter(z.cpu(), v.cpu(), source, target))
     products = by_products(v, h, w)
     if products:
         A, B = coefficients(v)
@@ -346,6 +348,8 @@ def cross_spectrum(y: Tensor, z: Tensor, size: Sequence[int], of_y: Sequence[int
     """sum_n Re(conj(Y) Z) / (H W) (C, H, W): the gradient of the filter in v, for dL/dy = y."""
     h, w = size
     dtype = statistics_dtype(z.dtype)
+    if not has_fft(z.device):
+        return cross_spectrum(y.cpu(), z.cpu(), size, of_y, of_z).to(z.device)
     half = w // 2 + 1
     result = z.new_zeros((z.shape[1], h, half), dtype=dtype)
     if z.numel() and y.numel():
