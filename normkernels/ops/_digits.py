@@ -48,7 +48,8 @@ def normalized(x: Parts) -> tuple[Parts, Tensor]:
 def digits(x: Parts, bits: int, count: int) -> Tensor:
     """The first digits (count, ...) of ``normalized`` numbers for B = 2^bits, the largest first, each at most B.
 
-    A digit is what rounding one place later adds. So those of a float32 number are exact, and at most B / 2.
+    A digit is what rounding one place later adds. So those of a float32 number are exact, and at most B / 2. Of the
+    parts of a sum, which are 24 bits apart, no more than two have a digit at the same place.
     """
     scale = places(bits, count, x[0].device).view(-1, *[1] * x[0].dim())
     found = []
@@ -64,9 +65,12 @@ def places(bits: int, count: int, device: torch.device) -> Tensor:
     return torch.tensor([2.0 ** (bits * n) for n in range(count + 1)], dtype=torch.float32, device="cpu").to(device)
 
 
-def bits_of_digits(terms: int) -> tuple[int, int]:
-    """Bits of a digit and number of digits, so that no product of digits exceeds 2^24 in sums of ``terms``."""
-    return next((b, n) for b in range(12, 0, -1) if terms * (n := -(-BITS // b)) * 4**b <= 2**24)
+def bits_of_digits(terms: int, plain: int) -> tuple[int, int]:
+    """Bits of a digit and number of digits, so that sums of ``terms`` products for each digit stay within 2^24.
+
+    plain: how many of both factors are float32 numbers, not sums of several.
+    """
+    return next((b, n) for b in range(12, 0, -1) if terms * (n := -(-BITS // b)) * 4**b <= 2 ** (24 + plain))
 
 
 def plus(x: Parts, term: Tensor) -> Parts:
@@ -93,7 +97,8 @@ def product(a: Parts, b: Parts, fold: Callable[[Tensor], Tensor] | None = None, 
         tail = product(tuple(part[..., cut:] for part in a), tuple(part[..., cut:, :] for part in b), fold, folded)
         return renormalized(functools.reduce(plus, tail, head))
     (a, of_a), (b, of_b) = normalized(a), normalized(b)
-    bits, count = bits_of_digits(inner * folded)
+    plain = sum(len(parts) == 1 for parts in (a, b))  # whose digits are half as large
+    bits, count = bits_of_digits(inner * folded, plain)
     left = digits(a, bits, count).movedim(0, -2).flatten(-2)
     right = digits(b, bits, count).flip(0).movedim(0, -3).flatten(-3, -2)
     # At place n + 1 all pairs of digits whose product belongs there, in one product.

@@ -39,9 +39,19 @@ def test_a_product_is_as_exact_as_float64(terms: int, scale: float, parts: int) 
 
 
 @pytest.mark.parametrize("terms", [1, 9, 300, 4608, _digits.LONGEST])
-def test_sums_of_digits_stay_below_2_to_the_24(terms: int) -> None:
-    bits, count = _digits.bits_of_digits(terms)
-    assert terms * count * 4**bits <= 2**24 and bits * count >= _digits.BITS
+@pytest.mark.parametrize("plain", [0, 1, 2])
+def test_sums_of_digits_stay_within_2_to_the_24(terms: int, plain: int) -> None:
+    bits, count = _digits.bits_of_digits(terms, plain)
+    assert terms * count * 4**bits / 2**plain <= 2**24 and bits * count >= _digits.BITS
+
+
+# The first digit is the largest there is; all are two thirds of it; rounding the first one carries.
+@pytest.mark.parametrize("value", [0.5, 1 / 3, 0.49999997])
+@pytest.mark.parametrize("terms", [5, 4608])
+def test_equal_terms_give_the_largest_sums(value: float, terms: int) -> None:
+    a, b = torch.full((1, terms), value), torch.full((terms, 1), value)
+    expected = terms * a[0, 0].double().item() ** 2
+    assert abs(total(_digits.product((a,), (b,))).item() / expected - 1) <= 4 * unit(torch.float64)
 
 
 def test_cancelling_terms() -> None:

@@ -165,7 +165,7 @@ def in_float32(
     d_power = torch.where(power > FLOOR * energy, d_square, 0.0)
     dR = _digits.cosine_transform((d_power,), _digits.transposed(rows), _digits.transposed(columns))
     d_energy = (eps * d_square + FLOOR * (d_square - d_power)).sum((1, 2))
-    dR = _digits.plus(dR, pad(d_energy[:, None, None], (kw - 1, kw - 1, kh - 1, kh - 1)))
+    dR = _digits.renormalized(_digits.plus(dR, pad(d_energy[:, None, None], (kw - 1, kw - 1, kh - 1, kh - 1))))
     d_taps = _digits.product((taps,), tuple(from_lags(part, kh, kw) for part in dR))[0]
     return over_scale(2 * d_taps)
 
