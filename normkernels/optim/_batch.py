@@ -110,7 +110,7 @@ def merge_ranks(layers: Sequence[Layer], seen: bool, group: Any, world_size: int
     dist.all_gather_into_tensor(gathered, mine, group=group)
     gathered = gathered.view(world_size, -1)
 
-    table = gathered[:, : len(header)].double().cpu()
+    table = gathered[:, : len(header)].cpu().double()
     by_layer = table[:, 1:].view(world_size, len(layers), 3)  # rows, samples, outputs
     totals = by_layer.sum(0)
     weights = by_layer[:, :, 0] / totals[:, 0]  # NaN where no rank has rows, and nothing is read
