@@ -80,8 +80,8 @@ def tile_threads() -> int:
 def tiles(image: Tensor) -> Iterator[tuple[slice, slice]]:
     """Cut an image (N, C, 1, L) into (samples, positions) slices of about TILE_ELEMENTS for each thread.
 
-    Elsewhere than on a CPU a tile is the whole: there a pass costs less than the launches of its tiles. So it is on a CPU
-    that pretends to be such a device (``has_float64``), where sums of several tiles would need float64.
+    Elsewhere than on a CPU a tile is the whole: there a pass costs less than the launches of its tiles. So it is on a
+    CPU that pretends to be such a device (``has_float64``), where sums of several tiles would need float64.
     """
     samples, channels, _, positions = image.shape
     if image.numel() == 0:
