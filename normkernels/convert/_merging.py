@@ -131,9 +131,9 @@ class Plan:
                 raise ValueError(f'{reason}; grouped="append" folds it at a cost')
             place, new = layer, fold_behind(widened(current, d), exact)
         else:
-            place, new = norm, appended(exact, rank_of(current))
             like: Any = self._like.get(layer, layer)
-            self._like[norm] = copy.deepcopy(new).to(like.weight).requires_grad_(like.weight.requires_grad)
+            place, new = norm, appended(exact, rank_of(current)).requires_grad_(like.weight.requires_grad)
+            self._like[norm] = copy.deepcopy(new).to(like.weight)
         names = self._network.names
         takes = ", ".join(f"{way} {more:,}" for way, more in costs(current, d).items())
         self.added.append(

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import Graph, Node
 
@@ -42,7 +43,8 @@ class Network:
         self._forwards: dict[nn.Module, list[Way]] = {}  # of modules that are traced
         self._home: dict[nn.Module, list[Way]] = {}  # of a module: of a forward that calls it
         self._model = model
-        self._look_into([traced], set())
+        with torch.random.fork_rng(devices=[]):
+            self._look_into([traced], set())
 
     def _look_into(self, modules: Iterable[nn.Module], seen: set[nn.Module]) -> None:
         for root in modules:
