@@ -151,34 +151,30 @@ class Network:
         Raises:
             ValueError: there is none, or none on some of the ways that call the norm or the layer.
         """
-        found: dict[nn.Module, None] = {}
-        refused: dict[str, Way] = {}
         home = self._home[norm]
+        found: dict[nn.Module, None] = {}
+        refused: list[str] = []
         for way in home:
             for call in self._calls_of(norm, way.graph):
                 try:
                     found[self._beside(call, passed, layers, forward)] = None
                 except ValueError as reason:
-                    refused.setdefault(str(reason), way)
-        try:
-            for reason in refused:
-                raise ValueError(reason)
+                    refused.append(str(reason))
+        if not refused:
             layer, *others = found
             if others:
-                got = " and ".join(f"{self.names[module]!r}" for module in found)
-                raise ValueError(f"expected one layer beside it on every way through the forward, got {got}")
-            for way in home:
-                if bool(self._calls_of(layer, way.graph)) is not bool(self._calls_of(norm, way.graph)):
-                    raise ValueError(
-                        f"expected calls of it and {self.names[layer]!r} alike on every way through the forward, "
-                        "got one of them alone"
-                    )
-        except ValueError as reason:
-            optional = ", ".join(home[0].given)
-            if len(home) > 1 and optional and found:
-                raise ValueError(f"{reason} (its forward depends on {optional}, which may be left out)") from None
-            raise
-        return layer
+                got = " and ".join(repr(self.names[module]) for module in found)
+                refused.append(f"expected one layer beside it on every way through the forward, got {got}")
+            elif any(bool(self._calls_of(layer, w.graph)) != bool(self._calls_of(norm, w.graph)) for w in home):
+                refused.append(
+                    f"expected calls of it and {self.names[layer]!r} alike on every way through the forward, "
+                    "got one of them alone"
+                )
+            else:
+                return layer
+        optional = ", ".join(home[0].given)
+        depends = f" (its forward depends on {optional}, which may be left out)" if found and optional else ""
+        raise ValueError(refused[0] + depends)
 
     def _calls_of(self, module: nn.Module, graph: Graph) -> list[Node]:
         return [node for node in graph.nodes if self._module.get(node) is module]

@@ -123,10 +123,11 @@ def _found_pairs(model: nn.Module, network: Network) -> list[tuple[str, str]]:
     return pairs
 
 
-def _classifier(model: nn.Module, network: Network | None, name: bool | str) -> tuple[str, Any]:
+def _classifier(model: nn.Module, network: Network | None, asked: bool | str) -> tuple[str, nn.Linear]:
     """Name and module of the last linear layer."""
-    named = dict(model.named_modules(remove_duplicate=False))
-    if not isinstance(name, str):
+    if isinstance(asked, str):
+        name = asked
+    else:
         assert network is not None
         last = network.last_layers()
         if last is None:
@@ -135,7 +136,7 @@ def _classifier(model: nn.Module, network: Network | None, name: bool | str) -> 
             got = ", ".join(f"{network.names[each]!r} ({type(each).__name__})" for each in last) or "none"
             raise ValueError(f"classifier: expected one last linear layer, or its name, got {got}")
         name = network.names[last[0]]
-    linear = named.get(name)
+    linear = dict(model.named_modules(remove_duplicate=False)).get(name)
     if not isinstance(linear, nn.Linear):
         got = "no module of that name" if linear is None else type(linear).__name__
         raise ValueError(

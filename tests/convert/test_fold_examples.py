@@ -223,5 +223,5 @@ def test_outputs_that_are_nothing() -> None:
 def test_example_inputs_of_a_model_without_norms() -> None:
     """Are tried as well."""
     net = nn.Sequential(conv()).eval()
-    with pytest.raises(ValueError, match="example_inputs: .*'0' raises"):
+    with pytest.raises(ValueError, match=r"example_inputs: .*'0' raises"):
         fold(net, example_inputs=torch.randn(2, 3, 5, 5))

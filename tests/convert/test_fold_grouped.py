@@ -39,7 +39,7 @@ def test_every_convolution(layer_type: Any, channels: int, groups: int, size: in
     norm = norm_of(family, rank_of(layer_type), channels, size)
     net = nn.Sequential(layer, norm, nn.ReLU()).eval()
     before, x = state(net), data(layer)
-    with pytest.raises(ValueError, match='misaligned groups of .*; grouped="append" or "widen" folds it at a cost'):
+    with pytest.raises(ValueError, match=r'misaligned groups of .*; grouped="append" or "widen" folds it at a cost'):
         fold(net)
     folded = fold(net, grouped=grouped, example_inputs=x)
     assert_folded_network(folded(x), net(x), layers=1, terms=layer.weight[0].numel() * groups, d=size)
@@ -84,7 +84,7 @@ def test_conv_norm() -> None:
     net = nn.Sequential(layer, norm_of("IterNorm", 2, 8, 4)).eval()
     x = data(layer)
     assert_agree(fold(net, grouped="append")(x), net(x))
-    with pytest.raises(ValueError, match='misaligned groups of 4; .*; grouped="append" folds it at a cost'):
+    with pytest.raises(ValueError, match=r'misaligned groups of 4; .*; grouped="append" folds it at a cost'):
         fold(net, grouped="widen")
 
 

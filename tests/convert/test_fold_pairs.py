@@ -73,7 +73,7 @@ def test_ranks_of_pairs() -> None:
     folded(torch.randn(3, 8, dtype=torch.float64))
     with pytest.raises(ValueError, match="'bn': expected 2D input"):
         folded(torch.randn(3, 8, 8, dtype=torch.float64))
-    with pytest.raises(ValueError, match="pairs: .*'conv', 'bn': expected 2D input beside Linear, got 3D"):
+    with pytest.raises(ValueError, match=r"pairs: .*'conv', 'bn': expected 2D input beside Linear, got 3D"):
         fold(net, pairs=[("conv", "bn")], example_inputs=torch.randn(3, 8, 8))
 
 
@@ -111,7 +111,7 @@ def test_wrong_pairs(pairs: Any, error: type[Exception], said: str, strict: bool
 
 
 PARTS: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "channels": (Untraceable, {"sync": nn.SyncBatchNorm(4)}, "'after', 'sync': expected 8 features behind ConvTr.*got 4"),
+    "channels": (Untraceable, {"sync": nn.SyncBatchNorm(4)}, "'after', 'sync': expected 8 features .*got 4"),
     "rank": (Untraceable, {"sync": nn.BatchNorm1d(8)}, "'after', 'sync': expected a norm for 4D input"),
     "hook": (Untraceable, {"after": hooked(conv(), "forward_hook")}, "'after', 'sync': expected no hooks on 'after'"),
     "statistics": (
@@ -120,7 +120,7 @@ PARTS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "groups": (
         Untraceable, {"after": conv(groups=8), "sync": trained(nk.IterNorm2d(8, 4))}, "'after', 'sync': .*misaligned",
     ),
-    "not-called": (lambda: traceable(after=conv(), sync=bn()), {}, "'after', 'sync': expected a call of it, found none"),
+    "not-called": (lambda: traceable(after=conv(), sync=bn()), {}, "'after', 'sync': expected a call of it, found"),
 }  # fmt: skip
 
 

@@ -193,9 +193,9 @@ class Failing(Network):
 
 
 def test_what_has_no_end_or_no_way() -> None:
-    with pytest.raises(ValueError, match="'model' to have a forward .*at most 64 ways"):
+    with pytest.raises(ValueError, match=r"'model' to have a forward .*at most 64 ways"):
         fold(Endless())
-    with pytest.raises(ValueError, match="'model' to have a forward .*NotImplementedError: one day"):
+    with pytest.raises(ValueError, match=r"'model' to have a forward .*NotImplementedError: one day"):
         fold(Failing())
 
 
@@ -252,5 +252,5 @@ NOT_THIN: dict[str, Callable[..., Any]] = {
 def test_what_does_more_than_hand_on(name: str) -> None:
     """May call the modules of the Sequential by themselves."""
     net = Passing(sequence(), NOT_THIN[name]).eval()
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="'net' to have a forward .*may call one by one"):
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"'net' to have a forward .*may call one by one"):
         fold(net)
