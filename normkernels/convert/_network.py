@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 from normkernels.convert._affine import copied
 from normkernels.convert._frozen import is_frozen
 from normkernels.convert._graph import AFFINE_LAYERS, CALL_HOOKS, Tracer
-from normkernels.convert._ways import Way, is_computed_from_descriptions, readers, ways
+from normkernels.convert._ways import TooManyError, Way, is_computed_from_descriptions, readers, ways
 
 PASSED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -89,7 +89,10 @@ class Network:
         self._look_into(_children(root), seen)
 
     def _trace(self, root: nn.Module) -> list[Way] | None:
-        """None if it cannot be traced, not even with those of its children closed that cannot."""
+        """None if it cannot be traced, not even with those of its children closed that cannot.
+
+        Nor, where there are too many ways, with those closed in which there is more than one.
+        """
         while True:
             try:
                 if "forward" in vars(root):  # the tracer takes the class's
@@ -99,7 +102,9 @@ class Network:
                 before = len(self._closed)
                 for child in _children(root):
                     if not Tracer(self._closed).is_leaf_module(child, ""):
-                        self._trace(child)
+                        inner = self._trace(child)
+                        if isinstance(error, TooManyError) and any(way.conditions for way in inner or ()):
+                            self._closed.add(child)
                 if len(self._closed) == before:
                     self._closed.add(root)
                     self.errors[self._origin[root]] = f"{type(error).__name__}: {error}"
@@ -172,7 +177,7 @@ class Network:
                 )
             else:
                 return layer
-        optional = ", ".join(home[0].given)
+        optional = ", ".join(home[0].optional)
         depends = f" (its forward depends on {optional}, which may be left out)" if found and optional else ""
         raise ValueError(refused[0] + depends)
 

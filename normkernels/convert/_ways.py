@@ -12,21 +12,29 @@ from torch.fx.node import map_arg
 
 from normkernels.convert._graph import Tracer
 
-MOST = 64  # traces of one forward, and conditions in one of them
-TOO_MANY = f"expected at most {MOST} ways that arguments and shapes decide on, got more"
+MOST = 32  # traces of one forward, and conditions in one of them
 # What a tensor says of itself that is the same whether or not a norm behind a layer has been merged into it.
 METHODS = ("size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "get_device", "__len__")
-ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda", "layout")
+ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda", "layout", "requires_grad")
 
 
 class Way(NamedTuple):
     """One way through a forward.
 
-    given: for each of the forward's optional arguments, whether it is given.
+    optional: the forward's arguments that may be left out.
+    conditions: how many came up.
     """
 
     graph: Graph
-    given: dict[str, bool]
+    optional: tuple[str, ...]
+    conditions: int
+
+
+class TooManyError(RuntimeError):
+    """More ways than it would be sensible to trace, or a loop that nothing ends."""
+
+    def __init__(self) -> None:
+        super().__init__(f"expected at most {MOST} ways that arguments and shapes decide on, got more")
 
 
 def ways(root: nn.Module, closed: Collection[nn.Module]) -> list[Way]:
@@ -43,12 +51,12 @@ def ways(root: nn.Module, closed: Collection[nn.Module]) -> list[Way]:
         if not waiting:
             break
         if traces == MOST:
-            raise RuntimeError(TOO_MANY)
+            raise TooManyError
         before = waiting.pop()
         tracer = _WayTracer(closed, before)
         try:
             graph = tracer.trace(root)
-            found.append(Way(graph, {name: not tracer.decisions[_left_out(name)] for name in tracer.optional}))
+            found.append(Way(graph, tuple(tracer.optional), len(tracer.decisions)))
         except Exception as error:
             if not tracer.decisions or not _is_raised_by_model(error):
                 raise
@@ -110,7 +118,7 @@ class _WayTracer(Tracer):
             return super().to_bool(obj)
         self._conditions += 1
         if len(self.decisions) >= MOST or self._conditions > MOST**2:  # a loop, which nothing would end
-            raise RuntimeError(TOO_MANY)
+            raise TooManyError
         return self.decisions.setdefault(self._key(obj.node), True)
 
     def _is_free(self, node: Node) -> bool:

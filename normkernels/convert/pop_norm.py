@@ -69,7 +69,8 @@ def to_pop_norm(
         check_flag("classifier", classifier)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
-    network = Network(model) if pairs is None or classifier is True else None
+    needed = pairs is None or (classifier and not isinstance(classifier, str))
+    network = Network(model) if needed else None
     found = named_pairs(model, _found_pairs(model, network) if pairs is None and network is not None else pairs or ())
     if not found:
         raise ValueError(

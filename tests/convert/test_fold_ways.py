@@ -187,13 +187,48 @@ class Endless(Network):
         return y
 
 
+class Padded(nn.Module):
+    """Decides by shapes, as convolutions of the padding "same" do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv(), trained(bn().double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dim() == 4
+        if x.shape[-1] % 2 == 1:
+            x = F.pad(x, (0, 1))
+        y: Tensor = self.bn(self.conv(x))
+        return y
+
+
+class Deep(Network):
+    """More ways than are traced; the parts have few."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.Sequential(nn.Sequential(*(Padded() for _ in range(5))), Padded(), Padded())
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pair(self.stages(x))
+
+
+def test_many_ways() -> None:
+    net, x = Deep(), data(conv())
+    folded = fold(net)
+    assert not any(hasattr(module, "running_mean") for module in folded.modules())
+    for each in (x, x[..., 1:]):
+        assert_folded_network(folded(each), net(each), layers=8, terms=72, d=1)
+
+
 class Failing(Network):
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError("one day")
 
 
 def test_what_has_no_end_or_no_way() -> None:
-    with pytest.raises(ValueError, match=r"'model' to have a forward .*at most 64 ways"):
+    with pytest.raises(ValueError, match=r"'model' to have a forward .*at most 32 ways"):
         fold(Endless())
     with pytest.raises(ValueError, match=r"'model' to have a forward .*NotImplementedError: one day"):
         fold(Failing())
