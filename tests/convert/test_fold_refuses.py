@@ -28,6 +28,8 @@ from tests.convert.foldable import (
     pair,
     refused,
     resnet,
+    same_state,
+    state,
     trained,
 )
 
@@ -206,14 +208,37 @@ def test_training_mode(strict: bool) -> None:
         fold(net, strict=strict)
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_nothing_to_fold(strict: bool) -> None:
-    with pytest.raises(ValueError, match=r"model: expected BatchNorm.* got none"):
-        fold(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)).eval(), strict=strict)
-    with pytest.raises(ValueError, match="got none"):
-        fold(fold(resnet()), strict=strict)
-    with pytest.raises(ValueError, match=r"'model' \(BatchNorm2d\): expected a call of it"):
-        fold(bn().eval(), strict=strict)
+def test_nothing_to_fold() -> None:
+    """An error, or a copy and a warning."""
+    for net, reason in (
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)), "got none|could be folded: none"),
+        (fold(resnet()), "got none|could be folded: none"),
+        (bn(), r"'model' \(BatchNorm2d\): expected a call of it"),
+    ):
+        net.eval()
+        with pytest.raises(ValueError, match=reason):
+            fold(net)
+        with pytest.warns(UserWarning, match=reason) as warned:
+            copied = fold(net, strict=False)
+        assert len(warned) == 1 and warned[0].filename == __file__
+        assert copied is not net and type(copied) is type(net) and same_state(copied, state(net))
+        assert not {p.data_ptr() for p in copied.parameters()} & {p.data_ptr() for p in net.parameters()}
+
+
+def test_each_reason_once() -> None:
+    """Behind the names of all norms of which it is true."""
+    part = Graph(lambda self, x: self.b(self.a(F.relu(self.conv(x))).relu()).relu(), conv=conv(), a=bn(), b=bn())
+    other = Graph(lambda self, x: self.d(self.c(x * x) * x) * x, c=nk.IterNorm2d(8), d=bn())
+    net = nn.Sequential(part, other).eval()
+    with pytest.raises(ValueError) as raised:
+        fold(net)
+    with pytest.warns(UserWarning) as warned:
+        fold(net, strict=False)
+    for said in (str(raised.value), str(warned[0].message)):
+        lines = said.splitlines()[1:]
+        assert len(lines) == len({line.partition(": ")[2] for line in lines}) == 2
+        assert lines[0].startswith("  '0.a' (BatchNorm2d), '0.b' (BatchNorm2d): expected a convolution or linear layer")
+        assert lines[1].startswith("  '1.c' (IterNorm2d), '1.d' (BatchNorm2d): expected a convolution or linear layer")
 
 
 def test_wrong_arguments() -> None:

@@ -1,0 +1,137 @@
+"""All ways through a forward: what optional arguments and the shapes of its inputs decide, both ways."""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.fx import Graph, Node, Proxy
+from torch.fx.node import map_arg
+
+from normkernels.convert._graph import Tracer
+
+MOST = 64  # traces of one forward
+# What a tensor says of itself that is the same whether or not a norm behind a layer has been merged into it.
+METHODS = ("size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "get_device", "__len__")
+ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda", "layout")
+
+
+class Way(NamedTuple):
+    """One way through a forward.
+
+    given: for each of the forward's optional arguments, whether it is given.
+    """
+
+    graph: Graph
+    given: dict[str, bool]
+
+
+def ways(root: nn.Module, closed: Collection[nn.Module]) -> list[Way]:
+    """Return each way through the forward of ``root``, as a graph. Whatever tracing raises is raised.
+
+    A way decides for every optional argument whether it is left out, and for every condition on such arguments and on
+    shapes what it is. Ways on which the forward itself raises, as shape assertions do, compute nothing and are left
+    out. Conditions on the values of tensors cannot be traced.
+    """
+    found: list[Way] = []
+    refused: Exception | None = None
+    waiting: list[dict[str, bool]] = [{}]
+    for traces in range(MOST + 1):
+        if not waiting:
+            break
+        if traces == MOST:
+            raise RuntimeError(f"expected at most {MOST} ways that arguments and shapes decide on, got more")
+        before = waiting.pop()
+        tracer = _WayTracer(closed, before)
+        try:
+            graph = tracer.trace(root)
+            found.append(Way(graph, {name: not tracer.decisions[name] for name in tracer.optional}))
+        except Exception as error:
+            if not tracer.decisions or not _is_raised_by_model(error):
+                raise
+            refused = error
+        decided = list(tracer.decisions.items())
+        for i in range(len(before), len(decided)):
+            key, decision = decided[i]
+            waiting.append({**dict(decided[:i]), key: not decision})
+    if not found and refused is not None:
+        raise refused
+    return found
+
+
+def is_description(node: Node) -> bool:
+    """Return whether it is a tensor's shape, type or place, which say nothing of its values."""
+    if node.op == "call_method":
+        return node.target in METHODS
+    return node.op == "call_function" and node.target is getattr and node.args[1] in ATTRIBUTES
+
+
+def readers(node: Node) -> Iterator[Node]:
+    """Yield the users of its values."""
+    return (user for user in node.users if not is_description(user))
+
+
+def is_computed_from_descriptions(node: Node) -> bool:
+    """Return whether it reads no values of tensors, so that it may stand anywhere."""
+    if is_description(node):
+        return True
+    computed = node.op in ("call_function", "call_method") and len(node.all_input_nodes) > 0
+    return computed and all(map(is_computed_from_descriptions, node.all_input_nodes))
+
+
+class _WayTracer(Tracer):
+    """Decides conditions as it is told, and as true where it is told nothing.
+
+    decisions: by condition, in the order in which they come up. The name of an optional argument stands for the
+        condition that it is left out.
+    """
+
+    def __init__(self, closed: Collection[nn.Module], decisions: dict[str, bool]) -> None:
+        super().__init__(closed)
+        self.decisions = dict(decisions)
+        self.optional: list[str] = []
+        self._free: dict[Node, bool] = {}
+        self._numbers: dict[str, int] = {}
+
+    def create_proxy(self, kind: str, target: Any, args: Any, *rest: Any, **options: Any) -> Any:
+        """A parameter with a default is that, or a proxy like the others."""
+        if kind == "placeholder" and args:
+            self.optional.append(target)
+            if self.decisions.setdefault(target, True):
+                return args[0]
+            args = ()
+        return super().create_proxy(kind, target, args, *rest, **options)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        if not self._is_free(obj.node):
+            return super().to_bool(obj)
+        return self.decisions.setdefault(self._key(obj.node), True)
+
+    def _is_free(self, node: Node) -> bool:
+        """Whether the caller decides it, by arguments that may be left out and by shapes."""
+        if node not in self._free:
+            if node.op == "placeholder" or is_description(node):
+                self._free[node] = node.target in self.optional or is_description(node)
+            else:
+                computed = node.op in ("call_function", "call_method") and len(node.all_input_nodes) > 0
+                self._free[node] = computed and all(map(self._is_free, node.all_input_nodes))
+        return self._free[node]
+
+    def _key(self, node: Node) -> str:
+        """The same for the same condition on the same tensors, however often it is written."""
+        if node.op == "placeholder" or not self._is_free(node):
+            return node.name
+        said = f"{node.target}{map_arg((node.args, node.kwargs), self._key)}"
+        return f"condition {self._numbers.setdefault(said, len(self._numbers))}"
+
+
+def _is_raised_by_model(error: Exception) -> bool:
+    """Whether it comes from a statement of the model's own code, and not from what a proxy cannot do."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or last.tb_frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "normkernels"):
+        return False
+    return last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
