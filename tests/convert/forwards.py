@@ -98,6 +98,11 @@ def quietly(y: Tensor) -> Tensor:
     return y * mask
 
 
+def placed(x: Tensor, y: Tensor) -> Tensor:
+    mask = torch.ones(x.size(0), 1, 1, 1)
+    return y * (mask.cuda() if x.is_cuda else mask)
+
+
 def cached(block: Any, y: Tensor) -> Tensor:
     if y.shape not in block.cache:
         block.cache[y.shape] = torch.zeros(y.shape)
@@ -174,17 +179,22 @@ TRACED: dict[str, Use] = {
     "spectrum": lambda _, x, y: y + torch.fft.fftfreq(y.size(-1)),
 }  # fmt: skip
 
+# What these decide on is traced both ways where it is followed, and refused where it is not.
+DECIDED: dict[str, Use] = {
+    "comparison": lambda _, x, y: y if x.size(0) > 2 else x,
+    "max": lambda _, x, y: y * max(y.size(2), y.size(3)),
+    "place": lambda _, x, y: placed(x, y),
+}
+
 # The block cannot be traced, for this reason; the rest of the network converts.
 REFUSED: dict[str, tuple[Use, str]] = {
     "range": (lambda _, x, y: looped(y), "not known while the network is traced"),
     "int": (lambda _, x, y: y + torch.zeros(int(x.size(0)), 1, 1, 1), "trace"),
-    "comparison": (lambda _, x, y: y if x.size(0) > 2 else x, "control flow"),
     "value": (lambda _, x, y: y * float(y.sum()), "not known while"),
     "truth": (lambda _, x, y: y if y.sum() else x, "control flow"),
     "set": (lambda _, x, y: y if x.size(1) in {8, 16} else x, "not known while"),
     "dict": (lambda _, x, y: y * {8: 2.0}.get(x.size(1), 1.0), "not known while"),
     "cache": (lambda self, x, y: cached(self, y), "not known while"),
-    "max": (lambda _, x, y: y * max(y.size(2), y.size(3)), "control flow"),
     "iterated": (lambda _, x, y: y + sum(x.shape), "iterated"),
     "len": (lambda _, x, y: y + len(x), "'len'"),
     "old-constructor": (lambda _, x, y: y + torch.Tensor(x.size(0), 1, 1, 1).zero_(), "new"),
@@ -197,7 +207,7 @@ REFUSED: dict[str, tuple[Use, str]] = {
     "grad": (lambda _, x, y: torch.func.grad(lambda z: z.sum())(y) * y, "Error"),
     "checkpoint": (lambda _, x, y: torch.utils.checkpoint.checkpoint(lambda z: z * 2, y, use_reentrant=True), "Error"),
     "storage": (lambda _, x, y: y + torch.zeros(9).double().set_(y.detach()).sum(), "Error"),
-    "layer": (lambda _, x, y: y + 0 * nn.Linear(y.size(-1), 9).double()(y), "control flow|not known"),
+    "layer": (lambda _, x, y: y + 0 * nn.Linear(y.size(-1), 9).double()(y), "Error"),
 }  # fmt: skip
 
 
@@ -226,7 +236,9 @@ class Transform(nn.Module):
         x = torch.max(F.relu(self.bn1(self.conv1(x))), 2, keepdim=True)[0].view(-1, 8)
         x = self.fc2(F.relu(self.bn2(self.fc1(x))))
         identity = torch.from_numpy(np.eye(self.k, dtype=np.float32).flatten()).view(1, self.k**2).repeat(batch, 1)
-        return (x + identity.to(x.device)).view(-1, self.k, self.k)
+        if x.is_cuda:
+            identity = identity.cuda()
+        return (x + identity).view(-1, self.k, self.k)
 
 
 class PointNet(nn.Module):
@@ -247,7 +259,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "PointNet": (PointNet, (3, 16)),
     **{
         name: (lambda use=use: Net(use), (3, 11, 11))
-        for name, use in {**TRACED, **{name: use for name, (use, _) in REFUSED.items()}}.items()
+        for name, use in {**TRACED, **DECIDED, **{name: use for name, (use, _) in REFUSED.items()}}.items()
     },
 }
 
