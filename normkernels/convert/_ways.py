@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dis
+import functools
+import inspect
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -103,6 +105,20 @@ class _WayTracer(Tracer):
         self._conditions = 0
         self._free: dict[Node, bool] = {}
         self._numbers: dict[str, int] = {}
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """Bind parameters by their kinds, where torch.fx rewrites the code, which it cannot where that is decorated."""
+        parameters = list(inspect.signature(root_fn).parameters.values())[1:]
+        if any(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters):
+            return super().create_args_for_root(root_fn, is_module, concrete_args)
+        proxies = {
+            each.name: self.create_proxy(
+                "placeholder", each.name, () if each.default is each.empty else (each.default,), {}
+            )
+            for each in parameters
+        }
+        by_name = {each.name: proxies.pop(each.name) for each in parameters if each.kind is each.KEYWORD_ONLY}
+        return functools.partial(root_fn, **by_name), [self.root, *proxies.values()]
 
     def create_proxy(self, kind: str, target: Any, args: Any, *rest: Any, **options: Any) -> Any:
         """A parameter with a default is that, or a proxy like the others."""

@@ -42,6 +42,15 @@ class Features(Network):
         return (y, self.other(y)) if return_features else self.other(y)
 
 
+class Decorated(Network):
+    """Of which torch.fx sees a wrapper's arguments."""
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, sizes: tuple[int, ...] = (4, 4)) -> Any:
+        y = self.pair(x)
+        return F.interpolate(y if mask is None else y * mask, size=sizes)
+
+
 class Mode(Network):
     """Says what to do by a string, and before the pair."""
 
@@ -88,6 +97,7 @@ mask = torch.rand(2, 8, 7, 6, dtype=torch.float64)
 CALLS: dict[str, tuple[type[Network], list[dict[str, Any]]]] = {
     "mask": (Masked, [{}, {"mask": mask}]),
     "flag": (Features, [{}, {"return_features": True}, {"return_features": True, "scale": 0.5}]),
+    "decorated": (Decorated, [{}, {"mask": mask, "sizes": (3, 2)}]),
     "mode": (Mode, [{}, {"mode": "twice"}, {"bias": mask}, {"mode": "twice", "bias": mask}]),
     "either": (Either, [{}, {"short": True}]),
     "assert": (Asserted, [{}]),
