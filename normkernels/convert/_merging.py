@@ -25,6 +25,9 @@ from normkernels.convert._grouped import appended, costs, widened
 from normkernels.convert._network import Network, hooks
 from normkernels.layers.conv_norm import ConvNorm1d, ConvNorm2d
 
+# Methods that a call runs: an instance may have others than its class.
+RUN = {"forward", "_conv_forward", "_output_padding", "_check_input_dim", "_call_impl", "_wrapped_call_impl"}
+
 
 class Plan:
     """The modules that change, and the norms that stay.
@@ -192,7 +195,7 @@ class Plan:
         name = repr(network.names[module])
         if hooks(module):
             raise ValueError(f"expected no hooks on {name}, got {', '.join(hooks(module))}")
-        if "forward" in vars(module):
+        if not RUN.isdisjoint(vars(module)):
             raise ValueError(f"expected the forward of its class in {name}, got another one")
         if network.calls[module] > 1:
             raise ValueError(f"expected one call of {name}, got {network.calls[module]}")

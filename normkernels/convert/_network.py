@@ -273,11 +273,12 @@ class _Recorder(nn.Module):
 def _hands_on(root: nn.Module) -> nn.Module | None:
     """Return the child to which forward hands on all that it is given, and whose output it returns, if there is one.
 
-    It is called with objects that can do nothing but be handed on, as AveragedModel and other wrappers do whose
-    arguments torch.fx cannot trace.
+    It is called with what can do nothing but be handed on, as AveragedModel and other wrappers do whose arguments
+    torch.fx cannot trace.
     """
     taken: set[nn.Module] = set()
-    for args, kwargs in (((object(),), {}), ((object(), object()), {"option": object()})):
+    for args, option in (((object(),), None), ((torch.empty(0),), None), ((object(), object()), object())):
+        kwargs = {} if option is None else {"option": option}
         shell = type(root).__new__(type(root))
         recorders = {name: _Recorder() for name in root._modules}
         shell.__dict__.update(vars(root), _modules=recorders)
@@ -286,7 +287,10 @@ def _hands_on(root: nn.Module) -> nn.Module | None:
         except Exception:  # whatever the model's code raises on an object
             return None
         calls = [(name, call) for name, each in recorders.items() for call in each.calls]
-        if len(calls) != 1 or calls[0][1] != (args, kwargs, result):
+        if len(calls) != 1:
             return None
-        taken.add(root.get_submodule(calls[0][0]))
+        name, (handed, options, returned) = calls[0]
+        if [*map(id, handed)] != [*map(id, args)] or options != kwargs or returned is not result:
+            return None
+        taken.add(root.get_submodule(name))
     return taken.pop() if len(taken) == 1 else None

@@ -148,11 +148,18 @@ class _WayTracer(Tracer):
         return self._free[node]
 
     def _key(self, node: Node) -> str:
-        """The same for the same condition on the same tensors, however often it is written."""
+        """The same for the same condition on the same tensors, however often it is written, until one changes."""
         if node.op == "placeholder" or not self._is_free(node):
-            return node.name
+            return f"{node.name} changed {sum(map(_changes, node.users))} times"
         said = f"{node.target}{map_arg((node.args, node.kwargs), self._key)}"
         return f"condition {self._numbers.setdefault(said, len(self._numbers))}"
+
+
+def _changes(user: Node) -> bool:
+    """Whether it may change the tensor that it reads, by its name: ``add_``, ``+=``, ``x[0] = y``."""
+    name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+    in_place = getattr(user.target, "__module__", None) == "_operator" and name.startswith(("i", "setitem"))
+    return in_place or (user.op != "call_module" and name.endswith("_"))
 
 
 def _left_out(argument: str) -> str:

@@ -48,8 +48,9 @@ class OwnIterNorm(nk.IterNorm2d):
     pass
 
 
-def with_own_forward(module: Any) -> nn.Module:
-    module.forward = lambda x, forward=module.forward: 2 * forward(x)
+def with_own_forward(module: Any, name: str = "forward") -> nn.Module:
+    inherited = getattr(module, name)
+    setattr(module, name, lambda *args: 2 * inherited(*args))
     return module
 
 
@@ -115,6 +116,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], str]]
     },
     "norm-hook": (conv, lambda: hooked(bn(), "forward_hook"), "no hooks on '0.bn', got forward hooks"),
     "conv-forward": (lambda: with_own_forward(conv()), bn, "forward of its class in '0.conv'"),
+    "conv-forward-inside": (lambda: with_own_forward(conv(), "_conv_forward"), bn, "forward of its class in '0.conv'"),
     "norm-forward": (conv, lambda: with_own_forward(bn()), "forward of its class in '0.bn'"),
     "conv-norm": (lambda: nk.ConvNorm2d(8, 8, 3), lambda: nk.IterNorm2d(8, 4), "1 output channels .* groups of 4"),
     "bare-conv-norm": (lambda: nk.ConvNorm2d(8, 8, 3, affine=False), bn, "ConvNorm2d with affine=True"),

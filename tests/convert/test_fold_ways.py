@@ -154,6 +154,22 @@ class NormWhenAsked(Network):
         return self.bn(y) if normalize else y
 
 
+class Changed(Network):
+    """Asks the same twice, with another answer."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
+        if mask is None:
+            mask = x
+        twice = False
+        if mask.ndim == 4:
+            mask.unsqueeze_(0)
+            twice = True
+        y = self.conv(x)
+        if mask.ndim == 4:
+            return self.bn(y)
+        return (self.bn(y), y) if twice else self.bn(y)
+
+
 class OtherLayer(Network):
     def forward(self, x: Tensor, other: bool = False) -> Tensor:
         y: Tensor = self.bn((self.other if other else self.conv)(x))
@@ -176,6 +192,7 @@ SOME: dict[str, tuple[type[Network], str]] = {
     "given": (UsedWhenGiven, r"one user of the output of 'conv' .* depends on again, which may be left out"),
     "asked": (UsedWhenAsked, r"one user of the output of 'conv' .* depends on return_features, which may be left"),
     "no-norm": (NormWhenAsked, "calls of it and 'conv' alike on every way .*got one of them alone"),
+    "changed": (Changed, "one user of the output of 'conv'"),
     "other-layer": (OtherLayer, "one layer beside it on every way"),
     "by-shape": (ByShape, "linear layer in front of it, got relu"),
     "twice": (TwiceByShape, "one call of 'bn', got 2"),
@@ -217,11 +234,13 @@ class Deep(Network):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stages = nn.Sequential(nn.Sequential(*(Padded() for _ in range(5))), Padded(), Padded())
+        self.stages = nn.ModuleList(Padded() for _ in range(7))
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pair(self.stages(x))
+        for stage in self.stages:
+            x = stage(x)
+        return self.pair(x)
 
 
 def test_many_ways() -> None:
@@ -290,6 +309,9 @@ NOT_THIN: dict[str, Callable[..., Any]] = {
     "each": lambda self, *args: [self.net(x) for x in args],
     "other-result": lambda self, *args: (self.net(*args),),
     "some": lambda self, *args, **kwargs: self.net(*args[:1]),
+    "tensors": lambda self, *args, **kwargs: (
+        self.net[1](self.net[0](*args)) if isinstance(args[0], Tensor) else self.net(*args, **kwargs)
+    ),
 }
 
 
