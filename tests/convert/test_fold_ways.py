@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from normkernels.convert import fold
-from tests.convert.foldable import ITERNORM, bn, conv, data, trained
+from tests.convert.foldable import ITERNORM, Graph, bn, conv, data, trained
 from tests.tolerances import assert_folded_network
 
 
@@ -123,6 +123,18 @@ def test_exact_on_every_way(name: str) -> None:
         assert len(got) == len(expected) > 0
         for value, target in zip(got, expected, strict=True):
             assert_folded_network(value, target, layers=2, terms=72, d=1)
+
+
+def test_shapes_that_are_read_between_a_norm_and_the_layer_behind() -> None:
+    def path(self: Any, x: Tensor) -> Tensor:
+        y = self.bn(x.relu())
+        assert y.shape[0] + x.shape[0] == 2 * y.size(0)
+        z: Tensor = self.conv(y)
+        return z
+
+    net = Graph(path, conv=conv(padding=0), bn=trained(bn().double())).eval()
+    x = data(net.conv)
+    assert_folded_network(fold(net)(x), net(x), layers=1, terms=72, d=1)
 
 
 def test_what_a_shape_assertion_refuses_is_refused_still() -> None:
