@@ -92,7 +92,7 @@ class Plan:
             raise ValueError(network.why_not_called(norm))
         self._check_norm(norm)
         exact = as_batch_norm(in_float64(norm)) if is_frozen(norm) else in_float64(norm)
-        layer, new = self._with_layer(norm, exact, asked)
+        layer, new, added = self._with_layer(norm, exact, asked)
         rank, observed = rank_of(new), self._observed.get(norm)
         if observed not in (None, rank):
             got = f"{observed}D input in example_inputs, of which {type(norm).__name__} normalizes the second dimension"
@@ -102,29 +102,32 @@ class Plan:
             if not value.to(dtype).isfinite().all():
                 raise ValueError(f"expected a merged {name} within {dtype}, got up to {value.abs().max():.3g}")
         self.merged[layer], self.into[norm] = new, layer
+        self.added += added
         # A Linear takes input of any rank, a convolution one without a batch: the norm's channels are elsewhere then.
         others = {*ranks(exact)} - {rank} if isinstance(new, nn.Linear) else {*ranks(exact)} & {rank - 1}
         if observed is None and others:
             self._guarded[norm] = rank
 
-    def _with_layer(self, norm: nn.Module, exact: Any, asked: nn.Module | None) -> tuple[nn.Module, Any]:
-        """Return the module that a norm is merged into, and what becomes of it; ValueError says why there is none."""
+    def _with_layer(self, norm: nn.Module, exact: Any, asked: nn.Module | None) -> tuple[nn.Module, Any, list[str]]:
+        """Return the module that a norm is merged into, what becomes of it and what that costs, or raise the reason."""
         try:
             before = self._neighbor(norm, asked)
-            return before, fold_behind(self._current(before), exact)
+            return before, fold_behind(self._current(before), exact), []
         except ValueError as error:
             behind, reason = error, str(error)
         if asked is None:
             try:
                 after = self._neighbor(norm, forward=True)
-                return after, fold_in_front(self._current(after), exact)
+                return after, fold_in_front(self._current(after), exact), []
             except ValueError as error:
-                reason += f"; and to be folded into the next layer, {error}"
+                reason += "" if str(error) == reason else f"; and to be folded into the next layer, {error}"
         if not isinstance(behind, MisalignedError):
             raise ValueError(reason)
         return self._with_other_groups(norm, exact, before, reason)
 
-    def _with_other_groups(self, norm: nn.Module, exact: Any, layer: nn.Module, reason: str) -> tuple[nn.Module, Any]:
+    def _with_other_groups(
+        self, norm: nn.Module, exact: Any, layer: nn.Module, reason: str
+    ) -> tuple[nn.Module, Any, list[str]]:
         """The same, for whitening groups that reach across groups of a convolution."""
         if self._grouped == "refuse":
             raise ValueError(f'{reason}; grouped="append" or "widen" folds it at a cost')
@@ -139,11 +142,11 @@ class Plan:
             self._like[norm] = copy.deepcopy(new).to(like.weight)
         names = self._network.names
         takes = ", ".join(f"{way} {more:,}" for way, more in costs(current, d).items())
-        self.added.append(
+        added = (
             f"{names[norm]} ({type(norm).__name__} with groups of {d}) behind {names[layer]} ({current}): "
             f"{self._grouped}; multiply-adds more for each position, which are as many weights: {takes}"
         )
-        return place, new
+        return place, new, [added]
 
     def _current(self, layer: nn.Module) -> Any:
         return self.merged.get(layer) or in_float64(layer)

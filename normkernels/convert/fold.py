@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterable
 
@@ -18,6 +19,8 @@ from normkernels.convert._pairs import named_pairs
 from normkernels.ops._checks import check_choice, check_flag
 
 logger = logging.getLogger("normkernels.convert")
+
+NAME = re.compile(r"'[^'\n]*'")  # of a module, in a reason
 
 
 def fold(
@@ -121,12 +124,20 @@ def fold(
 
 
 def _by_reason(reasons: dict[nn.Module, str], names: dict[nn.Module, str]) -> str:
-    """Each reason once, behind the norms of which it is true."""
-    grouped: dict[str, list[str]] = {}
+    """Each reason once, behind the norms of which it is true; where only names of modules differ, with all of these."""
+    grouped: dict[tuple[str, ...], tuple[list[str], list[list[str]]]] = {}
     for norm, name in names.items():
         if norm in reasons:
-            grouped.setdefault(reasons[norm], []).append(f"{name!r} ({type(norm).__name__})")
-    return "".join(f"\n  {', '.join(named)}: {reason}" for reason, named in grouped.items())
+            text, named = NAME.split(reasons[norm]), NAME.findall(reasons[norm])
+            norms, places = grouped.setdefault(tuple(text), ([], [[] for _ in named]))
+            norms.append(f"{name!r} ({type(norm).__name__})")
+            for place, each in zip(places, named, strict=True):
+                place.append(each)
+    lines = []
+    for text, (norms, places) in grouped.items():
+        said = [", ".join(dict.fromkeys(place)) for place in places]
+        lines.append(f"\n  {', '.join(norms)}: " + "".join(map(str.__add__, text, [*said, ""])))
+    return "".join(lines)
 
 
 def _layers_of_pairs(

@@ -243,6 +243,18 @@ def test_each_reason_once() -> None:
         assert lines[1].startswith("  '1.c' (IterNorm2d), '1.d' (BatchNorm2d): expected a convolution or linear layer")
 
 
+def test_a_reason_that_differs_by_names() -> None:
+    """Once, with the names."""
+    net = nn.Sequential(*(Graph(pair, conv=Halved(8, 8, 3, padding=1), bn=bn()) for _ in range(3)), conv(), bn()).eval()
+    net[1].conv = conv()
+    with pytest.raises(ValueError) as raised:
+        fold(net)
+    (line,) = str(raised.value).splitlines()[1:]
+    assert line.startswith(
+        "  '0.bn' (BatchNorm2d), '2.bn' (BatchNorm2d): expected no subclass in '0.conv', '2.conv', which may compute"
+    )
+
+
 def test_wrong_arguments() -> None:
     with pytest.raises(TypeError, match=r"model: expected nn\.Module, got str"):
         fold("resnet18")  # type: ignore[arg-type]
