@@ -234,7 +234,10 @@ class Network:
             return "expected a call of it, found none in the traced forward"
         _, module = max(around, key=lambda each: each[0])
         name = self.names[module] or "model"
-        return f"expected {name!r} to have a forward that torch.fx can trace, got {self.errors[module]}"
+        return (
+            f"expected {name!r} to have a forward that torch.fx can trace, got {self.errors[module]}; "
+            'name the layers instead, as pairs=[("conv1", "bn1"), ...]'
+        )
 
 
 def hooks(module: nn.Module) -> list[str]:

@@ -117,10 +117,9 @@ def _found_pairs(model: nn.Module, network: Network) -> list[tuple[str, str]]:
             unseen[network.names[norm]] = network.why_not_called(norm)
     if unseen:
         reasons = "; ".join(dict.fromkeys(unseen.values()))
-        message = f'{reasons}; name the layers instead, as pairs=[("conv1", "bn1"), ...]'
         if not pairs:
-            raise RuntimeError(f"model: {message}")
-        warnings.warn(f"BatchNorms that stay as they are: {', '.join(map(repr, unseen))}: {message}", stacklevel=3)
+            raise RuntimeError(f"model: {reasons}")
+        warnings.warn(f"BatchNorms that stay as they are: {', '.join(map(repr, unseen))}: {reasons}", stacklevel=3)
     return pairs
 
 

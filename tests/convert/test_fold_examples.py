@@ -165,7 +165,7 @@ class Peeking(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         y = self.second(self.first(x))
-        return {"y": y, "penalty": [sum(p.square().sum() for p in self.second.parameters())]}
+        return {"y": y, "penalty": [1e-3 * sum(p.square().sum() for p in self.second.parameters())]}
 
 
 def test_a_difference_is_shown() -> None:
