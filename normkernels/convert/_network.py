@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from operator import attrgetter
@@ -280,8 +281,12 @@ def _hands_on(root: nn.Module) -> nn.Module | None:
     torch.fx cannot trace.
     """
     taken: set[nn.Module] = set()
-    for args, option in (((object(),), None), ((torch.empty(0),), None), ((object(), object()), object())):
-        kwargs = {} if option is None else {"option": option}
+    one, two, option = object(), object(), {"option": object()}
+    for args, kwargs in (((one,), {}), ((torch.empty(0),), {}), ((one,), option), ((one, two), option)):
+        try:
+            inspect.signature(type(root).forward).bind(root, *args, **kwargs)
+        except TypeError:  # it cannot be called so
+            continue
         shell = type(root).__new__(type(root))
         recorders = {name: _Recorder() for name in root._modules}
         shell.__dict__.update(vars(root), _modules=recorders)

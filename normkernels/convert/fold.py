@@ -128,8 +128,8 @@ def _by_reason(reasons: dict[nn.Module, str], names: dict[nn.Module, str]) -> st
     grouped: dict[tuple[str, ...], tuple[list[str], list[list[str]]]] = {}
     for norm, name in names.items():
         if norm in reasons:
-            text, named = NAME.split(reasons[norm]), NAME.findall(reasons[norm])
-            norms, places = grouped.setdefault(tuple(text), ([], [[] for _ in named]))
+            named = NAME.findall(reasons[norm])
+            norms, places = grouped.setdefault(tuple(NAME.split(reasons[norm])), ([], [[] for _ in named]))
             norms.append(f"{name!r} ({type(norm).__name__})")
             for place, each in zip(places, named, strict=True):
                 place.append(each)

@@ -235,7 +235,7 @@ def test_each_reason_once() -> None:
     with pytest.raises(ValueError) as raised:
         fold(net)
     with pytest.warns(UserWarning) as warned:
-        fold(net, strict=False)
+        fold(net, False)
     for said in (str(raised.value), str(warned[0].message)):
         lines = said.splitlines()[1:]
         assert len(lines) == len({line.partition(": ")[2] for line in lines}) == 2

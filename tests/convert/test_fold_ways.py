@@ -294,6 +294,17 @@ def hand_on(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.net(*args, **kwargs)
 
 
+class Named(nn.Module):
+    """Hands on by name, too, and takes no more by place than it says."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Any, **kwargs: Any) -> Any:
+        return self.net(x, **kwargs)
+
+
 def sequence() -> nn.Sequential:
     return nn.Sequential(conv(), trained(ITERNORM(2).double()), nn.ReLU(), conv(), trained(bn().double())).eval()
 
@@ -302,6 +313,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "averaged": AveragedModel,
     "parallel": nn.DataParallel,
     "own": lambda net: Passing(net, hand_on),
+    "named": Named,
     "twice": lambda net: AveragedModel(Passing(net, hand_on)),
     "inside": lambda net: nn.Sequential(Passing(net, hand_on), nn.ReLU()),
 }
