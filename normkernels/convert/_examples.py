@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -34,16 +35,21 @@ class Example:
             ) from error
         self.ranks: dict[nn.Module, int] = {}
         entered: list[str] = []
+
+        def enter(name: str, norm: nn.Module | None, module: nn.Module, args: tuple[Any, ...]) -> None:
+            entered.append(name)
+            if norm is not None and args:
+                self.ranks[norm] = args[0].dim()
+
+        def leave(*_: Any) -> None:
+            entered.pop()
+
         try:
             exact = in_float64(model)
             for name, module in model.named_modules():
-                twin = exact.get_submodule(name)
-                twin.register_forward_pre_hook(lambda *_, name=name: entered.append(name))
-                twin.register_forward_hook(lambda *_: entered.pop() and None)
-                if module in norms:
-                    twin.register_forward_pre_hook(
-                        lambda _, args, module=module: self.ranks.update({module: args[0].dim()} if args else {})
-                    )
+                norm = module if module in norms else None
+                exact.get_submodule(name).register_forward_pre_hook(functools.partial(enter, name, norm))
+                exact.get_submodule(name).register_forward_hook(leave)
             self._expected = self._outputs(exact)
         except Exception as error:  # whatever the model's code raises
             where = f"{entered[-1]!r} raises " if entered and entered[-1] else ""

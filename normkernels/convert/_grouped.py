@@ -29,9 +29,9 @@ def appended(norm: Any, rank: int) -> Any:
     """Return the 1 x 1 convolution that a norm in evaluation is, for input of so many dimensions."""
     A, mean, beta = evaluated(norm)
     groups, d, _ = A.shape
-    conv = POINTWISE[rank](groups * d, groups * d, 1, groups=groups, dtype=A.dtype)
-    conv.weight.copy_(A.reshape(conv.weight.shape))
-    conv.bias.copy_(beta - (A @ mean.view(groups, d, 1)).flatten())
+    conv = POINTWISE[rank](groups * d, groups * d, 1, groups=groups, device="meta")  # which draws no weights
+    conv.weight = nn.Parameter(A.reshape(conv.weight.shape))
+    conv.bias = nn.Parameter(beta - (A @ mean.view(groups, d, 1)).flatten())
     return conv.eval()
 
 

@@ -131,9 +131,9 @@ class Plan:
                 raise ValueError(f'{reason}; grouped="append" folds it at a cost')
             place, new = layer, fold_behind(widened(current, d), exact)
         else:
-            place, new = norm, appended(exact, rank_of(current))
             like: Any = self._like.get(layer, layer)
-            self._like[norm] = copy.deepcopy(new).to(like.weight).requires_grad_(like.weight.requires_grad)
+            place, new = norm, appended(exact, rank_of(current)).requires_grad_(like.weight.requires_grad)
+            self._like[norm] = copy.deepcopy(new).to(like.weight)
         names = self._network.names
         takes = ", ".join(f"{way} {more:,}" for way, more in costs(current, d).items())
         self.added.append(
@@ -207,9 +207,11 @@ def _check_finite(module: nn.Module, of: str) -> None:
             raise ValueError(f"expected finite values in {name}{of}, got {got}")
 
 
-def _check_rank(name: str, kind: str, rank: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+def _check_rank(
+    name: str, kind: str, rank: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     """Refuse input of a rank for which the norm that was in this place normalized another dimension."""
-    (x,) = (*args, *kwargs.values())
+    x = [*args, *kwargs.values()][0]
     if x.dim() != rank:
         raise ValueError(
             f"{name!r}: expected {rank}D input, for which its {kind} was folded, got {tuple(x.shape)}; fold it with "

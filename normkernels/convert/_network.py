@@ -7,13 +7,14 @@ from collections.abc import Collection, Iterable, Iterator
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import Graph, Node
 
 from normkernels.convert._affine import copied
 from normkernels.convert._frozen import is_frozen
 from normkernels.convert._graph import AFFINE_LAYERS, CALL_HOOKS, Tracer
-from normkernels.convert._ways import Way, is_computed_from_descriptions, readers, ways
+from normkernels.convert._ways import TooManyError, Way, is_computed_from_descriptions, readers, ways
 
 PASSED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -42,7 +43,8 @@ class Network:
         self._forwards: dict[nn.Module, list[Way]] = {}  # of modules that are traced
         self._home: dict[nn.Module, list[Way]] = {}  # of a module: of a forward that calls it
         self._model = model
-        self._look_into([traced], set())
+        with torch.random.fork_rng(devices=[]):
+            self._look_into([traced], set())
 
     def _look_into(self, modules: Iterable[nn.Module], seen: set[nn.Module]) -> None:
         for root in modules:
@@ -87,7 +89,10 @@ class Network:
         self._look_into(_children(root), seen)
 
     def _trace(self, root: nn.Module) -> list[Way] | None:
-        """None if it cannot be traced, not even with those of its children closed that cannot."""
+        """None if it cannot be traced, not even with those of its children closed that cannot.
+
+        Nor, where there are too many ways, with those closed in which there is more than one.
+        """
         while True:
             try:
                 if "forward" in vars(root):  # the tracer takes the class's
@@ -97,7 +102,9 @@ class Network:
                 before = len(self._closed)
                 for child in _children(root):
                     if not Tracer(self._closed).is_leaf_module(child, ""):
-                        self._trace(child)
+                        inner = self._trace(child)
+                        if isinstance(error, TooManyError) and any(way.conditions for way in inner or ()):
+                            self._closed.add(child)
                 if len(self._closed) == before:
                     self._closed.add(root)
                     self.errors[self._origin[root]] = f"{type(error).__name__}: {error}"
@@ -149,34 +156,30 @@ class Network:
         Raises:
             ValueError: there is none, or none on some of the ways that call the norm or the layer.
         """
-        found: dict[nn.Module, None] = {}
-        refused: dict[str, Way] = {}
         home = self._home[norm]
+        found: dict[nn.Module, None] = {}
+        refused: list[str] = []
         for way in home:
             for call in self._calls_of(norm, way.graph):
                 try:
                     found[self._beside(call, passed, layers, forward)] = None
                 except ValueError as reason:
-                    refused.setdefault(str(reason), way)
-        try:
-            for reason in refused:
-                raise ValueError(reason)
+                    refused.append(str(reason))
+        if not refused:
             layer, *others = found
             if others:
-                got = " and ".join(f"{self.names[module]!r}" for module in found)
-                raise ValueError(f"expected one layer beside it on every way through the forward, got {got}")
-            for way in home:
-                if bool(self._calls_of(layer, way.graph)) is not bool(self._calls_of(norm, way.graph)):
-                    raise ValueError(
-                        f"expected calls of it and {self.names[layer]!r} alike on every way through the forward, "
-                        "got one of them alone"
-                    )
-        except ValueError as reason:
-            optional = ", ".join(home[0].given)
-            if len(home) > 1 and optional and found:
-                raise ValueError(f"{reason} (its forward depends on {optional}, which may be left out)") from None
-            raise
-        return layer
+                got = " and ".join(repr(self.names[module]) for module in found)
+                refused.append(f"expected one layer beside it on every way through the forward, got {got}")
+            elif any(bool(self._calls_of(layer, w.graph)) != bool(self._calls_of(norm, w.graph)) for w in home):
+                refused.append(
+                    f"expected calls of it and {self.names[layer]!r} alike on every way through the forward, "
+                    "got one of them alone"
+                )
+            else:
+                return layer
+        optional = ", ".join(home[0].optional)
+        depends = f" (its forward depends on {optional}, which may be left out)" if found and optional else ""
+        raise ValueError(refused[0] + depends)
 
     def _calls_of(self, module: nn.Module, graph: Graph) -> list[Node]:
         return [node for node in graph.nodes if self._module.get(node) is module]

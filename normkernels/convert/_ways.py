@@ -12,20 +12,29 @@ from torch.fx.node import map_arg
 
 from normkernels.convert._graph import Tracer
 
-MOST = 64  # traces of one forward
+MOST = 32  # traces of one forward, and conditions in one of them
 # What a tensor says of itself that is the same whether or not a norm behind a layer has been merged into it.
 METHODS = ("size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "get_device", "__len__")
-ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda", "layout")
+ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda", "layout", "requires_grad")
 
 
 class Way(NamedTuple):
     """One way through a forward.
 
-    given: for each of the forward's optional arguments, whether it is given.
+    optional: the forward's arguments that may be left out.
+    conditions: how many came up.
     """
 
     graph: Graph
-    given: dict[str, bool]
+    optional: tuple[str, ...]
+    conditions: int
+
+
+class TooManyError(RuntimeError):
+    """More ways than it would be sensible to trace, or a loop that nothing ends."""
+
+    def __init__(self) -> None:
+        super().__init__(f"expected at most {MOST} ways that arguments and shapes decide on, got more")
 
 
 def ways(root: nn.Module, closed: Collection[nn.Module]) -> list[Way]:
@@ -42,12 +51,12 @@ def ways(root: nn.Module, closed: Collection[nn.Module]) -> list[Way]:
         if not waiting:
             break
         if traces == MOST:
-            raise RuntimeError(f"expected at most {MOST} ways that arguments and shapes decide on, got more")
+            raise TooManyError
         before = waiting.pop()
         tracer = _WayTracer(closed, before)
         try:
             graph = tracer.trace(root)
-            found.append(Way(graph, {name: not tracer.decisions[name] for name in tracer.optional}))
+            found.append(Way(graph, tuple(tracer.optional), len(tracer.decisions)))
         except Exception as error:
             if not tracer.decisions or not _is_raised_by_model(error):
                 raise
@@ -84,14 +93,14 @@ def is_computed_from_descriptions(node: Node) -> bool:
 class _WayTracer(Tracer):
     """Decides conditions as it is told, and as true where it is told nothing.
 
-    decisions: by condition, in the order in which they come up. The name of an optional argument stands for the
-        condition that it is left out.
+    decisions: by condition, in the order in which they come up.
     """
 
     def __init__(self, closed: Collection[nn.Module], decisions: dict[str, bool]) -> None:
         super().__init__(closed)
         self.decisions = dict(decisions)
         self.optional: list[str] = []
+        self._conditions = 0
         self._free: dict[Node, bool] = {}
         self._numbers: dict[str, int] = {}
 
@@ -99,7 +108,7 @@ class _WayTracer(Tracer):
         """A parameter with a default is that, or a proxy like the others."""
         if kind == "placeholder" and args:
             self.optional.append(target)
-            if self.decisions.setdefault(target, True):
+            if self.decisions.setdefault(_left_out(target), True):
                 return args[0]
             args = ()
         return super().create_proxy(kind, target, args, *rest, **options)
@@ -107,6 +116,9 @@ class _WayTracer(Tracer):
     def to_bool(self, obj: Proxy) -> bool:
         if not self._is_free(obj.node):
             return super().to_bool(obj)
+        self._conditions += 1
+        if len(self.decisions) >= MOST or self._conditions > MOST**2:  # a loop, which nothing would end
+            raise TooManyError
         return self.decisions.setdefault(self._key(obj.node), True)
 
     def _is_free(self, node: Node) -> bool:
@@ -125,6 +137,11 @@ class _WayTracer(Tracer):
             return node.name
         said = f"{node.target}{map_arg((node.args, node.kwargs), self._key)}"
         return f"condition {self._numbers.setdefault(said, len(self._numbers))}"
+
+
+def _left_out(argument: str) -> str:
+    """The condition of this name among decisions."""
+    return f"{argument} is left out"
 
 
 def _is_raised_by_model(error: Exception) -> bool:

@@ -69,7 +69,8 @@ def to_pop_norm(
         check_flag("classifier", classifier)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
-    network = Network(model) if pairs is None or classifier is True else None
+    needed = pairs is None or (classifier and not isinstance(classifier, str))
+    network = Network(model) if needed else None
     found = named_pairs(model, _found_pairs(model, network) if pairs is None and network is not None else pairs or ())
     if not found:
         raise ValueError(
@@ -123,10 +124,11 @@ def _found_pairs(model: nn.Module, network: Network) -> list[tuple[str, str]]:
     return pairs
 
 
-def _classifier(model: nn.Module, network: Network | None, name: bool | str) -> tuple[str, Any]:
+def _classifier(model: nn.Module, network: Network | None, asked: bool | str) -> tuple[str, nn.Linear]:
     """Name and module of the last linear layer."""
-    named = dict(model.named_modules(remove_duplicate=False))
-    if not isinstance(name, str):
+    if isinstance(asked, str):
+        name = asked
+    else:
         assert network is not None
         last = network.last_layers()
         if last is None:
@@ -135,7 +137,7 @@ def _classifier(model: nn.Module, network: Network | None, name: bool | str) -> 
             got = ", ".join(f"{network.names[each]!r} ({type(each).__name__})" for each in last) or "none"
             raise ValueError(f"classifier: expected one last linear layer, or its name, got {got}")
         name = network.names[last[0]]
-    linear = named.get(name)
+    linear = dict(model.named_modules(remove_duplicate=False)).get(name)
     if not isinstance(linear, nn.Linear):
         got = "no module of that name" if linear is None else type(linear).__name__
         raise ValueError(
