@@ -11,7 +11,6 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -99,16 +98,19 @@ def folded(model: nn.Module, x: Tensor) -> dict[str, Any]:
         "kept": len(norms(result)),
         "off": off,
         "seconds": seconds,
-        "reasons": dict(reasons(said)),
+        "reasons": reasons(said),
     }
 
 
-def reasons(said: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield each reason in fold's warning, with the names of its norms."""
+def reasons(said: str) -> dict[str, list[str]]:
+    """Return the reasons in fold's warning, without the names that are in them, each with the names of its norms."""
+    found: dict[str, list[str]] = {}
     for line in said.splitlines()[1:]:
         named = re.match(r"  ((?:'[^']*' \(\w+\)(?:, )?)+): (.*)", line)
         if named:
-            yield named[2], re.findall(r"'([^']*)' \(\w+\)", named[1])
+            reason = re.sub(r"'[^']*' \((\w+)\)", r"\1", named[2])
+            found.setdefault(re.sub(r"'[^']*'", "it", reason), []).extend(re.findall(r"'([^']*)' \(\w+\)", named[1]))
+    return found
 
 
 def trial(name: str) -> dict[str, Any]:
