@@ -61,11 +61,16 @@ def surprises(network: Network, result: dict[str, Any]) -> list[str]:
             continue
         if not result[key]["off"] <= AGREEMENT:
             found.append(f"{key}: expected outputs within {AGREEMENT}, got {result[key]['off']:.1e}")
-        if result[key]["kept"] != sum(kept.values()):
-            found.append(f"{key}: expected {sum(kept.values())} norms that stay, got {result[key]['kept']}")
-        for reason, names in result[key]["reasons"].items():
+        given = result[key]["reasons"]
+        for reason, names in given.items():
             if not any(re.search(pattern, reason) for pattern in kept):
                 found.append(f"{key}: expected a stated reason, got for {', '.join(names)}: {reason}")
+        for pattern, count in kept.items():
+            got = sum(len(names) for reason, names in given.items() if re.search(pattern, reason))
+            if got != count:
+                found.append(f"{key}: expected {count} norms that stay for {pattern!r}, got {got}")
+        if result[key]["kept"] != sum(map(len, given.values())):
+            found.append(f"{key}: expected a reason for each of {result[key]['kept']} norms that stay, got {given}")
     return found
 
 

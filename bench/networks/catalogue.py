@@ -21,6 +21,7 @@ class Network(NamedTuple):
     replaced: how many of its norms ``replace`` turns into IterNorm; None for all of them.
     kept: how many norms ``fold`` leaves in it, by a pattern of the reason.
     kept_converted: the same of the network with IterNorm, where that differs.
+    pairs: what a layer and the norm behind it are called in their module, where ``fold`` has to be told.
     """
 
     make: Callable[[], nn.Module]
@@ -29,6 +30,7 @@ class Network(NamedTuple):
     replaced: int | None = None
     kept: Mapping[str, int] = MappingProxyType({})
     kept_converted: Mapping[str, int] | None = None
+    pairs: tuple[str, str] | None = None
 
 
 def torchvision(name: str, module: str = "torchvision.models", **options: Any) -> Callable[[], nn.Module]:
@@ -68,6 +70,9 @@ def transformers(family: str, task: str = "ImageClassification", **options: Any)
     return make
 
 
+segformer = transformers("Segformer", "SemanticSegmentation", hidden_sizes=[16, 32, 40, 64], decoder_hidden_size=64)
+
+
 def segmentation_models(name: str, encoder: str) -> Callable[[], nn.Module]:
     library = "segmentation_models_pytorch"
     return lambda: getattr(import_module(library), name)(encoder, encoder_weights=None, classes=CLASSES)
@@ -77,7 +82,7 @@ NETWORKS: dict[str, Network] = {
     "torchvision resnet18": Network(torchvision("resnet18"), quick=True),
     "torchvision resnext50_32x4d": Network(torchvision("resnext50_32x4d")),
     "torchvision vgg11_bn": Network(vgg),
-    "torchvision densenet121": Network(torchvision("densenet121")),
+    "torchvision densenet121": Network(torchvision("densenet121"), kept={"got cat; .* got (ReLU|relu)$": 62}),
     "torchvision mobilenet_v2": Network(torchvision("mobilenet_v2"), quick=True),
     "torchvision mobilenet_v3_small": Network(torchvision("mobilenet_v3_small")),
     "torchvision shufflenet_v2_x0_5": Network(torchvision("shufflenet_v2_x0_5"), quick=True),
@@ -87,7 +92,7 @@ NETWORKS: dict[str, Network] = {
     "torchvision googlenet": Network(torchvision("googlenet", aux_logits=False, init_weights=False)),
     "torchvision inception_v3": Network(torchvision("inception_v3", aux_logits=False, init_weights=False), (3, 96, 96)),
     "torchvision r3d_18": Network(torchvision("r3d_18", "torchvision.models.video"), (3, 4, 32, 32)),
-    "torchvision resnet18, FrozenBatchNorm2d": Network(frozen),
+    "torchvision resnet18, FrozenBatchNorm2d": Network(frozen, replaced=0),
     "torchvision deeplabv3_resnet50": Network(segmentation("deeplabv3_resnet50")),
     "torchvision lraspp_mobilenet_v3_large": Network(segmentation("lraspp_mobilenet_v3_large")),
     "timm resnet50d": Network(timm("resnet50d")),
@@ -103,11 +108,14 @@ NETWORKS: dict[str, Network] = {
         transformers("ResNet", embedding_size=16, hidden_sizes=[16, 32, 64, 128]), quick=True
     ),
     "transformers RegNet": Network(transformers("RegNet", hidden_sizes=[32, 64, 96, 128], groups_width=16)),
-    "transformers MobileNetV2": Network(transformers("MobileNetV2", depth_multiplier=0.5)),
-    "transformers SegFormer": Network(
-        transformers("Segformer", "SemanticSegmentation", hidden_sizes=[16, 32, 40, 64], decoder_hidden_size=64),
-        quick=True,
+    "transformers MobileNetV2": Network(
+        transformers("MobileNetV2", depth_multiplier=0.5), kept={"use of the value of getitem": 52}
     ),
+    "transformers MobileNetV2, pairs named": Network(
+        transformers("MobileNetV2", depth_multiplier=0.5), pairs=("convolution", "normalization")
+    ),
+    "transformers SegFormer": Network(segformer, kept={"Proxy object cannot be iterated": 1}),
+    "transformers SegFormer, pairs named": Network(segformer, quick=True, pairs=("linear_fuse", "batch_norm")),
     "transformers MobileViT": Network(transformers("MobileViT", image_size=64), (3, 64, 64)),
     "segmentation-models Unet resnet18": Network(segmentation_models("Unet", "resnet18"), quick=True),
     "segmentation-models DeepLabV3Plus mobilenet_v2": Network(segmentation_models("DeepLabV3Plus", "mobilenet_v2")),

@@ -81,14 +81,23 @@ def unlike(model: nn.Module, x: Tensor) -> None:
     model.eval()
 
 
-def folded(model: nn.Module, x: Tensor) -> dict[str, Any]:
+def named_pairs(model: nn.Module, pair: tuple[str, str] | None) -> list[tuple[str, str]]:
+    """Return the names of all layers and norms that are called so in one module."""
+    modules = dict(model.named_modules())
+    both = [[f"{name}.{each}".lstrip(".") for each in pair or ()] for name in modules]
+    return [(names[0], names[1]) for names in both if names and all(name in modules for name in names)]
+
+
+def folded(model: nn.Module, x: Tensor, pair: tuple[str, str] | None) -> dict[str, Any]:
     """Fold a network in float64, and compare."""
     model, x = copy.deepcopy(model).double().eval(), x.double()
     before = norms(model)
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always")
         started = time.monotonic()
-        result = nk.convert.fold(model, strict=False, example_inputs=x, grouped="append")
+        result = nk.convert.fold(
+            model, strict=False, example_inputs=x, grouped="append", pairs=named_pairs(model, pair)
+        )
         seconds = time.monotonic() - started
         expected, got = outputs(model, x), outputs(result, x)
     off = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, got, strict=True))
@@ -119,13 +128,13 @@ def trial(name: str) -> dict[str, Any]:
     model = network.make()
     x = torch.randn(BATCH, *network.shape)
     unlike(model, x)
-    result: dict[str, Any] = {"norms": len(norms(model)), "fold": folded(model, x)}
+    result: dict[str, Any] = {"norms": len(norms(model)), "fold": folded(model, x, network.pairs)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result |= convert(model)
     if result["replaced"]:
         result["float32"], result["bfloat16"] = train(model, x, autocast=False), train(model, x, autocast=True)
-        result["converted"] = folded(model, x)
+        result["converted"] = folded(model, x, network.pairs)
     return result
 
 
