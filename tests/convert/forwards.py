@@ -177,14 +177,10 @@ TRACED: dict[str, Use] = {
     "kind": lambda _, x, y: y if isinstance(x, Tensor) and not isinstance(x.size(0), Tensor) else x,
     "kind-of-view": lambda _, x, y: y if torch.is_tensor(y.mT) and not isinstance(y, nn.Parameter) else x,
     "spectrum": lambda _, x, y: y + torch.fft.fftfreq(y.size(-1)),
-}  # fmt: skip
-
-# What these decide on is traced both ways where it is followed, and refused where it is not.
-DECIDED: dict[str, Use] = {
     "comparison": lambda _, x, y: y if x.size(0) > 2 else x,
     "max": lambda _, x, y: y * max(y.size(2), y.size(3)),
     "place": lambda _, x, y: placed(x, y),
-}
+}  # fmt: skip
 
 # The block cannot be traced, for this reason; the rest of the network converts.
 REFUSED: dict[str, tuple[Use, str]] = {
@@ -259,7 +255,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "PointNet": (PointNet, (3, 16)),
     **{
         name: (lambda use=use: Net(use), (3, 11, 11))
-        for name, use in {**TRACED, **DECIDED, **{name: use for name, (use, _) in REFUSED.items()}}.items()
+        for name, use in {**TRACED, **{name: use for name, (use, _) in REFUSED.items()}}.items()
     },
 }
 
