@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -116,5 +117,8 @@ class _Device(TorchDispatchMode):
 @contextlib.contextmanager
 def pretended(*unsupported: str) -> Iterator[None]:
     """Make ``DEVICE`` exist, which lacks these operators, too."""
-    with mock.patch.object(torch, "tensor", _literal), _Device((*UNSUPPORTED, *unsupported)):
-        yield
+    try:
+        with mock.patch.object(torch, "tensor", _literal), _Device((*UNSUPPORTED, *unsupported)):
+            yield
+    finally:
+        _device_constructors.cache_clear()  # which may have kept _literal for torch.tensor
