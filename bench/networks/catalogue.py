@@ -102,7 +102,7 @@ NETWORKS: dict[str, Network] = {
     "timm hrnet_w18_small": Network(timm("hrnet_w18_small")),
     "timm ghostnet_100": Network(timm("ghostnet_100"), replaced=79, kept={ACT: 1}),
     "timm levit_128s": Network(timm("levit_128s"), (3, 224, 224), kept={"got flatten; .* got reshape_as": 46}),
-    "timm convmixer_768_32": Network(timm("convmixer_768_32")),
+    "timm convmixer_768_32": Network(timm("convmixer_768_32"), kept={"in front of it, got ReLU": 65}),
     "timm regnety_002": Network(timm("regnety_002"), replaced=0, kept={ACT: 44}),
     "timm mobilenetv3_small_050": Network(timm("mobilenetv3_small_050"), replaced=0, kept={ACT: 34}),
     "transformers ResNet": Network(
