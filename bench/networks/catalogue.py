@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 CLASSES = 10
+ACT = "no subclass, .* got BatchNormAct2d"  # timm's norm with its activation
 
 
 class Network(NamedTuple):
@@ -99,11 +100,11 @@ NETWORKS: dict[str, Network] = {
     "timm seresnet50": Network(timm("seresnet50")),
     "timm dla34": Network(timm("dla34")),
     "timm hrnet_w18_small": Network(timm("hrnet_w18_small")),
-    "timm ghostnet_100": Network(timm("ghostnet_100")),
-    "timm levit_128s": Network(timm("levit_128s"), (3, 224, 224)),
-    "timm convmixer_768_32": Network(timm("convmixer_768_32")),
-    "timm regnety_002": Network(timm("regnety_002")),
-    "timm mobilenetv3_small_050": Network(timm("mobilenetv3_small_050")),
+    "timm ghostnet_100": Network(timm("ghostnet_100"), replaced=79, kept={ACT: 1}),
+    "timm levit_128s": Network(timm("levit_128s"), (3, 224, 224), kept={"got flatten; .* got reshape_as": 46}),
+    "timm convmixer_768_32": Network(timm("convmixer_768_32"), kept={"in front of it, got ReLU": 65}),
+    "timm regnety_002": Network(timm("regnety_002"), replaced=0, kept={ACT: 44}),
+    "timm mobilenetv3_small_050": Network(timm("mobilenetv3_small_050"), replaced=0, kept={ACT: 34}),
     "transformers ResNet": Network(
         transformers("ResNet", embedding_size=16, hidden_sizes=[16, 32, 64, 128]), quick=True
     ),
@@ -119,5 +120,8 @@ NETWORKS: dict[str, Network] = {
     "transformers MobileViT": Network(transformers("MobileViT", image_size=64), (3, 64, 64)),
     "segmentation-models Unet resnet18": Network(segmentation_models("Unet", "resnet18"), quick=True),
     "segmentation-models DeepLabV3Plus mobilenet_v2": Network(segmentation_models("DeepLabV3Plus", "mobilenet_v2")),
-    "segmentation-models FPN efficientnet-b0": Network(segmentation_models("FPN", "efficientnet-b0")),
+    "segmentation-models FPN efficientnet-b0": Network(
+        segmentation_models("FPN", "efficientnet-b0"),
+        kept={"no subclass in it, .* got Conv2dStaticSamePadding; and": 47, "expected a call of it, found none": 1},
+    ),
 }

@@ -27,13 +27,16 @@ def row(name: str, result: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def reasons(result: Mapping[str, Any]) -> Iterator[str]:
-    """Yield why norms stay, each reason once."""
+    """Yield why norms stay: what keeps them from the layer in front, or the whole network from being traced."""
     if "refused" in result:
         yield f"replace: {result['refused']}"
     counts: dict[str, int] = {}
     for key in ("fold", "converted"):
+        short: dict[str, int] = {}
         for reason, names in result.get(key, {}).get("reasons", {}).items():
-            counts[reason] = max(counts.get(reason, 0), len(names))
+            said = reason.partition("; and to be folded")[0].partition(". ")[0]
+            short[said] = short.get(said, 0) + len(names)
+        counts |= {said: max(count, counts.get(said, 0)) for said, count in short.items()}
     for reason, count in counts.items():
         yield f"{count}: {reason}"
 

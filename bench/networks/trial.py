@@ -45,10 +45,12 @@ def convert(model: nn.Module) -> dict[str, Any]:
     """Replace every BatchNorm, and none of a subclass, by IterNorm, in place."""
     plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     before = norms(model)
+    some = any(type(model.get_submodule(name)) in plain for name in before)
     try:
-        nk.convert.replace(model, "IterNorm", lambda _, module: type(module) in plain, group_size=GROUP_SIZE)
+        where = (lambda _, module: type(module) in plain) if some else "all"
+        nk.convert.replace(model, "IterNorm", where, group_size=GROUP_SIZE)
     except (TypeError, ValueError) as error:
-        return {"replaced": 0, "refused": str(error).partition("\n")[0]}
+        return {"replaced": 0, "refused": without_names(str(error).partition("\n")[0])}
     return {"replaced": sum(type(model.get_submodule(name)).__name__.startswith("IterNorm") for name in before)}
 
 
@@ -117,9 +119,13 @@ def reasons(said: str) -> dict[str, list[str]]:
     for line in said.splitlines()[1:]:
         named = re.match(r"  ((?:'[^']*' \(\w+\)(?:, )?)+): (.*)", line)
         if named:
-            reason = re.sub(r"'[^']*' \((\w+)\)", r"\1", named[2])
-            found.setdefault(re.sub(r"'[^']*'", "it", reason), []).extend(re.findall(r"'([^']*)' \(\w+\)", named[1]))
+            found.setdefault(without_names(named[2]), []).extend(re.findall(r"'([^']*)' \(\w+\)", named[1]))
     return found
+
+
+def without_names(message: str) -> str:
+    """Return a message with the classes of modules instead of their names."""
+    return re.sub(r"'[^']*'", "it", re.sub(r"'[^']*' \((\w+)\)", r"\1", message))
 
 
 def trial(name: str) -> dict[str, Any]:

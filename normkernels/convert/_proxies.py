@@ -111,6 +111,7 @@ class _Recorder(TorchFunctionMode):
         return proxy.tracer.create_proxy("call_function", func, args, kwargs)
 
 
+@functools.cache
 def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -122,29 +123,20 @@ def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@functools.cache
-def _functions() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the functions of torch that are written in C++, by name, and what records each of them.
-
-    They read their arguments before they ask a mode, refuse some proxies, and take others for something else:
-    ``torch.zeros(size, 4)`` for a shape, ``torch.iinfo(dtype)`` for the type uint8.
-    """
-    functions = {
-        name: each for name, each in vars(torch).items() if isinstance(each, BuiltinFunctionType) or name in INFOS
-    }
-    return functions, {name: _recorded(function) for name, function in functions.items()}
-
-
 @contextmanager
 def recording() -> Iterator[None]:
     """Record the calls of torch's functions that get a proxy, for the time of a trace.
 
-    The names in torch are changed for all threads, as torch.fx changes nn.Module.
+    Functions that are written in C++ read their arguments before they ask a mode, refuse some proxies, and take others
+    for something else: ``torch.zeros(size, 4)`` for a shape, ``torch.iinfo(dtype)`` for the type uint8. They are
+    exchanged in torch, for all threads, as torch.fx exchanges methods of nn.Module.
     """
-    functions, recorded = _functions()
+    functions = {
+        name: each for name, each in vars(torch).items() if isinstance(each, BuiltinFunctionType) or name in INFOS
+    }
     with _Recorder():
         try:
-            vars(torch).update(recorded)
+            vars(torch).update({name: _recorded(function) for name, function in functions.items()})
             yield
         finally:
             vars(torch).update(functions)

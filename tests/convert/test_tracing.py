@@ -24,7 +24,7 @@ WHOLE = ("Factory", "PointNet")  # not a forward in a network that is the same f
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", "-m", "tests.convert.forwards"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=True)
     return {name: result for line in done.stdout.splitlines() for name, result in json.loads(line).items()}
 
 
