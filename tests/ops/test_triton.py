@@ -27,10 +27,16 @@ from torch import Tensor
 
 import normkernels as nk
 from normkernels.ops import _library, _triton
-from tests.oracles import inputs
+from tests.oracles import inputs, iternorm
 from tests.oracles.run import Config, incoming_gradient, run
+from tests.tolerances import assert_within, cov_floor, largest, mean_floor
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from normkernels.ops._triton_tiles import bounds, count_of
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
@@ -337,18 +343,67 @@ def test_64_bit_columns_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(torch.equal(a, b) for a, b in zip(step(x), expected, strict=True))
 
 
-def test_offsets_beyond_2_31_elements() -> None:
-    """Two samples 2^31 elements apart, in memory of which only these are touched."""
-    values = inputs.gaussian((2, 8, 15), dtype=torch.float16)
+# A stride beyond 32 bits makes the product with it one of 64 bits. Of the others only the products are beyond.
+FAR: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "stride": ((2, 8, 15), (2**31, 15, 1)),
+    "samples": ((3, 8, 15), (2**30, 15, 1)),
+    "positions": ((4, 8, 3), (8, 1, 2**30)),
+    "channels": ((15, 3), (1, 2**30)),
+}
+
+
+def apart(values: Tensor, strides: tuple[int, ...], folder: Path) -> Tensor:
+    """The same values with these strides, in memory of which nothing else is touched: on a CPU that of a sparse file.
+
+    There in the middle of it, so that an offset that has lost its upper bits finds other numbers and not the end.
+    """
+    last = sum((n - 1) * stride for n, stride in zip(values.shape, strides, strict=True))
     if ON_GPU:
-        memory = torch.empty(2**31 + 120, dtype=torch.float16, device=DEVICE)
+        memory, first = torch.empty(last + 1, dtype=values.dtype, device=DEVICE), 0
     else:
-        memory = torch.from_numpy(np.empty(2**31 + 120, dtype=np.float16))
-    x = memory.as_strided((2, 8, 15), (2**31, 15, 1))
-    x.copy_(values)
+        first = 2**31
+        memory = torch.from_file(str(folder / "memory"), shared=True, size=first + last + 1, dtype=values.dtype)
+        (folder / "memory").unlink()
+    return memory.as_strided(values.shape, strides, first).copy_(values)
+
+
+@pytest.mark.parametrize("case", FAR)
+def test_offsets_beyond_2_31_elements(case: str, tmp_path: Path) -> None:
+    shape, strides = FAR[case]
+    values = inputs.gaussian(shape, dtype=torch.float16, group_size=shape[1])
     with nk.use_backend("triton"):
-        far, near = step(x), step(values.to(DEVICE))
+        far, near = (step(x, shape[1], num_iterations=1) for x in (apart(values, strides, tmp_path), values.to(DEVICE)))
     assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
+
+
+@triton.jit(do_not_specialize=["columns"])
+def cut_kernel(out, chunk, columns, parts, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    part = tl.program_id(0)
+    start, stop = bounds(part, chunk, columns, WIDE, 1)
+    tl.store(out + 3 * part, start)
+    tl.store(out + 3 * part + 1, stop)
+    tl.store(out + 3 * part + 2, count_of(part, parts, chunk, columns))
+
+
+def test_columns_of_parts_in_64_bits() -> None:
+    """The last part begins at 2^31. What is counted so far cannot run: 2^31 columns are hours in the interpreter."""
+    chunk, columns = 2**30, 2**31 + 7
+    cut = torch.zeros(3, 3, dtype=torch.int64, device=DEVICE)
+    cut_kernel[(3,)](cut, chunk, columns, 3, WIDE=True)
+    assert cut.tolist() == [[0, chunk, chunk], [chunk, 2 * chunk, chunk], [2 * chunk, columns, 7]]
+
+
+@pytest.mark.parametrize("group_size", [8, 1])
+@pytest.mark.parametrize("samples", [2, 9, 15, 17])  # the last one's second part has one column
+def test_fewer_columns_than_a_tile(samples: int, group_size: int) -> None:
+    """The shift is the mean of the columns that a part's first tile has; any other costs digits, at this mean all."""
+    x = gaussian((samples, 8), group_size=group_size, mean=1e4)
+    with nk.use_backend("triton"):
+        _, mean, cov = (value.cpu() if isinstance(value, Tensor) else value for value in nk.ops.moments(x, group_size))
+    x = x.cpu()
+    mean_ref, cov_ref = iternorm.moments(x.double(), group_size)
+    assert_within("mean", mean, mean_ref, None, mean_floor(x), largest(mean_ref))
+    assert ((cov.double() - cov_ref).abs() <= cov_floor(x, cov_ref)).all()
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NC"])
