@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import normkernels as nk
+from normkernels.ops.iter_norm.sync import sync_iter_norm
 from tests.layers.sync_ranks import Problem, counted_collectives, run_on_ranks, step, training_steps
 from tests.oracles.run import Result, oracle, plain_path
 from tests.tolerances import SYNCHRONIZED, assert_agree, assert_iter_norm, assert_within, exactly_centered, largest
@@ -349,3 +351,11 @@ def test_one_rank_needs_no_collective(tmp_path: Any) -> None:
     assert found == []
     alone = step(problem.layer(synchronized=False), x, dy)
     assert all(torch.equal(got[key], alone[key]) for key in alone)
+
+
+def test_defaults_are_iter_norms() -> None:
+    """Of the function; the layers give it all options."""
+    ours, theirs = (inspect.signature(function).parameters for function in (sync_iter_norm, nk.ops.iter_norm))
+    assert {name: p.default for name, p in ours.items() if name != "process_group"} == {
+        name: p.default for name, p in theirs.items()
+    }

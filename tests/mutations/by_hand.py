@@ -31,6 +31,7 @@ BY_HAND = (
     Mutation("ops.iter_norm.eager:iter_norm_backward", "D = D - f * offset.mT", "D = D"),
     Mutation("ops.pop_norm.eager:factors", ".square() + eps).sqrt()", ".square()).sqrt() + eps"),
     Mutation("ops.pop_norm.eager:pop_norm_backward", "f * (var + eps) - beta * D", "f * var - beta * D"),
+    Mutation("ops.pop_norm.eager:pop_norm_backward", "D = D - f * offset", "D = D"),
     Mutation("ops.whiten.eager:whiten", "c if bias is None else c + bias", "c if bias is None else c - bias"),
     Mutation("ops.precondition.eager:_precondition", "var.amax(1, keepdim=True)", "var.amax()"),
     Mutation("ops.spectral.eager:kernel_spectrum_backward", " + FLOOR * (d_square - d_power)", ""),
@@ -57,6 +58,9 @@ BY_HAND = (
     # Triton.
     Mutation("ops.inverse_sqrt.triton:whitening_matrix", "diagonal + eps, mask=index < d)", "diagonal + eps)"),
     Mutation("ops.iter_norm.triton:finish_backward", "2.0 / m", "1.0 / m"),
+    Mutation(
+        "ops.iter_norm.triton:finish_backward", "row, d, 0.0)[:, None] * offset[None, :]", "row, d, 0.0)[:, None] * 0"
+    ),
     Mutation("ops.moments.triton:merged_covariance", "tl.sum(within + between, 0)", "tl.sum(within, 0)"),
     Mutation("ops._triton_diagonal:merged_moments", "count[None, :] * between * between", "between * between"),
     Mutation("ops.whiten.triton:mix_kernel", "tile -= center2", "tile += center2"),
@@ -64,5 +68,10 @@ BY_HAND = (
     Mutation(
         "ops.precondition.triton:precondition_kernel", "eps1 * tl.max(largest, 0) + eps2", "eps1 * tl.max(largest, 0)"
     ),
-    Mutation("ops.spectral.triton:slots", "2 * f > N", "2 * f >= N"),
+    Mutation(
+        "ops.spectral.triton:slots",
+        "2 * f > N",
+        "2 * f >= N",
+        harmless="the frequency n / 2 has no cosine in its slot and so no B, and it is B's sign that this is about",
+    ),
 )

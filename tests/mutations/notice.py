@@ -9,13 +9,19 @@ NOT_KERNELS = ("-k", "not triton")  # the tests of all backends, with the eager 
 EAGER = {
     "ops.moments.eager": ("tests/ops/test_moments.py", *NOT_KERNELS),
     "ops.inverse_sqrt.eager": ("tests/ops/test_inverse_sqrt.py", *NOT_KERNELS),
-    "ops.iter_norm.eager": ("tests/ops/test_iter_norm.py", *NOT_KERNELS),
+    "ops.iter_norm.eager": (
+        *("tests/ops/test_iter_norm.py", "tests/ops/test_precision.py"),
+        *("-k", "not triton and (not test_precision or cost_nothing)"),
+    ),
     "ops.iter_norm.sync": ("tests/layers/test_sync.py",),
     "ops.pop_norm.eager": ("tests/ops/test_pop_norm.py", *NOT_KERNELS),
     "ops.whiten.eager": ("tests/ops/test_whiten.py", *NOT_KERNELS),
     "ops.precondition.eager": ("tests/ops/test_precondition.py", *NOT_KERNELS),
     "ops.spectral.eager": ("tests/ops/test_spectral_filter.py", "tests/ops/test_kernel_spectrum.py"),
-    "ops._tiles": ("tests/ops/test_iter_norm.py", "tests/ops/test_precision.py", *NOT_KERNELS),
+    "ops._tiles": (
+        *("tests/ops/test_iter_norm.py", "tests/ops/test_whiten.py", "-k"),
+        "not triton and (every_layout or ragged or layout_is_kept or expanded)",
+    ),
 }
 LAYERS = {
     "layers._base": ("tests/layers/test_whitening.py", "tests/layers/test_conventions.py"),
@@ -43,7 +49,7 @@ WEIGHTS_AND_CONVERSION = {
 TRITON = {
     "ops._triton_tiles": (
         *("tests/ops/test_triton.py", "tests/ops/test_whiten.py"),
-        *("-k", "triton and (offsets or 64_bit or columns or (test_every_layout_and_type and float32))"),
+        *("-k", "triton and (offsets or 64_bit or parts_in_64 or (test_every_layout_and_type and float32))"),
     ),
     "ops._triton_diagonal": (
         *("tests/ops/test_triton_diagonal.py", "tests/ops/test_pop_norm.py"),
@@ -58,11 +64,14 @@ TRITON = {
         "-k",
         "triton and float32 and (iterations or scales or defaults)",
     ),
-    "ops.iter_norm.triton": ("tests/ops/test_iter_norm.py", "-k", "triton and float32 and (group_sizes or iterations)"),
+    "ops.iter_norm.triton": (
+        *("tests/ops/test_iter_norm.py", "tests/ops/test_triton.py"),
+        *("-k", "triton and float32 and (group_sizes or iterations) or cost_nothing"),
+    ),
     "ops.whiten.triton": ("tests/ops/test_whiten.py", "-k", "triton and (float32 and layout or group_sizes or affine)"),
     "ops.pop_norm.triton": (
         *("tests/ops/test_pop_norm.py", "-k"),
-        "triton and (modes and float32 or large_means and float32 or without or beta_far)",
+        "triton and (modes and float32 or large_means and float32 or without or beta_far or cost_nothing)",
     ),
     "ops.precondition.triton": (
         *("tests/ops/test_precondition.py", "-k"),

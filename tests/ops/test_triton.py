@@ -27,9 +27,10 @@ from torch import Tensor
 
 import normkernels as nk
 from normkernels.ops import _library, _triton
+from tests.backends import TRITON
 from tests.oracles import inputs, iternorm
-from tests.oracles.run import Config, incoming_gradient, run
-from tests.tolerances import assert_within, cov_floor, largest, mean_floor
+from tests.oracles.run import Config, incoming_gradient, oracle, run
+from tests.tolerances import assert_within, cov_floor, exactly_centered, largest, mean_floor
 
 pytest.importorskip("triton")
 
@@ -404,6 +405,19 @@ def test_fewer_columns_than_a_tile(samples: int, group_size: int) -> None:
     mean_ref, cov_ref = iternorm.moments(x.double(), group_size)
     assert_within("mean", mean, mean_ref, None, mean_floor(x), largest(mean_ref))
     assert ((cov.double() - cov_ref).abs() <= cov_floor(x, cov_ref)).all()
+
+
+@pytest.mark.parametrize("backend", TRITON, indirect=True)
+def test_large_means_cost_nothing(backend: str) -> None:
+    """The rounding of the mean is taken out of y and of the gradients again; plain PyTorch: test_precision."""
+    config = Config(eps=1e-3)
+    x = inputs.gaussian((9, 8, 3, 5), dtype=torch.float32, mean=-1e5)
+    dy = incoming_gradient(x) + 3  # a mean of its own, which the rounding of x's mean would be multiplied with
+    got, reference = run(nk.ops.iter_norm, config, x, dy), oracle(config, x, dy)
+    floor = exactly_centered(x, dy, reference, config)
+    assert_within("y", got.y, reference.y, None, floor.y, largest(reference.y))
+    assert_within("W", got.w, reference.w, None, floor.w, largest(reference.w))
+    assert_within("dx", got.dx, reference.dx, None, floor.dx, largest(reference.dx))
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NC"])
