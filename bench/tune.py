@@ -77,24 +77,23 @@ raw = torch.ops.normkernels
 
 def moments(case: Case, device: torch.device) -> Call:
     x = case.activations(device)
-    return lambda: raw.moments(x, case.size)
+    return lambda: raw.moments(x, case.size, False)
 
 
 def cross_moments(case: Case, device: torch.device) -> Call:
     x, y = case.activations(device), case.activations(device)
-    mean = raw.moments(x, case.size)[0].float()
+    mean = raw.moments(x, case.size, False)[0]
     return lambda: raw.cross_moments(y, x, mean, case.size)
 
 
 def merge(case: Case, device: torch.device) -> Call:
     x = case.activations(device)[:8]  # little to read, the same number of parts
-    return lambda: raw.moments(x, case.size)
+    return lambda: raw.moments(x, case.size, False)
 
 
 def mix(case: Case, device: torch.device) -> Call:
     x = case.activations(device)
-    exact, cov = raw.moments(x, case.size)
-    mean = exact.float()
+    mean, _, cov = raw.moments(x, case.size, False)
     W = raw.inverse_sqrt(cov, 5, 1e-5, "trace", "newton")[0]
     return lambda: raw.whiten(x, mean, W, None, None)
 
@@ -106,7 +105,7 @@ def stacked_mix(case: Case, device: torch.device) -> Call:
         options = 4.0, 1e-5, True, True
         _, *statistics = raw.pop_norm(x, weight, weight, *options)
         return lambda: raw.pop_norm_backward(dy, x, weight, weight, *statistics, *options)
-    mean = raw.moments(x, case.size)[0].float()
+    mean = raw.moments(x, case.size, False)[0]
     matrix = torch.randn(CHANNELS // case.size, case.size, 2 * case.size, device=device)
     return lambda: raw.stacked_mix(dy, x, mean, mean, matrix, mean)
 

@@ -7,9 +7,18 @@
 
 namespace nk {
 
-// The mean is exact: float64.
+// A vector in global memory, and what rounding it left out.
+struct Rounded {
+  float *value, *remainder;
+
+  __device__ __forceinline__ void store(int64_t i, double exact) const {
+    value[i] = float(exact);
+    remainder[i] = float(exact - double(value[i]));
+  }
+};
+
 void launch_moments(const Run& run, const Columns& x, int element, int64_t groups, int64_t d, const Reduction& how,
-                    const Workspace& workspace, double* mean, float* cov);
+                    const Workspace& workspace, const Rounded& mean, float* cov);
 
 void launch_cross_moments(const Run& run, const Columns& y, const Columns& x, int element, const float* mean,
                           int64_t groups, int64_t d, const Reduction& how, const Workspace& workspace, float* cross,
@@ -17,7 +26,7 @@ void launch_cross_moments(const Run& run, const Columns& y, const Columns& x, in
 
 // The same for groups of one channel: cov and cross are (C,).
 void launch_channel_moments(const Run& run, const Columns& x, int element, const ChannelReduction& how,
-                            const Workspace& workspace, double* mean, float* cov);
+                            const Workspace& workspace, const Rounded& mean, float* cov);
 
 void launch_channel_sums(const Run& run, const Columns& y, const Columns& x, int element, const float* mean,
                          const ChannelReduction& how, const Workspace& workspace, float* cross, float* sum);

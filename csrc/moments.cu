@@ -8,7 +8,7 @@ namespace nk {
 template <class T, int D>
 __global__ __launch_bounds__(Warps<D, true>::THREADS,
                              D == 64 ? 2 : 1) void moments_kernel(Columns x, int d, Split cut, Merging merging,
-                                                                  Workspace workspace, double* mean, float* cov) {
+                                                                  Workspace workspace, Rounded mean, float* cov) {
   const Shared<D> shared(shared_memory());
   const Matrix<D> total{reinterpret_cast<float*>(shared.rest)};
   if (!reduce_moments<T, D>(x, d, cut, merging, workspace, shared,
@@ -19,7 +19,7 @@ __global__ __launch_bounds__(Warps<D, true>::THREADS,
   for_entries<D, Warps<D, true>::COUNT>([&](int i, int j) {
     if (i < d && j < d) cov[group * d * d + i * d + j] = total(i, j) / float(x.total);
   });
-  for (int i = threadIdx.x; i < d; i += Warps<D, true>::THREADS) mean[group * d + i] = shared.exact[i];
+  for (int i = threadIdx.x; i < d; i += Warps<D, true>::THREADS) mean.store(group * d + i, shared.exact[i]);
 }
 
 template <class T, int D>
@@ -42,10 +42,10 @@ __global__ __launch_bounds__(Warps<D, false>::THREADS,
 
 template <class T>
 __global__ __launch_bounds__(SWEEP_THREADS, SWEEP_BLOCKS) void channel_moments_kernel(Sweep sweep, Source x,
-                                                                                      Workspace workspace, double* mean,
+                                                                                      Workspace workspace, Rounded mean,
                                                                                       float* cov) {
   channel_moments<T>(sweep, x, workspace, [&](int64_t channel, double exact, double variance) {
-    mean[channel] = exact;
+    mean.store(channel, exact);
     cov[channel] = float(variance);
   });
 }
@@ -61,7 +61,7 @@ __global__ __launch_bounds__(SWEEP_THREADS,
 }
 
 void launch_moments(const Run& run, const Columns& x, int element, int64_t groups, int64_t d, const Reduction& how,
-                    const Workspace& workspace, double* mean, float* cov) {
+                    const Workspace& workspace, const Rounded& mean, float* cov) {
   run.zero(workspace.tickets, how.counters);
   with_kernel(element, d, [&]<class T, int D>() {
     run.launch("moments", moments_kernel<T, D>, groups * how.cut.parts, Warps<D, true>::THREADS, how.room.bytes,
@@ -82,7 +82,7 @@ void launch_cross_moments(const Run& run, const Columns& y, const Columns& x, in
 }
 
 void launch_channel_moments(const Run& run, const Columns& x, int element, const ChannelReduction& how,
-                            const Workspace& workspace, double* mean, float* cov) {
+                            const Workspace& workspace, const Rounded& mean, float* cov) {
   const Sweep& sweep = how.sweep;
   how.zero(run, workspace);
   run.launch("channel_moments", element == 4 ? channel_moments_kernel<float> : channel_moments_kernel<Half>,
@@ -101,28 +101,31 @@ void launch_channel_sums(const Run& run, const Columns& y, const Columns& x, int
 
 // --- ops -----------------------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> moments(const Tensor& data, int64_t d) {
+std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& data, int64_t d, bool exact) {
   check_data("moments", "x", data, d);
-  if (const auto reason = not_served("moments", data, d)) return next<Tensor, Tensor>("moments", *reason, data, d);
+  auto reason = not_served("moments", data, d);
+  if (!reason && exact) reason = "";  // for an eigendecomposition, which is the library's
+  if (reason) return next<Tensor, Tensor, Tensor>("moments", *reason, data, d, exact);
   const OnDevice on("moments", data);
   const Tensor x = collapsible(data);
   const int element = int(x.element_size());
   const int64_t channels = x.size(1), groups = channels / d;
-  Tensor mean = empty({channels}, ScalarType::Double, x), cov = empty({groups, d, d}, ScalarType::Float, x);
+  Tensor mean = empty({channels}, ScalarType::Float, x), remainder = empty({channels}, ScalarType::Float, x);
+  Tensor cov = empty({groups, d, d}, ScalarType::Float, x);
   if (d == 1) {
     const Columns seen = columns_of(x, channels);
     const ChannelReduction how(on.run.device, channels, element, {&seen});
     const Memory memory(how, x);
-    launch_channel_moments(on.run, seen, element, how, memory.workspace, static_cast<double*>(mean.data_ptr()),
+    launch_channel_moments(on.run, seen, element, how, memory.workspace, {floats(mean), floats(remainder)},
                            floats(cov));
-    return {mean, cov};
+    return {mean, remainder, cov};
   }
   const Columns seen = columns_of(x, d);
   const Reduction how(on.run.device, seen, element, groups, d, 1, 1);
   const Memory memory(how, x);
-  launch_moments(on.run, seen, element, groups, d, how, memory.workspace, static_cast<double*>(mean.data_ptr()),
+  launch_moments(on.run, seen, element, groups, d, how, memory.workspace, {floats(mean), floats(remainder)},
                  floats(cov));
-  return {mean, cov};
+  return {mean, remainder, cov};
 }
 
 std::tuple<Tensor, Tensor> cross_moments(const Tensor& left, const Tensor& data, const Tensor& mean, int64_t d) {

@@ -139,13 +139,13 @@ std::vector<KernelPlan> launch_plan(const std::string& op, const std::vector<int
     return Reduction(device, x, element, groups, d, sources, matrices);
   };
   if (d == 1 && op == "moments") {
-    launch_channel_moments(run, x, element, of_x, {}, nullptr, nullptr);
+    launch_channel_moments(run, x, element, of_x, {}, {}, nullptr);
   } else if (d == 1 && op == "cross_moments") {
     launch_channel_sums(run, x, x, element, nullptr, of_both, {}, nullptr, nullptr);
   } else if (d == 1 && op == "whiten") {
     map(nullptr);
   } else if (op == "moments") {
-    launch_moments(run, x, element, groups, d, reduction(1, 1), {}, nullptr, nullptr);
+    launch_moments(run, x, element, groups, d, reduction(1, 1), {}, {}, nullptr);
   } else if (op == "cross_moments") {
     launch_cross_moments(run, x, x, element, nullptr, groups, d, reduction(2, 1), {}, nullptr, nullptr);
   } else if (op == "whiten") {

@@ -163,30 +163,50 @@ __device__ __forceinline__ void next_root(Matrix<D> P, Matrix<D> M) {
   __syncthreads();
 }
 
-// P = P_T of eq. 17 for S = M, which is overwritten. Ends with a barrier.
+// Whether a channel's variance inflation factor S_ii (P^2)_ii ends the iteration, the same in all threads. S is (d, d),
+// in global memory. In fewer iterations than FIRST_CHECKED no factor can be that large.
+constexpr float MOST_INFLATED = 1 / (32 * FLT_EPSILON);
+constexpr int FIRST_CHECKED = 16;  // 2.25^16 > MOST_INFLATED > 2.25^15
+
 template <int D, int WARPS>
-__device__ __forceinline__ void newton(Matrix<D> M, Matrix<D> P, Matrix<D> T, int iterations) {
+__device__ __forceinline__ bool stopped(Matrix<D> P, const float* S, int d, int iteration, float* slots) {
+  if (iteration < FIRST_CHECKED) return false;
+  float most = 0;
+  for (int i = warp(); i < d; i += WARPS) {
+    float squares = 0;
+    for (int j = lane(); j < d; j += WARP) squares += P(i, j) * P(i, j);
+    for (int other = WARP / 2; other; other /= 2) squares += __shfl_xor_sync(~0u, squares, other);
+    most = fmaxf(most, fmaxf(S[i * d + i], FLT_EPSILON * FLT_EPSILON) * squares);
+  }
+  return block_max<WARPS>(most, slots) > MOST_INFLATED;
+}
+
+// P = P_T of eq. 17 for S = M, which is overwritten; S is the same in global memory. Ends with a barrier.
+template <int D, int WARPS>
+__device__ __forceinline__ void newton(Matrix<D> M, Matrix<D> P, Matrix<D> T, const float* S, int d, int iterations,
+                                       float* slots) {
   for_entries<D, WARPS>([&](int i, int j) {
     const float identity = i == j ? 1.f : 0.f;
     P(i, j) = iterations ? 1.5f * identity - .5f * M(i, j) : identity;
   });
   __syncthreads();
-  for (int k = 1; k < iterations; ++k) {
+  for (int k = 1; k < iterations && !stopped<D, WARPS>(P, S, d, k, slots); ++k) {
     next_residual<D, WARPS>(M, T);
     next_root<D, WARPS>(P, M);
   }
 }
 
-// dP = sym dL/dS for dM = sym dL/dP_T and M = S; both are overwritten. Ends with a barrier.
+// dP = sym dL/dS for dM = sym dL/dP_T and M = S; both are overwritten; S is the same in global memory. Ends with a
+// barrier.
 template <int D, int WARPS>
 __device__ __forceinline__ void newton_adjoint(Matrix<D> M, Matrix<D> dM, Matrix<D> P, Matrix<D> dP, Matrix<D> T,
-                                               int iterations) {
+                                               const float* S, int d, int iterations, float* slots) {
   for_entries<D, WARPS>([&](int i, int j) {
     P(i, j) = (i == j ? 1.5f : 0.f) - .5f * M(i, j);
     dP(i, j) = iterations ? -.5f * dM(i, j) : 0.f;
   });
   __syncthreads();
-  for (int k = 1; k < iterations; ++k) {
+  for (int k = 1; k < iterations && !stopped<D, WARPS>(P, S, d, k, slots); ++k) {
     {
       Product<D, WARPS, false> X;
       X.add(dM, [&](int i, int j) { return M.mirrored(i, j); });
@@ -259,7 +279,7 @@ __device__ void whitening_matrix(const Matrices<D>& of, const Newton& how, float
     if (real) S_out[i * d + j] = entry;
   });
   __syncthreads();
-  newton<D, WARPS>(M, P, of[2], how.iterations);
+  newton<D, WARPS>(M, P, of[2], S_out, d, how.iterations, slots);
   const float root = sqrtf(scale);
   for_entries<D, WARPS>([&](int i, int j) {
     if (i < d && j < d) W_out[i * d + j] = P(i, j) /= root;
@@ -282,7 +302,7 @@ __device__ void covariance_adjoint(const Matrices<D>& of, const Newton& how, flo
     dM(i, j) /= root;
   });
   along = block_sum<WARPS>(along, slots);
-  newton_adjoint<D, WARPS>(M, dM, of[3], dS, of[4], how.iterations);
+  newton_adjoint<D, WARPS>(M, dM, of[3], dS, of[4], S, d, how.iterations, slots);
   float within = 0;  // <dS, S>
   for_entries<D, WARPS>([&](int i, int j) {
     if (i < d && j < d) within += dS(i, j) * S[i * d + j];

@@ -20,6 +20,7 @@ import torch
 import normkernels as nk
 from normkernels import _build, _selftest
 from normkernels.ops import _cuda, _library
+from normkernels.ops._devices import has_float64
 
 Report = dict[str, Any]
 
@@ -42,6 +43,10 @@ def collect(selftest: bool = False) -> Report:
             "capability": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
+        },
+        "no_float64": {
+            "variable": os.environ.get("NORMKERNELS_NO_FLOAT64"),
+            "devices": [type for type in types if not has_float64(torch.device(type))],
         },
         "devices": [device for type in types for device in _devices(type)],
         "backends": {name: _backend(name) for name in _library.BACKENDS},
@@ -138,6 +143,11 @@ def render(report: Report) -> str:
     ]
     for device in report["devices"]:
         lines.append(f"{device['device']:12} {device.get('name', '')} {device.get('capability', '')}".rstrip())
+    lacking, variable = report["no_float64"]["devices"], report["no_float64"]["variable"]
+    lines.append(
+        f"no float64   {', '.join(lacking) or 'none'} (NORMKERNELS_NO_FLOAT64 "
+        f"{'is not set' if variable is None else '= ' + variable})"
+    )
     lines += ["", "backends, fastest first"]
     for name, backend in report["backends"].items():
         lines.append(f"  {name:8} {'available' if backend['available'] else 'not available'}: {backend['reason']}")

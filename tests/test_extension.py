@@ -249,20 +249,20 @@ def test_covering_a_kernel_is_no_warning(backend, monkeypatch):
 def handed_on(x, group_size):
     """Straight to the compiled function, which leaves data that is not there to the next backend."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    return torch.ops.normkernels.moments.default.redispatch(keys, x, group_size)
+    return torch.ops.normkernels.moments.default.redispatch(keys, x, group_size, False)
 
 
 def test_a_call_is_handed_on_through_the_dispatcher():
     x = torch.empty(0, 8, 3, 3)
-    mean, cov = handed_on(x, 4)
-    assert mean.shape == (8,) and cov.shape == (2, 4, 4)
+    mean, remainder, cov = handed_on(x, 4)
+    assert mean.shape == remainder.shape == (8,) and cov.shape == (2, 4, 4)
 
 
 def test_data_on_a_cpu_is_refused():
     """As where only another argument is on a GPU, which is enough to bring the call here."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     with pytest.raises(RuntimeError, match="moments: expected data on a CUDA device, got data on a CPU"):
-        torch.ops.normkernels.moments.default.redispatch(keys, torch.ones(2, 8, 3, 3), 4)
+        torch.ops.normkernels.moments.default.redispatch(keys, torch.ones(2, 8, 3, 3), 4, False)
 
 
 def test_the_text_of_an_error_comes_back(monkeypatch):

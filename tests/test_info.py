@@ -68,6 +68,16 @@ def test_the_text_shows_versions_reasons_and_every_op(capsys):
     assert "self-test" not in text
 
 
+@pytest.mark.parametrize(("value", "line"), [("1", "cpu (NORMKERNELS_NO_FLOAT64 = 1)"), (None, "none (")])
+def test_the_text_shows_which_devices_lack_float64(value, line, monkeypatch, capsys):
+    monkeypatch.delenv("NORMKERNELS_NO_FLOAT64", raising=False)
+    if value is not None:
+        monkeypatch.setenv("NORMKERNELS_NO_FLOAT64", value)
+    assert info.main([]) == 0
+    assert f"no float64   {line}" in capsys.readouterr().out
+    assert info.collect()["no_float64"] == {"variable": value, "devices": ["cpu"] if value else []}
+
+
 def test_a_device_of_each_kind_is_listed(monkeypatch):
     properties = type("P", (), {"name": "Some GPU", "major": 9, "minor": 0, "total_memory": 1 << 30})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

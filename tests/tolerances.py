@@ -52,6 +52,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from normkernels.ops._devices import has_float64
 from tests.oracles import convnorm, iternorm, popnorm
 from tests.oracles.plain import stat_dtype
 from tests.oracles.run import Config, Result
@@ -259,6 +260,27 @@ def largest_stretch(eps: float, dtype: torch.dtype, d: int) -> float:
     return (1 + d * unit(dtype) * (4 + d**0.5)) / eps**0.5
 
 
+# Whitening by eigendecomposition where standard deviations differ by up to 1e4 or are all 1e4, correlation matrices
+# with a condition number k of up to 1e3, in float32. The covariance is off by a quarter of a rounding in units of the
+# deviations (moments/eager.py), W relative to its diagonal by k / 2 times that: r = 7.5e-6. y, of at most 6, and its
+# rounding: 6 r + |W| 2 u |x| = 4.5e-5 + 32 * 8 u = 6e-5. dx has three times W's error and x's rounding, relative to
+# the largest of a channel, where terms k^(1/2) times as large may cancel: 32 * 6 * 3 r = 4e-3.
+SCALED_W, SCALED_Y, SCALED_GRADIENT = 1e-4, 1e-4, 1e-2
+
+# Singular covariances: rounding has its own directions there. They grow no larger than in float64.
+LARGER_THAN_FLOAT64 = 3
+
+
+def assert_within_remainder(mean: Tensor, remainder: Tensor, exact: Tensor, x: Tensor) -> None:
+    """mean + remainder: a mean is the first tile's, plus one of differences to it, which float32 rounds.
+
+    m differences, of no more than the range of x, are off by sqrt(m) u of it at most (Higham and Mary, 2019).
+    """
+    m, spread = x.numel() // x.shape[1], (x.double() - exact.view(1, -1, *[1] * (x.dim() - 2))).abs().max()
+    error = (mean.double() + remainder.double() - exact).abs().max()
+    assert error <= (4 + m**0.5) * unit(torch.float32) * spread, f"off by {error:.2g}"
+
+
 def assert_agree(got: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]) -> None:
     """Two careful paths in one type, on a well-conditioned input of the size used in these tests.
 
@@ -408,7 +430,9 @@ def merged_floors(x: Tensor, var: Tensor, merges: int) -> tuple[float, Tensor]:
 #     v           p is a sum over channels, taps and lags (or log2 of the plane, for the oracle's FFT), in float64:
 #                 dp <= u64 t peak, t = 4 + sqrt(C_I k) + sqrt(2 k - 1) + log2 n; and dv / v = -dp v^2 / 2. What is left
 #                 is to round v to its type. At a spectral zero v^2 = 1 / (eps E): dv / v = u64 t peak / (2 eps E),
-#                 which is 1e-7 or so.
+#                 which is 1e-7 or so. Without float64 the sums are as good, of digits. The rest is float32: p, E and
+#                 eps E are rounded, and their sum, 3 u of p + eps E and so 1.5 u of v, and its inverse root twice:
+#                 3.5 u, and the factor of scale none.
 #     dweight     sum_f dv v^3 conj(a^): a^ is good to u64 t sqrt(peak), v^3 to three times dv / v, and v may have been
 #                 saved in its own type: 3 u |dv| v^2 r, and sqrt(eps (1 - r^2)) for r in the term of E.
 #     filter      A transform is a product with an orthogonal matrix of H and one of W terms a sum: the error of a
@@ -447,10 +471,16 @@ def peak_power(weight: Tensor) -> Tensor:
     return weight.double().abs().flatten(2).sum(2).square().sum(1).view(-1, *[1] * (weight.ndim - 2))
 
 
+def inverse_root_error(weight: Tensor) -> float:
+    """What the way from p to v costs, relative to v."""
+    exact = stat_dtype(weight.dtype) == torch.float64 or has_float64(weight.device)
+    return 4 * unit(torch.float64) if exact else 3.5 * unit(torch.float32)
+
+
 def spectrum_floor(weight: Tensor, v: Tensor) -> Tensor:
     """Entry by entry, for the oracle's v (C_O, *size)."""
     error = unit(torch.float64) * spectrum_terms(weight, v.shape[1:]) * peak_power(weight) * v.square() / 2
-    return v * (error + 4 * unit(torch.float64) + unit(stat_dtype(weight.dtype)))
+    return v * (error + inverse_root_error(weight) + unit(stat_dtype(weight.dtype)))
 
 
 def spectrum_gain(v: Tensor, power: Tensor, eps: float) -> Tensor:
@@ -463,7 +493,7 @@ def spectrum_gradient_floor(weight: Tensor, v: Tensor, dv: Tensor, dweight: Tens
     """The worst channel's, for the oracle's v, power and gradient of weight."""
     t, peak, gain = spectrum_terms(weight, v.shape[1:]), peak_power(weight), spectrum_gain(v, power, eps)
     of_a_and_v = unit(torch.float64) * t * (v**3 * peak.sqrt() + 1.5 * peak * v.square() * gain)
-    saved = 3 * unit(stat_dtype(weight.dtype)) * gain
+    saved = 3 * (inverse_root_error(weight) + unit(stat_dtype(weight.dtype))) * gain
     error = (dv.double().abs() * (of_a_and_v + saved)).flatten(1).sum(1).max().item()
     return error + unit(weight.dtype) * largest(dweight)
 
@@ -527,7 +557,8 @@ def conv_norm_floors(
     rms_dy = plane_rms(dy) * (dy[0, 0].numel() / size) ** 0.5  # as many values, on the whole circle
 
     conv, tap, transform = u * (4 + w[0].numel() ** 0.5), u * (4 + kernel.numel() ** 0.5), u * filter_terms(z.shape[2:])
-    of_v = 3 * u + 1.5 * unit(torch.float64) * spectrum_terms(w, z.shape[2:]) * peak_power(w).flatten() * v_max**2
+    of_v = 1.5 * unit(torch.float64) * spectrum_terms(w, z.shape[2:]) * peak_power(w).flatten() * v_max**2
+    of_v = of_v + 3 * u + inverse_root_error(weight)
     of_z = conv * plane_rms(convnorm.unstrided(up.abs(), w.abs(), config)) + 2 * rounding * rms_z + transform * rms_z
     of_y = of_z * rms_v + (transform + rounding + of_v) * rms_y
     of_d = (tap + 2 * rounding) * r_sum * rms_dy + transform * rms_d

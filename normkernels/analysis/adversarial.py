@@ -21,6 +21,7 @@ from normkernels.ops._checks import (
     check_tensor,
     statistics_dtype,
 )
+from normkernels.ops._devices import in_float64, widest, with_float64
 
 Model = Callable[[Tensor], Tensor]
 Bounds = tuple[float, float]
@@ -101,12 +102,13 @@ def bim(
 
 def _ends(x: Tensor, eps: float, bounds: Bounds) -> tuple[Tensor, Tensor]:
     """[x - eps, x + eps] within the bounds, in x's type. What rounds to a number outside is moved one number inward."""
-    exact, largest = x.double(), torch.finfo(x.dtype).max
+    device, x = x.device, with_float64(x)
+    exact, largest = in_float64(x), torch.finfo(x.dtype).max
     ends = []
     for end in ((exact - eps).clamp(min=bounds[0]), (exact + eps).clamp(max=bounds[1])):
         nearest = end.clamp(-largest, largest).to(x.dtype)  # not infinite
         outside = (nearest.double() - exact).abs() > (end - exact).abs().clamp(max=eps)
-        ends.append(torch.where(outside, torch.nextafter(nearest, x), nearest))
+        ends.append(torch.where(outside, torch.nextafter(nearest, x), nearest).to(device))
     return ends[0], ends[1]
 
 
@@ -266,9 +268,15 @@ def _simba(
     targeted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     def ask(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """What is to rise, and whether the class is as wanted. Of probabilities the logarithm: they saturate."""
-        logits = _logits(model, x, y).double()
-        gain = logits.log_softmax(1).gather(1, y[:, None])[:, 0]
+        """What is to rise, and whether the class is as wanted.
+
+        The log odds of the class stand for its probability, with which they rise: they saturate at neither end, so
+        float32 is enough where there is nothing wider.
+        """
+        logits = _logits(model, x, y)
+        logits = logits.to(widest(logits))
+        others = logits.scatter(1, y[:, None], -math.inf).logsumexp(1)
+        gain = logits.gather(1, y[:, None])[:, 0] - others
         return gain if targeted else -gain, (logits.argmax(1) == y) == targeted
 
     generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
@@ -312,23 +320,23 @@ class _Directions:
                 raise ValueError(
                     f"frequencies: expected at most the {smallest} of the shortest axis, got {frequencies}"
                 )
-            self.waves = [_cosines(n, x.device)[:frequencies] for n in self.shape[1:]]
+            self.waves = [_cosines(n)[:frequencies].to(widest(x)).to(x.device) for n in self.shape[1:]]
             self.sizes = (self.shape[0], *(len(waves) for waves in self.waves))
         self.count = math.prod(self.sizes)
 
     def __call__(self, index: Tensor) -> Tensor:
         """(n,) to (n, *shape)."""
         channel, *axes = torch.unravel_index(index, self.sizes)
-        q = torch.zeros(len(index), self.shape[0] if axes else self.count, dtype=torch.float64, device=index.device)
+        q = self.like.new_zeros(len(index), self.shape[0] if axes else self.count, dtype=widest(self.like))
         q.scatter_(1, channel[:, None], 1.0)
         for waves, frequency in zip(self.waves, axes, strict=True):
             q = q.unsqueeze(-1) * waves[frequency].view(len(q), *[1] * (q.dim() - 1), -1)
         return q.view(len(q), *self.shape).to(self.like.dtype)
 
 
-def _cosines(n: int, device: torch.device) -> Tensor:
-    """The orthonormal DCT-II, (n frequencies, n)."""
-    i = torch.arange(n, dtype=torch.float64, device=device)
+def _cosines(n: int) -> Tensor:
+    """The orthonormal DCT-II, (n frequencies, n), float64, on the CPU."""
+    i = torch.arange(n, dtype=torch.float64, device="cpu")
     waves = torch.cos(math.pi / n * i[:, None] * (i + 0.5)) * (2 / n) ** 0.5
     waves[0] *= 0.5**0.5
     return waves

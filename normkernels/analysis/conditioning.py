@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from normkernels.analysis._checks import check_callable, check_finite, check_floating, check_loss
 from normkernels.analysis._progress import track
 from normkernels.ops._checks import DTYPES, check_integer, check_like, statistics_dtype
+from normkernels.ops._devices import in_float64
 
 
 @torch.no_grad()
@@ -40,16 +41,16 @@ def covariance_condition(x: Tensor) -> Tensor:
     if x.dim() < 2 or 0 in x.shape[-2:]:
         raise ValueError(f"x: expected shape (..., N, d) with N and d at least 1, got {tuple(x.shape)}")
     check_finite("x", x)
-    (n, d), dtype = x.shape[-2:], statistics_dtype(x.dtype)
+    (n, d), dtype, device = x.shape[-2:], statistics_dtype(x.dtype), x.device
     if n <= d:
         return x.new_full(x.shape[:-2], math.inf, dtype=dtype)
-    x = x.double()
+    x = in_float64(x)
     values = torch.linalg.svdvals(x - x.mean(-2, keepdim=True))
     largest, smallest = values[..., 0], values[..., -1]
     # What the decomposition may lose, and the rounding of the mean and of x - mean, u |x| for each entry.
     eps = torch.finfo(x.dtype).eps
     zero = eps * (n * largest + (n * d) ** 0.5 * x.abs().flatten(-2).amax(-1))
-    return torch.where(smallest > zero, largest / smallest, math.inf).square().to(dtype)
+    return torch.where(smallest > zero, largest / smallest, math.inf).square().to(dtype).to(device)
 
 
 class HessianCondition(NamedTuple):
@@ -115,7 +116,7 @@ def hessian_condition(
         raise TypeError(f"layer: expected nn.Linear or nn.Conv1d, 2d or 3d, got {type(layer).__name__}")
     P = _preconditioner(layer, unit, mean, variance)
     with torch.enable_grad(), parametrize.cached():  # cached: the weight here is the one that loss uses
-        H = _hessian(loss, layer.weight, layer.bias, unit, progress).double()
+        H = in_float64(_hessian(loss, layer.weight, layer.bias, unit, progress))
     check_finite("second derivative of the loss", H)
     H, eps = 0.5 * (H + H.mT), torch.finfo(layer.weight.dtype).eps
     plain = _condition(H, torch.eye(len(H), dtype=H.dtype, device=H.device), eps)
@@ -171,13 +172,13 @@ def _preconditioner(
         raise ValueError(f"variance: expected positive values, got {variance.min().item():g}")
     group, taps = unit // (rows // groups), layer.weight[0, 0].numel()
     channels = slice(group * columns, (group + 1) * columns)
-    D = variance[channels].detach().double().rsqrt().repeat_interleave(taps)
+    D = in_float64(variance[channels].detach()).rsqrt().repeat_interleave(taps)
     if layer.bias is None:
         return D.diag()
     if mean is None:
         raise ValueError("mean: expected one beside variance, for a layer with a bias, got None")
     P = torch.cat([D.new_ones(1), D]).diag()
-    P[0, 1:] = -mean[channels].detach().double().repeat_interleave(taps) * D
+    P[0, 1:] = -in_float64(mean[channels].detach()).repeat_interleave(taps) * D
     return P
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from normkernels.ops._checks import DTYPES, check_integer, check_like, check_tensor, statistics_dtype
+from normkernels.ops._devices import with_float64
 
 # Of the frequencies' matrices that exist at a time. The decomposition needs about three times as much, and a whole
 # 512 x 512 layer on 32 x 32 would be 2 GiB.
@@ -52,11 +53,12 @@ def conv_singular_values(
         ValueError: weight or spectrum has another shape or is not finite, groups does not divide C_O, or the dilated
             kernel is larger than the plane.
     """
+    given = weight
     weight, planes, steps, spectrum = _check(weight, size, groups, dilation, spectrum)
     values = weight.new_empty(*planes, groups * min(weight.shape[0] // groups, weight.shape[1]))
     for index, mirror, K in _frequencies(weight, planes, steps, groups, spectrum):
         values[index] = values[mirror] = torch.linalg.svdvals(K).flatten(1)
-    return values
+    return values.to(given.device)
 
 
 def channel_condition(
@@ -78,7 +80,7 @@ def channel_condition(
 
     Returns: (C_O,), float32, or float64 for float64 weights; no gradient.
     """
-    given = statistics_dtype(weight.dtype) if isinstance(weight, Tensor) else torch.float32
+    given = weight
     weight, planes, steps, spectrum = _check(weight, size, 1, dilation, spectrum)
     weight = weight.double()
     scale = weight.abs().flatten(1).amax(1)  # the condition number has no scale, and squares underflow
@@ -94,7 +96,7 @@ def channel_condition(
         if spectrum is not None:
             power = power * _at(spectrum, index).double().square()
         low, high = torch.minimum(low, power.amin(0)), torch.maximum(high, power.amax(0))
-    return torch.where(low > 0, high / low, math.inf).sqrt().to(given)
+    return torch.where(low > 0, high / low, math.inf).sqrt().to(statistics_dtype(given.dtype)).to(given.device)
 
 
 def layer_spectral_norm(
@@ -110,6 +112,7 @@ def layer_spectral_norm(
     From the eigenvalues of the smaller Gram matrix, several times cheaper: squaring costs small singular values
     their digits, not the largest.
     """
+    given = weight
     weight, planes, steps, spectrum = _check(weight, size, groups, dilation, spectrum)
     scale = _magnitude(weight)
     weight = weight / scale
@@ -121,7 +124,7 @@ def layer_spectral_norm(
     for _, _, K in _frequencies(weight, planes, steps, groups, spectrum):
         gram = K @ K.mH if K.shape[-2] <= K.shape[-1] else K.mH @ K
         largest = torch.maximum(largest, torch.linalg.eigvalsh(gram).amax())
-    return (largest.sqrt() * scale).to(weight.dtype)
+    return (largest.sqrt() * scale).to(weight.dtype).to(given.device)
 
 
 Index = tuple[Tensor, ...]
@@ -176,7 +179,7 @@ def _check(
     dilation: int | tuple[int, ...],
     spectrum: Tensor | None,
 ) -> tuple[Tensor, tuple[int, ...], tuple[int, ...], Tensor | None]:
-    """The weight in the type of the computation, size and dilation for each dimension, the spectrum; no gradients."""
+    """Weight and spectrum on the device and in the type of the computation, without gradients; size and dilation."""
     check_tensor("weight", weight)
     if weight.dtype not in DTYPES:
         raise TypeError(f"weight: expected float16, bfloat16, float32 or float64, got {weight.dtype}")
@@ -203,9 +206,9 @@ def _check(
             raise ValueError(f"{name}: expected finite values, got {int((~value.isfinite()).sum())} that are not")
     if spectrum is not None:
         dims = tuple(range(1, spectrum.dim()))
-        spectrum = spectrum.to(statistics_dtype(spectrum.dtype))
+        spectrum = with_float64(spectrum.to(statistics_dtype(spectrum.dtype)))
         spectrum = 0.5 * spectrum + 0.5 * spectrum.flip(dims).roll([1] * rank, dims)
-    return weight.to(statistics_dtype(weight.dtype)), planes, steps, spectrum
+    return with_float64(weight.to(statistics_dtype(weight.dtype))), planes, steps, spectrum
 
 
 def _each(name: str, value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:

@@ -60,7 +60,7 @@ def pruning_candidates(
     found: list[PruningCandidate] = []
     for name, layer in model.named_modules():
         if isinstance(layer, _BatchNorm | _Whitening) and layer.weight is not None and layer.bias is not None:
-            gamma, beta = layer.weight.double().cpu(), layer.bias.double().cpu()
+            gamma, beta = layer.weight.cpu().double(), layer.bias.cpu().double()
             if gamma_below is not None:
                 small = [(value, channel) for channel, value in enumerate(gamma.abs().tolist()) if value < gamma_below]
                 found += [PruningCandidate(name, (channel,), "small", value) for value, channel in sorted(small)]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from normkernels.analysis._checks import check_floating, check_loss, check_module
 from normkernels.ops._checks import check_integer, statistics_dtype
+from normkernels.ops._devices import in_float64
 
 
 class Decomposition(NamedTuple):
@@ -88,7 +89,8 @@ def scale_invariance_gap(
         per_row: for every row w_i of a parameter, the weights of one output, instead of for the whole.
 
     Returns:
-        {name: the number}, or with ``per_row`` {name: (rows,)} in float64, for parameters with at least two dimensions.
+        {name: the number}, or with ``per_row`` {name: (rows,)} in float64, for parameters with at least two dimensions;
+        on the CPU where the parameter's device has no float64.
         Parameters that the loss does not depend on are left out. 0 where w or its gradient is zero. Where a gradient
         is zero but for rounding, as that of a bias before batch normalization, the number says nothing. ``.grad`` of
         the parameters stays as it is.
@@ -110,7 +112,7 @@ def scale_invariance_gap(
     check_loss("loss", loss)
     gradients = torch.autograd.grad(loss, [*parameters.values()], retain_graph=keep, allow_unused=True)
     pairs = {
-        name: (w.detach().double(), gradient.double())
+        name: (in_float64(w.detach()), in_float64(gradient))
         for (name, w), gradient in zip(parameters.items(), gradients, strict=True)
         if gradient is not None and gradient.numel()
     }

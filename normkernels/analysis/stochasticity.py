@@ -11,6 +11,7 @@ from torch.func import functional_call
 from normkernels.analysis._checks import check_callable
 from normkernels.analysis._progress import track
 from normkernels.ops._checks import check_data, check_integer, check_tensor, statistics_dtype
+from normkernels.ops._devices import with_float64
 
 # Outputs of all draws are kept up to this; beyond, they are computed twice.
 KEPT_BYTES = 2**28
@@ -77,14 +78,14 @@ def snd(
     kept = None
     if num_draws * data.numel() * data.element_size() <= KEPT_BYTES:
         kept = [*track(draws(), num_draws, "SND", progress)]
-    mean = torch.zeros_like(data, dtype=torch.float64)
+    mean = torch.zeros_like(with_float64(data), dtype=torch.float64)
     for y in kept or track(draws(), num_draws, "SND, means", progress):
-        mean += y
+        mean += with_float64(y)
     mean /= num_draws
     total = mean.new_zeros(())
     for y in kept or track(draws(), num_draws, "SND, deviations", progress):
-        total += torch.linalg.vector_norm(y - mean, dim=1).sum()
-    return (total / (num_draws * len(data))).to(statistics_dtype(data.dtype))
+        total += torch.linalg.vector_norm(with_float64(y) - mean, dim=1).sum()
+    return (total / (num_draws * len(data))).to(statistics_dtype(data.dtype)).to(data.device)
 
 
 def _outputs(norm: Callable[[Tensor], Tensor], data: Tensor, batch_size: int, order: Tensor) -> Tensor:

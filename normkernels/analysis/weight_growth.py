@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normkernels.analysis._checks import check_callable, check_module
+from normkernels.ops._devices import in_float64, with_float64
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def weight_norms(model: nn.Module) -> dict[str, float]:
     """
     check_module("model", model)
     return {
-        name: torch.linalg.vector_norm(parameter, dtype=torch.float64).item()
+        name: torch.linalg.vector_norm(with_float64(parameter), dtype=torch.float64).item()
         for name, parameter in model.named_parameters()
         if parameter.dim() > 1
     }
@@ -125,7 +126,7 @@ def _numbers(name: str, value: Value) -> Iterator[tuple[str, float]]:
     elif isinstance(value, Tensor) and not value.is_complex():
         if not value.numel():
             raise ValueError(f"{name}: expected at least one value, got shape {tuple(value.shape)}")
-        yield name, value.detach().double().mean().item()
+        yield name, in_float64(value.detach()).mean().item()
     elif isinstance(value, SupportsFloat) and not isinstance(value, Tensor):
         yield name, float(value)
     else:

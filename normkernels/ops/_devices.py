@@ -1,4 +1,4 @@
-"""What a device lacks: float64 on Apple's and some of Intel's GPUs."""
+"""What a device lacks: float64 on Apple's and some of Intel's GPUs, Fourier transforms on others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import functools
 import os
 
 import torch
+from torch import Tensor
+
+from normkernels.ops._library import _warn_once
 
 
 def has_float64(device: torch.device) -> bool:
@@ -17,6 +20,46 @@ def has_float64(device: torch.device) -> bool:
     return os.environ.get("NORMKERNELS_NO_FLOAT64", "0") != "1" and _supports_float64(device)
 
 
+def widest(value: Tensor) -> torch.dtype:
+    """Return the widest real type that can be computed in where ``value`` is: float64, or else float32."""
+    return torch.float64 if value.dtype == torch.float64 or has_float64(value.device) else torch.float32
+
+
+def with_float64(value: Tensor) -> Tensor:
+    """Return ``value`` where float64 can be computed: as it is, or on the CPU, with one warning; differentiable.
+
+    For what is small or rare: the host waits for it. A device without float64 lacks complex numbers and decompositions
+    of matrices more often than not, so what needs these goes the same way.
+    """
+    if value.dtype == torch.float64 or has_float64(value.device) or value.device.type == "cpu":
+        return value
+    _warn_once(f"what needs float64 is computed on the CPU: {value.device.type} has no float64")
+    return value.cpu()
+
+
+def in_float64(value: Tensor) -> Tensor:
+    """Return ``value`` in float64, on its own device or on the CPU (``with_float64``)."""
+    return with_float64(value).double()
+
+
+def has_fft(device: torch.device) -> bool:
+    """Return whether torch.fft works on a device; if not, one warning says that transforms take the CPU."""
+    if device.type in ("cpu", "cuda") or _transforms(device):
+        return True
+    _warn_once(f"spectral_filter: on the CPU, because torch.fft does not work on {device.type}")
+    return False
+
+
+@functools.cache
+def _transforms(device: torch.device) -> bool:
+    """Whether a small transform there succeeds: what a device has depends on its driver, too, and no table says it."""
+    try:
+        torch.fft.irfft2(torch.fft.rfft2(torch.ones(1, 2, 2, dtype=torch.float32, device=device)), s=(2, 2))
+    except RuntimeError:  # NotImplementedError is one
+        return False
+    return True
+
+
 @functools.cache
 def _supports_float64(device: torch.device) -> bool:
     if device.type == "mps":
@@ -24,3 +67,8 @@ def _supports_float64(device: torch.device) -> bool:
     if device.type == "xpu":
         return bool(torch.xpu.get_device_properties(device).has_fp64)
     return True
+
+
+def widest_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the type in which sums over x are kept: float64 where there is one, else float32."""
+    return torch.float64 if x.dtype == torch.float64 or has_float64(x.device) else torch.float32

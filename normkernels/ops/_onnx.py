@@ -14,8 +14,11 @@ from torch import Tensor
 
 from normkernels.ops._checks import statistics_dtype
 from normkernels.ops._compile import constant
+from normkernels.ops._devices import in_float64
 from normkernels.ops.spectral import eager as spectral
 from normkernels.ops.whiten.eager import affine
+
+CPU = torch.device("cpu")
 
 
 @constant  # Dynamo, by which torch.onnx.export traces a second time, would say no
@@ -44,12 +47,12 @@ def whiten(x: Tensor, mean: Tensor, W: Tensor, weight: Tensor | None, bias: Tens
 
 
 def kernel_spectrum(weight: Tensor, size: Sequence[int], eps: float, dilation: Sequence[int]) -> Tensor:
-    dtype = statistics_dtype(weight.dtype)
+    dtype, exact = statistics_dtype(weight.dtype), in_float64(weight)
     rows, columns = (
-        waves(n, (1 - k, 1, 2 * k - 1), weight, step)
+        waves(n, (1 - k, 1, 2 * k - 1), step, exact.device)
         for n, k, step in zip(size, weight.shape[2:], dilation, strict=True)
     )
-    return spectral.spectrum(weight, (rows, columns), eps).clamp(max=torch.finfo(dtype).max).to(dtype)
+    return spectral.spectrum(exact, (rows, columns), eps).clamp(max=torch.finfo(dtype).max).to(dtype).to(weight.device)
 
 
 def spectral_filter(z: Tensor, v: Tensor, source: Sequence[int], target: Sequence[int]) -> Tensor:
@@ -60,23 +63,28 @@ def spectral_filter(z: Tensor, v: Tensor, source: Sequence[int], target: Sequenc
     """
     h, w = v.shape[1:]
     rows, columns = (*source[:2], z.shape[2]), (*source[2:], z.shape[3])
-    Z = hartley(z.to(v.dtype), waves(h, rows, v), waves(w, columns, v))
+    Z = hartley(z.to(v.dtype), waves(h, rows), waves(w, columns))
     even = 0.5 * (v + spectral.negated(spectral.negated(v, 1), 2)) / (h * w)
-    (cos_h, sin_h), (cos_w, sin_w) = waves(h, target[:3], v), waves(w, target[3:], v)
+    (cos_h, sin_h), (cos_w, sin_w) = waves(h, target[:3]), waves(w, target[3:])
     return hartley(Z * even, (cos_h.T, sin_h.T), (cos_w.T, sin_w.T)).to(z.dtype)
 
 
-def waves(n: int, window: spectral.Window, like: Tensor, dilation: int = 1) -> spectral.Waves:
-    """cos and sin of 2 pi u t / n for frequencies u and positions t of a window, dilated: (n, count), float64."""
+def waves(n: int, window: spectral.Window, dilation: int = 1, device: torch.device = CPU) -> spectral.Waves:
+    """cos and sin of 2 pi u t / n for frequencies u and positions t of a window, dilated: (n, count), float64.
+
+    Made on the CPU, whatever traces: not every device has float64, and in the exported graph there are no devices.
+    """
     start, step, count = window
-    position = (torch.arange(count, dtype=torch.float64, device=like.device) * step + start) * dilation
-    angle = torch.outer(torch.arange(n, dtype=torch.float64, device=like.device), position)
+    position = (torch.arange(count, dtype=torch.float64, device=CPU) * step + start) * dilation
+    angle = torch.outer(torch.arange(n, dtype=torch.float64, device=CPU), position)
     angle = angle.remainder(n) * (2 * math.pi / n)
-    return angle.cos(), angle.sin()
+    return angle.cos().to(device), angle.sin().to(device)
 
 
 def hartley(z: Tensor, rows: spectral.Waves, columns: spectral.Waves) -> Tensor:
     """sum of z(s, t) (cos + sin)(u s + w t): cos u s (cos + sin)(w t) + sin u s (cos - sin)(w t)."""
     (cos_h, sin_h), (cos_w, sin_w) = rows, columns
-    plus, minus = (cos_w + sin_w).T.to(z.dtype), (cos_w - sin_w).T.to(z.dtype)
-    return cos_h.to(z.dtype) @ (z @ plus) + sin_h.to(z.dtype) @ (z @ minus)
+    plus, minus, cos_h, sin_h = (
+        wave.to(z.dtype).to(z.device) for wave in ((cos_w + sin_w).T, (cos_w - sin_w).T, cos_h, sin_h)
+    )
+    return cos_h @ (z @ plus) + sin_h @ (z @ minus)

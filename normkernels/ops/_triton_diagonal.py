@@ -167,15 +167,16 @@ def merged_sums(partial, parts, channels, channel, ROWS: tl.constexpr, BATCH: tl
 
 @triton.jit(do_not_specialize=["columns"])
 def finish_channel_moments(
-    shift, delta, square, parts, chunk, columns, channels, mean_out, var_out,
+    shift, delta, square, parts, chunk, columns, channels, mean_out, remainder_out, var_out,
     ROWS: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    mean, left_out, var = merged_moments(
+    mean, remainder, var = merged_moments(
         shift, delta, square, parts, chunk, columns, channels, channel, ROWS, BATCH
     )  # fmt: skip
     real = channel < channels
-    tl.store(mean_out + channel, mean.to(tl.float64) + left_out.to(tl.float64), mask=real)
+    tl.store(mean_out + channel, mean, mask=real)
+    tl.store(remainder_out + channel, remainder, mask=real)
     tl.store(var_out + channel, var, mask=real)
 
 
@@ -306,18 +307,18 @@ def reduce_cross(y: Tensor, x: Tensor | None, mean: Tensor | None) -> Partials:
     return Partials(vectors, cut, left.total)
 
 
-def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (C,) in float64 and variance (C, 1, 1)."""
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean (C,), what rounding the mean left out (C,), and variance (C, 1, 1)."""
     partials, channels = reduce_moments(x), x.shape[1]
-    mean = x.new_empty(channels, dtype=torch.float64)
+    mean, remainder = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
     var = x.new_empty((channels, 1, 1), dtype=torch.float32)
     config = configuration("merge", 1, "", torch.float32, architecture(x.device))
     launch(
         finish_channel_moments, (triton.cdiv(channels, config.rows),),
-        *partials.vectors, *partials.cut, partials.columns, channels, mean, var,
+        *partials.vectors, *partials.cut, partials.columns, channels, mean, remainder, var,
         ROWS=config.rows, BATCH=BATCH, config=config, device=x.device,
     )  # fmt: skip
-    return mean, var
+    return mean, remainder, var
 
 
 def merge_channel_cross(y: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:

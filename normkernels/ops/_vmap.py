@@ -10,7 +10,7 @@ from torch import Tensor
 
 # Op -> the dimension of the channels or groups, of each tensor that it takes and of each that it returns.
 DIMENSIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "moments": ((1,), (0, 0)),
+    "moments": ((1,), (0, 0, 0)),
     "cross_moments": ((1, 1, 0), (0, 0)),
     "inverse_sqrt": ((0,), (0, 0, 0)),
     "inverse_sqrt_backward": ((0, 0, 0, 0), (0,)),

@@ -34,9 +34,9 @@ class Batch:
         elif x.dim() < weight.dim():
             x = x.unsqueeze(0)
         # The op itself: what the public function does for gradients is not needed, and shows in small layers.
-        mean, variance = torch.ops.normkernels.moments(x, 1)
+        mean, _, variance = torch.ops.normkernels.moments(x, 1, False)
         rows = x.numel() // x.shape[1]
-        return Batch(rows, x.shape[0], output.numel() // weight.shape[0], mean.to(variance.dtype), variance.flatten())
+        return Batch(rows, x.shape[0], output.numel() // weight.shape[0], mean, variance.flatten())
 
     def merged(self, other: Batch) -> Batch:
         """Chan's formula: nothing cancels, however large the means."""
@@ -110,7 +110,7 @@ def merge_ranks(layers: Sequence[Layer], seen: bool, group: Any, world_size: int
     dist.all_gather_into_tensor(gathered, mine, group=group)
     gathered = gathered.view(world_size, -1)
 
-    table = gathered[:, : len(header)].double().cpu()
+    table = gathered[:, : len(header)].cpu().double()
     by_layer = table[:, 1:].view(world_size, len(layers), 3)  # rows, samples, outputs
     totals = by_layer.sum(0)
     weights = by_layer[:, :, 0] / totals[:, 0]  # NaN where no rank has rows, and nothing is read

@@ -280,7 +280,7 @@ def test_the_extension_is_not_tried_without_cuda() -> None:
 def handed_on(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> Callable[..., Any]:
     """moments of x as C++ asks for them, with a reason."""
     monkeypatch.setattr(_library, "_warned", set())
-    return lambda reason, x=x: torch.ops.normkernels_next.moments(x, 8, list(reason.encode()))
+    return lambda reason, x=x: torch.ops.normkernels_next.moments(x, 8, False, list(reason.encode()))
 
 
 def test_every_op_has_a_next_one() -> None:

@@ -195,7 +195,8 @@ def test_scaled_weights(scale: float) -> None:
     weight = kernels((3, 2, 3, 3), torch.float32)
     v, scaled = check(weight, (13, 16)), check(weight * scale, (13, 16))
     # Scaling rounds the weight: u of each tap, sqrt(peak) in |a^|.
-    allowed = unit(torch.float32) * (4 + 2 * peak_power(weight).sqrt() * v.double())
+    allowed = 2 * spectrum_floor(weight, v.double()) / v.double()
+    allowed += 2 * unit(torch.float32) * (1 + peak_power(weight).sqrt() * v.double())
     assert ((scaled.double() * scale / v.double() - 1).abs() <= allowed).all()
 
 
@@ -347,3 +348,47 @@ def test_both_backward_paths_agree(eps: float) -> None:
     (graph,) = torch.autograd.grad(v, weight, dv, create_graph=True)
     torch.testing.assert_close(plain, graph.detach(), rtol=1e-6, atol=1e-9 * plain.abs().max().item())
     assert not plain[1].any() and not graph[1].any()
+
+
+# Without float64, in digits. Weights of float64 are computed in float64 there, too.
+
+
+@pytest.fixture
+def without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NORMKERNELS_NO_FLOAT64", "1")
+
+
+@pytest.mark.usefixtures("without_float64")
+@pytest.mark.parametrize(
+    ("kernel", "size"), [(kernel, (7, 16)) for kernel in KERNELS] + [((3, 3), (58, 9)), ((2, 2), (34, 34))], ids=str
+)
+def test_digits_for_every_kernel(kernel: tuple[int, int], size: tuple[int, int]) -> None:
+    """Also of kernels with the mean 0, whose power vanishes at frequency 0."""
+    weight = kernels((3, 2, *kernel), torch.float32)
+    check(weight, size)
+    if kernel != (1, 1):
+        check(weight - weight.mean((2, 3), keepdim=True), size)
+
+
+@pytest.mark.usefixtures("without_float64")
+@pytest.mark.parametrize("shape", [(2, 2048, 1, 1), (2, 512, 3, 3), (3, 1, 7, 7)], ids=str)
+@pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-3])
+def test_digits_for_sums_of_any_length(shape: tuple[int, ...], eps: float) -> None:
+    check(kernels(shape, torch.float32), (16, 17), eps, 2)
+
+
+@pytest.mark.usefixtures("without_float64")
+def test_digits_have_the_same_floor_without_eps() -> None:
+    v = nk.ops.kernel_spectrum(SOBEL[None, None], (8, 9), eps=0.0)
+    expected = (torch.finfo(torch.float64).eps * SOBEL.double().square().sum()).rsqrt()
+    assert abs(v[0, 0, 0].item() / expected.item() - 1) <= 4.5 * unit(torch.float32)
+
+
+@pytest.mark.usefixtures("without_float64")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_digits_of_weights_that_are_not_finite(value: float) -> None:
+    """Seen in the channel that has them, as in float64, and in no other."""
+    weight = kernels((2, 2, 3, 3), torch.float32)
+    weight[0, 0, 0, 0] = value
+    v = nk.ops.kernel_spectrum(weight, (7, 8))
+    assert v[0].isnan().all() and v[1].isfinite().all()

@@ -30,13 +30,13 @@ def iter_norm(
     reduce: Pass = moments,
     mix: Pass = eager_mix,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    exact_mean, cov = reduce(x, group_size)
-    W, residual, scale = inverse_sqrt(cov, num_iterations, eps, scaling, method)
-    mean = exact_mean.to(cov.dtype)
+    mean, remainder, cov = reduce(x, group_size, method == "eigh")
+    small_matrix = inverse_sqrt(cov, num_iterations, eps, scaling, method)
+    W, residual, scale = (value.to(mean.dtype) for value in small_matrix)
     A = affine(W, weight)
-    # x - mean is exact to the rounding of the mean, which goes into the bias: at a mean of 1e5 standard
+    # x - mean is exact to the rounding of the mean, whose remainder goes into the bias: at a mean of 1e5 standard
     # deviations it would show in the third decimal of y.
-    beta = torch.bmm(A, (mean - exact_mean).to(A.dtype).view(-1, group_size, 1)).flatten()
+    beta = -torch.bmm(A, remainder.view(-1, group_size, 1)).flatten()
     if bias is not None:
         beta += bias
     return mix([(x, mean)], A, beta, like=x), mean, W, residual, scale

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from normkernels.ops import _onnx
 from normkernels.ops._checks import check_affine, check_data, check_inverse_sqrt_options, resolve_group_size
+from normkernels.ops._compile import constant
+from normkernels.ops._devices import has_float64
 from normkernels.ops.whiten.eager import affine
 
 
@@ -40,7 +42,7 @@ def sync_iter_norm(
     Returns:
         y: this rank's, of x's shape, type and layout.
         mean (C,), W (G, d, d): as of :func:`iter_norm`, the same on all ranks; without gradients.
-        count: m, (1,) float64, on x's device.
+        count: m, (1,) int64, on x's device.
 
     Saved for backward: as in :func:`iter_norm`, one more number for each channel, and the count.
 
@@ -74,10 +76,9 @@ class _SyncIterNorm(torch.autograd.Function):
         scaling: str,
         method: str,
     ) -> tuple[Tensor, ...]:
-        exact, cov, count = _merged_moments(x, group_size, process_group)
-        W, residual, scale = torch.ops.normkernels.inverse_sqrt(cov, num_iterations, eps, scaling, method)
-        mean = exact.to(cov.dtype)
-        left_out = (mean - exact).to(cov.dtype)  # by the rounding of the mean; see DERIVATION.md
+        mean, left_out, cov, count = _merged_moments(x, group_size, process_group, method == "eigh")
+        small_matrix = torch.ops.normkernels.inverse_sqrt(cov, num_iterations, eps, scaling, method)
+        W, residual, scale = (value.to(mean.dtype) for value in small_matrix)
         beta = _times(affine(W, weight), left_out)
         if bias is not None:
             beta = beta + bias
@@ -117,29 +118,68 @@ class _SyncIterNorm(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, *[None] * 6
 
 
-def _merged_moments(x: Tensor, group_size: int, process_group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (C,) in float64, covariance (G, d, d) in the statistics' type and count (1,) of all ranks' samples.
+def _merged_moments(
+    x: Tensor, group_size: int, process_group: Any, exact: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return mean (C,), its rounding error (C,), covariance (G, d, d) and count (1,) of all ranks' samples.
+
+    exact: whether the covariance stays in float64 where the device has it, as an eigendecomposition needs it.
 
     Sums of squares about 0 in float64: about a mean that all ranks know there would be less to lose, but they know none
-    before the collective. What is left of a difference that is below its rounding is none, so that constant channels
+    before the collective. A difference that is below its rounding counts as none, so that constant channels
     have no variance, however large they are.
     """
-    mean, cov = torch.ops.normkernels.moments(x, group_size)
+    mean, remainder, cov = torch.ops.normkernels.moments(x, group_size, exact)
     channels, (g, d, _) = x.shape[1], cov.shape
     m = x.numel() // channels
-    squares = cov.double() + _outer(mean, g, d)
-    sums = _all_reduce(torch.cat((mean.new_full((1,), m), m * mean, m * _triangle_of(squares))), process_group)
+    local = _in_float64(torch.cat((mean, remainder)))
+    means = local[:channels] + local[channels:]
+    squares = _in_float64(cov) + _outer(means, g, d)
+    sums = _sum_over_ranks(
+        torch.cat((means.new_full((1,), m), m * means, m * _triangle_of(squares))), process_group, x.device
+    )
     count = sums[:1].clone()
-    means = sums[1:] / count.clamp(min=1)
-    exact = means[:channels]
-    products = _outer(exact, g, d)
-    difference = _symmetric(means[channels:], g, d) - products
+    merged = sums[1:] / count.clamp(min=1)
+    exact_mean = merged[:channels]
+    products = _outer(exact_mean, g, d)
+    difference = _symmetric(merged[channels:], g, d) - products
     rounding = 8 * torch.finfo(torch.float64).eps * products.abs()
-    return exact, torch.where(difference.abs() <= rounding, 0, difference).to(cov.dtype), count  # NaN stays NaN
+    merged_cov = torch.where(difference.abs() <= rounding, 0, difference)  # NaN stays NaN
+    rounded = exact_mean.to(mean.dtype)
+    return (
+        rounded.to(x.device),
+        (rounded - exact_mean).to(x.device, mean.dtype),
+        merged_cov.to(x.device, cov.dtype),
+        count.to(x.device, torch.int64),
+    )
+
+
+@constant
+def _float64_on(device: torch.device) -> bool:
+    return has_float64(device)
+
+
+def _in_float64(values: Tensor) -> Tensor:
+    """Return values in float64: on their device, or on the CPU where the device lacks it."""
+    return (values if _float64_on(values.device) else values.cpu()).double()
+
+
+def _sum_over_ranks(values: Tensor, process_group: Any, device: torch.device) -> Tensor:
+    """Return the sum of float64 values over the ranks, which talk to each other by tensors on a device.
+
+    One that lacks float64 gathers the values' bits as integers, and each rank's CPU adds them up.
+    """
+    if _float64_on(device):
+        return _all_reduce(values, process_group)
+    from torch.distributed import _functional_collectives as collectives
+
+    bits = values.view(torch.int64).to(device)
+    gathered = collectives.wait_tensor(collectives.all_gather_tensor(bits, 0, process_group))
+    return gathered.cpu().view(torch.float64).view(-1, len(values)).sum(0)
 
 
 def _all_reduce(values: Tensor, process_group: Any) -> Tensor:
-    """Sum over the ranks. A functional collective: torch.compile keeps it inside its graph."""
+    """Return the sum over the ranks. A functional collective: torch.compile keeps it inside its graph."""
     from torch.distributed import _functional_collectives as collectives
 
     return collectives.wait_tensor(collectives.all_reduce(values, "sum", process_group))

@@ -4,7 +4,7 @@ reduce (parts of the data) -> finish (merge the parts, small matrix function) ->
 launch has several programs for each group, which merge some rows each; the last of them to arrive goes on to
 the small matrix function. Merging by one program would read the parts at the speed of one multiprocessor, and take
 longer than the pass over a small batch. method="eigh", and groups of one channel, whose matrices are numbers, have
-their small matrix function from plain PyTorch between our passes.
+their small matrix function from plain PyTorch between our passes; for eigh the covariance, too (moments/triton.py).
 """
 
 from __future__ import annotations

@@ -2,70 +2,119 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from normkernels.ops._checks import statistics_dtype
+from normkernels.ops._devices import widest_dtype
 from normkernels.ops._products import fast, times_transposed
-from normkernels.ops._tiles import as_image, channels_innermost, stack, tiles
+from normkernels.ops._tiles import as_image, channels_innermost, stack, tiles, workspace
+
+CHAIN = 64  # columns, at most, of the float32 sums that an exact covariance is added up from
 
 
-def moments(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Mean (C,) in float64 and biased covariance (G, d, d) of x (N, C, *), in one pass.
+def moments(x: Tensor, group_size: int, exact: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean (C,), what rounding the mean left out (C,), and biased covariance (G, d, d) of x (N, C, *).
 
-    Sums are taken of x - s, with s the mean of the first tile, and corrected once at the end:
+    One pass. Sums are taken of x - s, with s the mean of the first tile, and corrected once at the end:
     mean = s + delta and cov = sum (x - s)(x - s)^T / m - delta delta^T, with delta = sum (x - s) / m.
     Nothing cancels: |delta|^2 is at most the variance times the number of tiles, however large the mean is.
+
+    exact: whether the covariance keeps the digits that an eigendecomposition needs; it is float64 then where the device
+    has that type. See ``_chained_products``.
     """
     image = as_image(x)
     n, channels, _, positions = image.shape
-    dtype = statistics_dtype(x.dtype)
-    gram = torch.zeros(channels // group_size, group_size, group_size, dtype=dtype, device=x.device)
-    total = torch.zeros(channels, dtype=torch.float64, device=x.device)
+    dtype, wide = statistics_dtype(x.dtype), widest_dtype(x)
+    gram = torch.zeros(channels // group_size, group_size, group_size, dtype=wide if exact else dtype, device=x.device)
+    total = torch.zeros(channels, dtype=wide, device=x.device)
     m = n * positions
     if m == 0:  # the neutral element when moments are merged over processes
-        return total, gram
+        return total.to(dtype), total.to(dtype), gram
+    chain = max(8, min(CHAIN, math.isqrt(m) // 4))
     shift = None
     for samples, at in tiles(image):
         tile = image[samples, :, :, at]
         if shift is None:
             shift = tile.mean((0, 2, 3), dtype=dtype)
-        centred = _operand(tile, shift, gram, rows=not channels_innermost(image))
+        if exact and group_size > 1 and dtype == torch.float32:
+            for piece, of_samples, of_positions in _in_chains(tile, chain):
+                sums, products = _chained_products(piece, shift, gram, of_samples, of_positions)
+                total += sums
+                gram += products
+            continue
+        centred = _operand(tile, shift, dtype, len(gram), rows=not channels_innermost(image))
         total += centred.sum((0, 2, 3))
         gram += outer(centred, centred, gram)
     assert shift is not None
     delta = total / m
     d = delta.view(-1, group_size, 1)
-    cov = gram.double() / m - d * d.mT
-    return shift + delta, (0.5 * (cov + cov.mT)).to(dtype)
+    cov = gram.to(wide) / m - d * d.mT
+    mean = (shift + delta).to(dtype)
+    return mean, (shift.to(wide) - mean + delta).to(dtype), (0.5 * (cov + cov.mT)).to(gram.dtype)
+
+
+def _in_chains(tile: Tensor, chain: int) -> Iterator[tuple[Tensor, int, int]]:
+    """Cut a tile (n, C, 1, l) into pieces, each with the samples and the positions of its chains of columns."""
+    n, _, _, positions = tile.shape
+    if positions >= chain:
+        full = positions - positions % chain
+        pieces = [(tile[..., :full], 1, chain), (tile[..., full:], 1, positions - full)]
+    else:
+        samples = chain // positions
+        full = n - n % samples
+        pieces = [(tile[:full], samples, positions), (tile[full:], n - full, positions)]
+    yield from (piece for piece in pieces if piece[0].numel() > 0)
+
+
+def _chained_products(tile: Tensor, shift: Tensor, gram: Tensor, samples: int, positions: int) -> tuple[Tensor, Tensor]:
+    """Return sum (x - shift) (C,), and sum (x - shift)(x - shift)^T as gram (G, d, d), added up from short chains.
+
+    A float32 sum of K products has a random error of about sqrt(K) roundings, and the mean of m / K of them, added in
+    gram's type, K / sqrt(m). With K = sqrt(m) / 4 it is a quarter of the rounding of a float32 number, which
+    whitening multiplies by half the condition number of the correlation matrix. Rejected: products in float64, which
+    take three times as long.
+    """
+    groups, d, _ = gram.shape
+    n, _, _, length = tile.shape
+    chains = (n // samples, length // positions)
+    memory = workspace(tile, tile.numel(), shift.dtype).view(*chains, groups, d, samples, positions)
+    source = tile.squeeze(2).unflatten(1, (groups, d)).unflatten(0, (-1, samples)).unflatten(-1, (-1, positions))
+    torch.sub(source, shift.view(groups, d, 1, 1), out=memory.permute(0, 4, 2, 3, 1, 5))
+    columns = memory.view(-1, d, samples * positions)
+    products = torch.bmm(columns, columns.mT).view(-1, groups, d, d).sum(0, dtype=gram.dtype)
+    return memory.sum((0, 1, 4, 5)).flatten(), products
 
 
 def summed_products(y: Tensor, x: Tensor, mean: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """sum y (x - mean)^T (G, d, d), sum y (C,) and sum (x - mean) (C,), in one pass over both.
+    """Return sum y (x - mean)^T (G, d, d), sum y (C,) and sum (x - mean) (C,), in one pass over both.
 
     The last one is zero but for the rounding of ``mean``; the fused backward corrects with it.
     """
     image, other = as_image(x), as_image(y)
     channels = image.shape[1]
     cross = mean.new_zeros(channels // group_size, group_size, group_size)
-    sum_y = torch.zeros(channels, dtype=torch.float64, device=x.device)
+    sum_y = torch.zeros(channels, dtype=widest_dtype(x), device=x.device)
     sum_x = torch.zeros_like(sum_y)
     rows = not channels_innermost(image)
     for samples, at in tiles(image):
-        left = _operand(other[samples, :, :, at], None, cross, rows, slot="y")
-        right = _operand(image[samples, :, :, at], mean, cross, rows)
+        left = _operand(other[samples, :, :, at], None, cross.dtype, len(cross), rows, slot="y")
+        right = _operand(image[samples, :, :, at], mean, cross.dtype, len(cross), rows)
         sum_y += left.sum((0, 2, 3))
         sum_x += right.sum((0, 2, 3))
         cross += outer(left, right, cross)
     return cross, sum_y, sum_x
 
 
-def _operand(tile: Tensor, shift: Tensor | None, like: Tensor, rows: bool, slot: str = "") -> Tensor:
-    """tile - shift (n, C, 1, l) in like's type, as ``outer`` wants it: in rows, or with the channels innermost."""
+def _operand(tile: Tensor, shift: Tensor | None, dtype: torch.dtype, groups: int, rows: bool, slot: str = "") -> Tensor:
+    """Return tile - shift (n, C, 1, l) in a type, as ``outer`` wants it: in rows, or with the channels innermost."""
     if shift is None and not rows:
-        return tile.to(like.dtype)
-    return stack((tile, shift), groups=len(like), dtype=like.dtype, rows=rows, slot=slot)
+        return tile.to(dtype)
+    return stack((tile, shift), groups=groups, dtype=dtype, rows=rows, slot=slot)
 
 
 def outer(y: Tensor, x: Tensor, like: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from normkernels.ops._checks import check_data, check_like, resolve_group_size, statistics_dtype
+from normkernels.ops._devices import widest_dtype
 from normkernels.ops._library import define
 from normkernels.ops._tiles import in_layout_of
 from normkernels.ops.moments import eager
@@ -38,8 +39,8 @@ def moments(x: Tensor, group_size: int = 64) -> tuple[int, Tensor, Tensor]:
     """
     check_data("x", x)
     d = resolve_group_size(x.shape[1], group_size)
-    mean, cov = _Moments.apply(x, d)
-    return x.numel() // x.shape[1], mean.to(cov.dtype), cov
+    mean, _, cov = _Moments.apply(x, d, False)
+    return x.numel() // x.shape[1], mean, cov
 
 
 def cross_moments(y: Tensor, x: Tensor, mean: Tensor, group_size: int = 64) -> tuple[Tensor, Tensor]:
@@ -69,25 +70,30 @@ def cross_moments(y: Tensor, x: Tensor, mean: Tensor, group_size: int = 64) -> t
 
 
 class _Moments(torch.autograd.Function):
-    """The op, whose mean is in float64: what rounding it would lose shows where means are large (iter_norm)."""
+    """The op: mean, the remainder that rounding the mean left out, and covariance.
+
+    The remainder shows in y where means are large (iter_norm). It is a number of its own, because not every device has
+    float64. ``exact`` asks for a covariance that an eigendecomposition may rely on, in float64 where the device has it.
+    """
 
     @staticmethod
-    def forward(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = torch.ops.normkernels.moments(x, group_size)
+    def forward(x: Tensor, group_size: int, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor] = torch.ops.normkernels.moments(x, group_size, exact)
         return result
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(inputs[0], output[0])
 
     @staticmethod
-    def backward(ctx: Any, grad_mean: Tensor, grad_cov: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_mean: Tensor, _: Any, grad_cov: Tensor) -> tuple[Tensor, None, None]:
         from normkernels.ops.whiten.op import whiten
 
         x, mean = ctx.saved_tensors
         m = max(x.numel() // x.shape[1], 1)
-        mean, grad_mean = mean.to(grad_cov.dtype), grad_mean.to(grad_cov.dtype)
-        return whiten(x, mean, (grad_cov + grad_cov.mT) / m, bias=grad_mean / m), None
+        matrix = ((grad_cov + grad_cov.mT) / m).to(mean.dtype)
+        return whiten(x, mean, matrix, bias=grad_mean / m), None, None
 
 
 class _CrossMoments(torch.autograd.Function):
@@ -112,13 +118,11 @@ class _CrossMoments(torch.autograd.Function):
         return grad_y, grad_x, grad_mean, None
 
 
-def _moments_fake(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    dtype = statistics_dtype(x.dtype)
-    channels = x.shape[1]
-    return (
-        x.new_empty(channels, dtype=torch.float64),
-        x.new_empty((channels // group_size, group_size, group_size), dtype=dtype),
-    )
+def _moments_fake(x: Tensor, group_size: int, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
+    channels, dtype = x.shape[1], statistics_dtype(x.dtype)
+    mean, remainder = (x.new_empty(channels, dtype=dtype) for _ in range(2))
+    shape = (channels // group_size, group_size, group_size)
+    return mean, remainder, x.new_empty(shape, dtype=widest_dtype(x) if exact else dtype)
 
 
 def _cross_moments_fake(y: Tensor, x: Tensor, mean: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -126,7 +130,7 @@ def _cross_moments_fake(y: Tensor, x: Tensor, mean: Tensor, group_size: int) -> 
 
 
 define(
-    "moments(Tensor x, int group_size) -> (Tensor, Tensor)",
+    "moments(Tensor x, int group_size, bool exact) -> (Tensor, Tensor, Tensor)",
     eager=eager.moments,
     triton="normkernels.ops.moments.triton",
     autograd=_Moments,

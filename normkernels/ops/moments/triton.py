@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from normkernels.ops._library import full_precision
 from normkernels.ops._triton import (
     Split,
     architecture,
@@ -178,17 +179,19 @@ def merged_matrix(cross, group, parts, row, D: tl.constexpr, BATCH: tl.constexpr
 
 @triton.jit(do_not_specialize=["columns"])
 def finish_moments(
-    shift, delta, gram, parts, chunk, columns, mean_out, cov_out,
+    shift, delta, gram, parts, chunk, columns, mean_out, remainder_out, cov_out,
     d: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
-    """Mean in float64, and the covariance."""
+    """Mean, what rounding the mean left out, and the covariance."""
     group, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     every = tl.arange(0, D)
     cov, mean = merged_covariance(shift, delta, gram, group, parts, chunk, columns, row, D, BATCH)
     at = group.to(tl.int64) * d * d + row[:, None] * d + every[None, :]
     tl.store(cov_out + at, cov, mask=(row < d)[:, None] & (every < d)[None, :])
     if tl.program_id(1) == 0:
-        tl.store(mean_out + group * d + every, mean, mask=every < d)
+        rounded = mean.to(tl.float32)
+        tl.store(mean_out + group * d + every, rounded, mask=every < d)
+        tl.store(remainder_out + group * d + every, (mean - rounded.to(tl.float64)).to(tl.float32), mask=every < d)
 
 
 @triton.jit
@@ -279,23 +282,23 @@ def summed_products(y: Tensor, x: Tensor, mean: Tensor, group_size: int) -> tupl
     return cross, sum_y, sum_x
 
 
-def moments(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, group_size: int, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
     check_supported(x, group_size=group_size)
-    if x.numel() == 0:
-        return eager.moments(x, group_size)
+    if exact or x.numel() == 0:  # tensor cores do not add as exactly as an eigendecomposition needs
+        return full_precision(eager.moments)(x, group_size, exact)
     if group_size == 1:
         return channel_moments(x)
     partials = reduce_moments(x, group_size)
     groups, _, size = partials.vectors[0].shape
-    mean = x.new_empty(x.shape[1], dtype=torch.float64)
+    mean, remainder = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
     cov = x.new_empty((groups, group_size, group_size), dtype=torch.float32)
     config = configuration("merge", size, "", torch.float32, architecture(x.device))
     launch(
         finish_moments, (groups, size // config.block),
-        *partials.vectors, partials.matrix, partials.cut.parts, partials.cut.chunk, partials.columns, mean, cov,
-        d=group_size, D=size, ROWS=config.block, BATCH=BATCH, config=config, device=x.device,
+        *partials.vectors, partials.matrix, partials.cut.parts, partials.cut.chunk, partials.columns,
+        mean, remainder, cov, d=group_size, D=size, ROWS=config.block, BATCH=BATCH, config=config, device=x.device,
     )  # fmt: skip
-    return mean, cov
+    return mean, remainder, cov
 
 
 def cross_moments(y: Tensor, x: Tensor, mean: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

@@ -28,14 +28,14 @@ def factors(
 def pop_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, kappa: float, eps: float, center: bool, scale: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    exact_mean, cov = moments(x, 1)
-    mean, var = exact_mean.to(cov.dtype), cov.flatten()
+    mean, remainder, cov = moments(x, 1)
+    var = cov.flatten()
     a, _, beta = factors(mean, var, weight, bias, kappa, eps, center, scale)
     matrix = a.view(-1, 1, 1)
     if not center:
         return mix([(x, None)], matrix, None, like=x), mean, var
-    # x - mean is exact to the rounding of the mean, which goes into the constant.
-    constant = a * (beta + (mean - exact_mean).to(a.dtype))
+    # x - mean is exact to the rounding of the mean, whose remainder goes into the constant.
+    constant = a * (beta - remainder)
     return mix([(x, mean)], matrix, constant, like=x), mean, var
 
 

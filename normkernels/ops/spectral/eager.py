@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from normkernels.ops import _digits
 from normkernels.ops._checks import statistics_dtype
+from normkernels.ops._devices import has_fft, widest
 from normkernels.ops._products import fast, times_columns, times_transposed
 from normkernels.ops._tiles import constant, empty_output, tile_threads, workspace
 
@@ -43,11 +45,21 @@ def autocorrelation(weight: Tensor) -> Tensor:
 
     Through the Gram matrix of the taps, whose entries (s, s') belong to lag s' - s.
     """
-    kh, kw = weight.shape[2:]
     taps = weight.flatten(2)
-    gram = torch.bmm(taps.mT, taps).unflatten(2, (kh, kw))
+    return along_lags(torch.bmm(taps.mT, taps), *weight.shape[2:])
+
+
+def along_lags(gram: Tensor, kh: int, kw: int) -> Tensor:
+    """Sums of the entries (s, s') of Gram matrices (C_O, k, k) for each lag s' - s."""
+    gram = gram.unflatten(2, (kh, kw))
     shifted = [pad(gram[:, i * kw + j], (kw - 1 - j, j, kh - 1 - i, i)) for i in range(kh) for j in range(kw)]
     return functools.reduce(torch.add, shifted)
+
+
+def from_lags(R: Tensor, kh: int, kw: int) -> Tensor:
+    """The adjoint of ``along_lags``: the matrices (C_O, k, k) whose entry (s, s') is R[s' - s]."""
+    windows = [R[:, kh - 1 - i : 2 * kh - 1 - i, kw - 1 - j : 2 * kw - 1 - j] for i in range(kh) for j in range(kw)]
+    return torch.stack([window.flatten(1) for window in windows], 1)
 
 
 def power_spectrum(R: Tensor, rows: Waves, columns: Waves) -> tuple[Tensor, Tensor]:
@@ -87,13 +99,18 @@ def chunks(weight: Tensor, size: Sequence[int]) -> Iterator[slice]:
     channels = weight.shape[0]
     taps = weight.shape[2] * weight.shape[3]
     largest = max(weight[0].numel(), size[0] * size[1], 4 * taps * taps)
-    step = max(1, CHUNK_ELEMENTS // largest)
+    elements = CHUNK_ELEMENTS if weight.device.type == "cpu" else 4 * CHUNK_ELEMENTS  # launches count elsewhere
+    step = max(1, elements // largest)
     return (slice(i, i + step) for i in range(0, channels, step))
 
 
 def kernel_spectrum(weight: Tensor, size: Sequence[int], eps: float, dilation: Sequence[int]) -> Tensor:
     dtype = statistics_dtype(weight.dtype)
     v = weight.new_empty((weight.shape[0], *size), dtype=dtype)
+    if widest(weight) == torch.float32:
+        for chunk in chunks(weight, size):
+            v[chunk] = in_float32(weight[chunk], size, eps, dilation)
+        return v
     waves = both_waves(weight, size, dilation)
     for chunk in chunks(weight, size):
         v[chunk] = spectrum(weight[chunk], waves, eps).clamp(max=torch.finfo(dtype).max)
@@ -103,9 +120,14 @@ def kernel_spectrum(weight: Tensor, size: Sequence[int], eps: float, dilation: S
 def kernel_spectrum_backward(grad: Tensor, weight: Tensor, eps: float, dilation: Sequence[int]) -> Tensor:
     """dL/dR is the cosine transform of dL/dpower = -v^3 dv / 2, and R is quadratic in the taps (DERIVATION.md)."""
     kh, kw = weight.shape[2:]
+    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    if widest(weight) == torch.float32:
+        for chunk in chunks(weight, grad.shape[1:]):
+            d_taps = in_float32(weight[chunk], grad.shape[1:], eps, dilation, grad[chunk])
+            result[chunk] = d_taps.view_as(result[chunk])
+        return result
     waves = both_waves(weight, grad.shape[1:], dilation)
     (cos_h, sin_h), (cos_w, sin_w) = waves
-    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
     for chunk in chunks(weight, grad.shape[1:]):
         kernels, scale = scaled(weight[chunk])
         R = autocorrelation(kernels)
@@ -115,12 +137,48 @@ def kernel_spectrum_backward(grad: Tensor, weight: Tensor, eps: float, dilation:
         d_power = torch.where(power > FLOOR * energy, d_square, 0.0)
         dR = cos_h.T @ d_power @ cos_w - sin_h.T @ d_power @ sin_w
         dR[:, kh - 1, kw - 1] += (eps * d_square + FLOOR * (d_square - d_power)).sum((1, 2))  # dE
-        windows = [
-            dR[:, kh - 1 - i : 2 * kh - 1 - i, kw - 1 - j : 2 * kw - 1 - j] for i in range(kh) for j in range(kw)
-        ]
-        gram = torch.stack([window.flatten(1) for window in windows], 1)
-        result[chunk] = (2 * torch.bmm(kernels.flatten(2), gram) / scale).view_as(result[chunk])
+        d_taps = torch.bmm(kernels.flatten(2), from_lags(dR, kh, kw))
+        result[chunk] = (2 * d_taps / scale).view_as(result[chunk])
     return result
+
+
+# The same without float64: products of ``_digits`` where numbers cancel, float32 where they do not.
+
+
+def in_float32(
+    weight: Tensor, size: Sequence[int], eps: float, dilation: Sequence[int], grad: Tensor | None = None
+) -> Tensor:
+    """v (C_O, H, W) in float32, or with ``grad``, that of v, the gradient (C_O, C_I k) of the weight."""
+    kh, kw = weight.shape[2:]
+    rows, columns = (
+        _digits.waves(n, k - 1, step, weight.device) for n, k, step in zip(size, (kh, kw), dilation, strict=True)
+    )
+    kernels, over_scale = scaled_in_float32(weight)
+    taps = kernels.flatten(2)
+    R = _digits.product((taps.mT,), (taps,), lambda gram: along_lags(gram, kh, kw), folded=kh * kw)
+    power, energy = _digits.cosine_transform(R, rows, columns)[0], R[0][:, kh - 1, kw - 1, None, None]
+    square = torch.maximum(power, FLOOR * energy) + eps * energy
+    v = torch.where(energy == 0, 1.0, square).rsqrt()
+    if grad is None:
+        return over_scale(v).clamp(max=torch.finfo(torch.float32).max)
+    d_square = -0.5 * over_scale(grad.float()) * v**3
+    d_power = torch.where(power > FLOOR * energy, d_square, 0.0)
+    dR = _digits.cosine_transform((d_power,), _digits.transposed(rows), _digits.transposed(columns))
+    d_energy = (eps * d_square + FLOOR * (d_square - d_power)).sum((1, 2))
+    dR = _digits.renormalized(_digits.plus(dR, pad(d_energy[:, None, None], (kw - 1, kw - 1, kh - 1, kh - 1))))
+    d_taps = _digits.product((taps,), tuple(from_lags(part, kh, kw) for part in dR))[0]
+    return over_scale(2 * d_taps)
+
+
+def scaled_in_float32(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Kernels in float32 over a power of two of their output channel, exact, and what divides by that power."""
+    flat = weight.float().flatten(1).unsqueeze(1)
+    largest = flat.abs().amax(2, keepdim=True)
+    largest = torch.where(largest == 0, 1.0, largest)
+    # Two factors: denormal numbers and the largest ones have no power of two beside them whose inverse is normal.
+    lift = torch.where(largest < 2.0**-60, 2.0**64, torch.where(largest > 2.0**60, 2.0**-64, 1.0))
+    _, inverse = _digits.powers_of_two(largest * lift)
+    return (flat * lift * inverse).view(weight.shape), lambda value: value * lift * inverse
 
 
 # --- spectral_filter ----------------------------------------------------------------------------------------------
@@ -139,15 +197,13 @@ def dft(n: int, window: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     Its rows are cosines of the frequencies 0..n//2, then sines of 1..(n-1)//2.
     """
     start, step, count = window
-    position = torch.arange(count, dtype=torch.float64) * step + start
-    frequency = torch.arange(n // 2 + 1, dtype=torch.float64)
-    angle = torch.outer(frequency, position).remainder(n) * (2 * math.pi / n)
-    cosine = angle.cos() * math.sqrt(2 / n)
-    cosine[0] = math.sqrt(1 / n)
-    if n % 2 == 0:
-        cosine[-1] /= math.sqrt(2)
-    sine = angle.sin()[1 : (n - 1) // 2 + 1] * math.sqrt(2 / n)
-    return torch.cat((cosine, sine)).to(device, dtype)
+
+    def row(wave: Callable[[float], float], u: int) -> list[float]:
+        scale = math.sqrt((1 if 2 * u % n == 0 else 2) / n)
+        return [scale * wave(2 * math.pi * (u * (start + step * i) % n) / n) for i in range(count)]
+
+    rows = [row(math.cos, u) for u in range(n // 2 + 1)] + [row(math.sin, u) for u in range(1, (n - 1) // 2 + 1)]
+    return torch.tensor(rows, dtype=dtype, device="cpu").to(device)
 
 
 def negated(v: Tensor, dim: int) -> Tensor:
@@ -248,6 +304,8 @@ def spectral_filter(z: Tensor, v: Tensor, source: Sequence[int], target: Sequenc
         return y
     if z.numel() == 0:
         return y.zero_()
+    if not has_fft(z.device):
+        return y.copy_(spectral_filter(z.cpu(), v.cpu(), source, target))
     products = by_products(v, h, w)
     if products:
         A, B = coefficients(v)
@@ -290,6 +348,8 @@ def cross_spectrum(y: Tensor, z: Tensor, size: Sequence[int], of_y: Sequence[int
     """sum_n Re(conj(Y) Z) / (H W) (C, H, W): the gradient of the filter in v, for dL/dy = y."""
     h, w = size
     dtype = statistics_dtype(z.dtype)
+    if not has_fft(z.device):
+        return cross_spectrum(y.cpu(), z.cpu(), size, of_y, of_z).to(z.device)
     half = w // 2 + 1
     result = z.new_zeros((z.shape[1], h, half), dtype=dtype)
     if z.numel() and y.numel():

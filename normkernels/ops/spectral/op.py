@@ -10,6 +10,7 @@ from torch import Tensor
 
 from normkernels.ops import _onnx
 from normkernels.ops._checks import check_data, check_integer, check_like, check_number, check_tensor, statistics_dtype
+from normkernels.ops._devices import in_float64
 from normkernels.ops._library import define
 from normkernels.ops._tiles import channels_innermost, empty_output, in_layout_of
 from normkernels.ops.spectral import eager
@@ -33,10 +34,11 @@ def kernel_spectrum(
         dilation: of the convolution, for each dimension or one for all.
 
     Returns:
-        v: (C_O, H, W) or (C_O, L) in float32 (float64 for float64 weight), accumulated in float64 and finite. A channel
-        whose kernels are all zero gets 1.
+        v: (C_O, H, W) or (C_O, L) in float32 (float64 for float64 weight), accumulated in float64 and finite; on a
+        device without float64 as exactly, in products of float32, without a wait for the host. A channel whose kernels
+        are all zero gets 1.
 
-    Differentiable in weight, once or more.
+    Differentiable in weight, once or more; on a device without float64 the CPU computes the second derivative.
 
     Raises:
         TypeError: weight is not floating-point.
@@ -151,11 +153,11 @@ class _KernelSpectrum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            waves = eager.both_waves(weight, grad.shape[1:], ctx.dilation)
             with torch.autocast(weight.device.type, enabled=False):
                 alias = weight.view_as(weight)  # a graph of its own, see iter_norm
-                exact = eager.spectrum(alias, waves, ctx.eps)
-                (grad_weight,) = torch.autograd.grad(exact, alias, grad.double(), create_graph=True)
+                exact = in_float64(alias)
+                v = eager.spectrum(exact, eager.both_waves(exact, grad.shape[1:], ctx.dilation), ctx.eps)
+                (grad_weight,) = torch.autograd.grad(v, alias, in_float64(grad), create_graph=True)
             return grad_weight, None, None, None
         grad_weight = torch.ops.normkernels.kernel_spectrum_backward(grad, weight, ctx.eps, ctx.dilation)
         return grad_weight, None, None, None

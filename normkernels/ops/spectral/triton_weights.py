@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from normkernels.ops._triton import architecture, check_supported, configuration, launch
+from normkernels.ops._devices import has_float64
+from normkernels.ops._triton import Unsupported, architecture, check_supported, configuration, launch
 from normkernels.ops.spectral import eager
 
 FLOOR = tl.constexpr(eager.FLOOR)
@@ -214,8 +215,14 @@ def weights(kernel: str, weight: Tensor, size: Sequence[int], eps: float, dilati
     return Weights((weight, *weight.stride(), weight.shape[1] * kh * kw), lags, waves, meta)
 
 
-def kernel_spectrum(weight: Tensor, size: Sequence[int], eps: float, dilation: Sequence[int]) -> Tensor:
+def check(weight: Tensor) -> None:
     check_supported(weight)
+    if not has_float64(weight.device):
+        raise Unsupported("expected a device with float64, got one without")
+
+
+def kernel_spectrum(weight: Tensor, size: Sequence[int], eps: float, dilation: Sequence[int]) -> Tensor:
+    check(weight)
     if weight.numel() == 0:
         return eager.kernel_spectrum(weight, size, eps, dilation)
     v = weight.new_empty((weight.shape[0], *size), dtype=torch.float32)
@@ -228,7 +235,7 @@ def kernel_spectrum(weight: Tensor, size: Sequence[int], eps: float, dilation: S
 
 
 def kernel_spectrum_backward(grad: Tensor, weight: Tensor, eps: float, dilation: Sequence[int]) -> Tensor:
-    check_supported(weight)
+    check(weight)
     if weight.numel() == 0:
         return eager.kernel_spectrum_backward(grad, weight, eps, dilation)
     result = torch.empty_like(weight, memory_format=torch.contiguous_format)
