@@ -24,19 +24,26 @@ BY_HAND = (
     ),
     # Eager.
     Mutation("ops.moments.eager:moments", "- d * d.mT", "+ d * d.mT"),
+    Mutation("ops.moments.eager:moments", "shift.to(wide) - mean + delta", "shift.to(wide) - mean"),
+    Mutation("ops.moments.eager:moments", "chain = max(8,", "chain = 16 * max(8,"),
+    Mutation("ops.inverse_sqrt.eager:stopped", "1 / (ROUNDINGS * eps)", "ROUNDINGS / eps"),
+    Mutation("ops.inverse_sqrt.eager:newton", "P = unless(stops, P, bmm(P, Q))", "P = bmm(P, Q)"),
     Mutation("ops.inverse_sqrt.eager:newton_adjoint", "dM, alpha=2.25)", "dM, alpha=2.0)"),
     Mutation("ops.inverse_sqrt.eager:add_eps", "cov + eps * eye_like(cov)", "cov + eps"),
     Mutation("ops.inverse_sqrt.eager:inverse_sqrt_adjoint", "0.5 * (E * W)", "(E * W)"),
+    Mutation("ops.iter_norm.eager:iter_norm", "beta = -torch.bmm", "beta = torch.bmm"),
     Mutation("ops.iter_norm.eager:iter_norm_backward", "* (2 / m)", "* (1 / m)"),
     Mutation("ops.iter_norm.eager:iter_norm_backward", "D = D - f * offset.mT", "D = D"),
     Mutation("ops.pop_norm.eager:factors", ".square() + eps).sqrt()", ".square()).sqrt() + eps"),
+    Mutation("ops.pop_norm.eager:pop_norm", "beta - remainder", "beta + remainder"),
     Mutation("ops.pop_norm.eager:pop_norm_backward", "f * (var + eps) - beta * D", "f * var - beta * D"),
     Mutation("ops.pop_norm.eager:pop_norm_backward", "D = D - f * offset", "D = D"),
     Mutation("ops.whiten.eager:whiten", "c if bias is None else c + bias", "c if bias is None else c - bias"),
     Mutation("ops.precondition.eager:_precondition", "var.amax(1, keepdim=True)", "var.amax()"),
     Mutation("ops.spectral.eager:kernel_spectrum_backward", " + FLOOR * (d_square - d_power)", ""),
     Mutation("ops._tiles:tiles", "slice(j, j + step)", "slice(j, j + step - 1)"),
-    Mutation("ops.iter_norm.sync:_merged_moments", "m * mean, m *", "mean, m *"),
+    Mutation("ops.iter_norm.sync:_merged_moments", "m * means, m *", "means, m *"),
+    Mutation("ops.iter_norm.sync:_merged_moments", "local[:channels] + local", "local[:channels] - local"),
     # Layers.
     Mutation("layers._base:BatchStatisticsLayer._update", "running), factor)", "running), 1 - factor)"),
     Mutation("layers.pop_norm:_POPNorm.forward", "var * (m / (m - 1))", "var"),
@@ -57,6 +64,7 @@ BY_HAND = (
     Mutation("penalties:_gram_error", "2 * others", "others"),
     # Triton.
     Mutation("ops.inverse_sqrt.triton:whitening_matrix", "diagonal + eps, mask=index < d)", "diagonal + eps)"),
+    Mutation("ops.inverse_sqrt.triton:stopped", "variance * squares", "squares"),
     Mutation("ops.iter_norm.triton:finish_backward", "2.0 / m", "1.0 / m"),
     Mutation(
         "ops.iter_norm.triton:finish_backward", "row, d, 0.0)[:, None] * offset[None, :]", "row, d, 0.0)[:, None] * 0"

@@ -7,8 +7,14 @@ from tests.mutations.source import Mutation
 NOT_KERNELS = ("-k", "not triton")  # the tests of all backends, with the eager one
 
 EAGER = {
-    "ops.moments.eager": ("tests/ops/test_moments.py", *NOT_KERNELS),
-    "ops.inverse_sqrt.eager": ("tests/ops/test_inverse_sqrt.py", *NOT_KERNELS),
+    "ops.moments.eager": (
+        *("tests/ops/test_moments.py", "tests/ops/test_spectra.py", "-k"),
+        "not triton and (not test_spectra or exact_covariance or remainder)",
+    ),
+    "ops.inverse_sqrt.eager": (
+        *("tests/ops/test_inverse_sqrt.py", "tests/ops/test_spectra.py", "-k"),
+        "not triton and (not test_spectra or singular or converge or stops)",
+    ),
     "ops.iter_norm.eager": (
         *("tests/ops/test_iter_norm.py", "tests/ops/test_precision.py"),
         *("-k", "not triton and (not test_precision or cost_nothing)"),
