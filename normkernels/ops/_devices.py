@@ -67,8 +67,3 @@ def _supports_float64(device: torch.device) -> bool:
     if device.type == "xpu":
         return bool(torch.xpu.get_device_properties(device).has_fp64)
     return True
-
-
-def widest_dtype(x: torch.Tensor) -> torch.dtype:
-    """Return the type in which sums over x are kept: float64 where there is one, else float32."""
-    return torch.float64 if x.dtype == torch.float64 or has_float64(x.device) else torch.float32

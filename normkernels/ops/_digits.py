@@ -85,7 +85,8 @@ def plus(x: Parts, term: Tensor) -> Parts:
 def renormalized(x: Parts) -> Parts:
     """The first of three parts rounds their sum, the second what is left."""
     first, rest = two_sum(x[0], x[1])
-    return first, *two_sum(rest, x[2])
+    second, third = two_sum(rest, x[2])
+    return *two_sum(first, second), third
 
 
 def product(a: Parts, b: Parts, fold: Callable[[Tensor], Tensor] | None = None, folded: int = 1) -> Parts:
@@ -111,9 +112,14 @@ def product(a: Parts, b: Parts, fold: Callable[[Tensor], Tensor] | None = None, 
     return tuple(part * of_a * of_b for part in renormalized(total))
 
 
-@constant
 def waves(n: int, reach: int, dilation: int, device: torch.device) -> Waves:
     """cos and sin of 2 pi u t / n for frequencies u and lags t = -reach..reach, dilated: (n, 2 reach + 1) each."""
+    parts = parts_of_waves(n, reach, dilation, device)
+    return parts[:3], parts[3:]
+
+
+@constant
+def parts_of_waves(n: int, reach: int, dilation: int, device: torch.device) -> Parts:
     turns = torch.outer(torch.arange(n, device="cpu"), torch.arange(-reach, reach + 1, device="cpu") * dilation) % n
 
     def of_circle(values: list[float]) -> Parts:
@@ -124,7 +130,7 @@ def waves(n: int, reach: int, dilation: int, device: torch.device) -> Waves:
         return tuple(part[turns].to(device) for part in parts)
 
     angles = [2 * math.pi * i / n for i in range(n)]
-    return of_circle([math.cos(angle) for angle in angles]), of_circle([math.sin(angle) for angle in angles])
+    return *of_circle([math.cos(angle) for angle in angles]), *of_circle([math.sin(angle) for angle in angles])
 
 
 def cosine_transform(x: Parts, rows: Waves, columns: Waves) -> Parts:

@@ -86,6 +86,11 @@ def test_three_parts_hold_what_is_added() -> None:
     assert total(x).item() == 2.0**-30 + 2.0**-60
 
 
+def test_waves_are_made_once() -> None:
+    first, second = (_digits.waves(11, 2, 1, torch.device("cpu")) for _ in range(2))
+    assert first[0][0] is second[0][0] and first[1][2] is second[1][2]
+
+
 @pytest.mark.parametrize(("n", "reach", "dilation"), [(7, 2, 1), (34, 2, 3), (1, 0, 1)])
 def test_waves_are_those_of_float64(n: int, reach: int, dilation: int) -> None:
     angles = [[2 * math.pi * (u * t * dilation % n) / n for t in range(-reach, reach + 1)] for u in range(n)]

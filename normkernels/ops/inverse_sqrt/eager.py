@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, bmm
 
-from normkernels.ops._devices import has_float64
+from normkernels.ops._devices import in_float64
 
 
 def sym(a: Tensor) -> Tensor:
@@ -119,8 +119,7 @@ def inverse_sqrt(
         )
     # In float64, because the error of a float32 decomposition is relative to the largest eigenvalue: beside a channel
     # of standard deviation 1e4 nothing is left of one of 1. A device without float64 leaves it to the CPU.
-    exact = (cov if has_float64(cov.device) else cov.cpu()).double()
-    W, U, s = (value.to(cov.device, cov.dtype) for value in _by_eigenvalues(exact, eps))
+    W, U, s = (value.to(cov.device, cov.dtype) for value in _by_eigenvalues(in_float64(cov), eps))
     return W, U.contiguous(), s
 
 

@@ -32,7 +32,7 @@ def iter_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     mean, remainder, cov = reduce(x, group_size, method == "eigh")
     small_matrix = inverse_sqrt(cov, num_iterations, eps, scaling, method)
-    W, residual, scale = (value.to(mean.dtype) for value in small_matrix)
+    W, residual, scale = (value.to(mean) for value in small_matrix)
     A = affine(W, weight)
     # x - mean is exact to the rounding of the mean, whose remainder goes into the bias: at a mean of 1e5 standard
     # deviations it would show in the third decimal of y.

@@ -78,7 +78,7 @@ class _SyncIterNorm(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         mean, left_out, cov, count = _merged_moments(x, group_size, process_group, method == "eigh")
         small_matrix = torch.ops.normkernels.inverse_sqrt(cov, num_iterations, eps, scaling, method)
-        W, residual, scale = (value.to(mean.dtype) for value in small_matrix)
+        W, residual, scale = (value.to(mean) for value in small_matrix)
         beta = _times(affine(W, weight), left_out)
         if bias is not None:
             beta = beta + bias
@@ -123,7 +123,7 @@ def _merged_moments(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return mean (C,), its rounding error (C,), covariance (G, d, d) and count (1,) of all ranks' samples.
 
-    exact: whether the covariance stays in float64 where the device has it, as an eigendecomposition needs it.
+    exact: as in ``moments``.
 
     Sums of squares about 0 in float64: about a mean that all ranks know there would be less to lose, but they know none
     before the collective. A difference that is below its rounding counts as none, so that constant channels
@@ -149,7 +149,7 @@ def _merged_moments(
     return (
         rounded.to(x.device),
         (rounded - exact_mean).to(x.device, mean.dtype),
-        merged_cov.to(x.device, cov.dtype),
+        merged_cov.to(cov.device, cov.dtype),
         count.to(x.device, torch.int64),
     )
 

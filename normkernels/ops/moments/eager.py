@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from normkernels.ops._checks import statistics_dtype
-from normkernels.ops._devices import widest_dtype
+from normkernels.ops._devices import in_float64, widest
 from normkernels.ops._products import fast, times_transposed
 from normkernels.ops._tiles import as_image, channels_innermost, stack, tiles, workspace
 
@@ -24,13 +25,13 @@ def moments(x: Tensor, group_size: int, exact: bool = False) -> tuple[Tensor, Te
     mean = s + delta and cov = sum (x - s)(x - s)^T / m - delta delta^T, with delta = sum (x - s) / m.
     Nothing cancels: |delta|^2 is at most the variance times the number of tiles, however large the mean is.
 
-    exact: whether the covariance keeps the digits that an eigendecomposition needs; it is float64 then where the device
-    has that type. See ``_chained_products``.
+    exact: whether the covariance keeps the digits that an eigendecomposition needs; it is float64 then, and on the CPU
+    where x's device has no such type. See ``_chained_products``.
     """
     image = as_image(x)
     n, channels, _, positions = image.shape
-    dtype, wide = statistics_dtype(x.dtype), widest_dtype(x)
-    gram = torch.zeros(channels // group_size, group_size, group_size, dtype=wide if exact else dtype, device=x.device)
+    dtype, wide = statistics_dtype(x.dtype), widest(x)
+    gram = x.new_zeros((channels // group_size, group_size, group_size), **kind_of_covariance(x, exact))
     total = torch.zeros(channels, dtype=wide, device=x.device)
     m = n * positions
     if m == 0:  # the neutral element when moments are merged over processes
@@ -43,19 +44,27 @@ def moments(x: Tensor, group_size: int, exact: bool = False) -> tuple[Tensor, Te
             shift = tile.mean((0, 2, 3), dtype=dtype)
         if exact and group_size > 1 and dtype == torch.float32:
             for piece, of_samples, of_positions in _in_chains(tile, chain):
-                sums, products = _chained_products(piece, shift, gram, of_samples, of_positions)
+                sums, products = _chained_products(piece, shift, group_size, of_samples, of_positions)
                 total += sums
                 gram += products
             continue
         centred = _operand(tile, shift, dtype, len(gram), rows=not channels_innermost(image))
         total += centred.sum((0, 2, 3))
-        gram += outer(centred, centred, gram)
+        gram += outer(centred, centred, gram).to(gram)
     assert shift is not None
     delta = total / m
-    d = delta.view(-1, group_size, 1)
-    cov = gram.to(wide) / m - d * d.mT
+    squares = gram.to(torch.float64 if exact else wide) / m
+    d = delta.view(-1, group_size, 1).to(squares)
+    cov = squares - d * d.mT
     mean = (shift + delta).to(dtype)
     return mean, (shift.to(wide) - mean + delta).to(dtype), (0.5 * (cov + cov.mT)).to(gram.dtype)
+
+
+def kind_of_covariance(x: Tensor, exact: bool) -> dict[str, Any]:
+    """Return type and device of the covariance of x."""
+    if not exact:
+        return {"dtype": statistics_dtype(x.dtype), "device": x.device}
+    return {"dtype": torch.float64, "device": x.device if widest(x) == torch.float64 else "cpu"}
 
 
 def _in_chains(tile: Tensor, chain: int) -> Iterator[tuple[Tensor, int, int]]:
@@ -71,23 +80,29 @@ def _in_chains(tile: Tensor, chain: int) -> Iterator[tuple[Tensor, int, int]]:
     yield from (piece for piece in pieces if piece[0].numel() > 0)
 
 
-def _chained_products(tile: Tensor, shift: Tensor, gram: Tensor, samples: int, positions: int) -> tuple[Tensor, Tensor]:
-    """Return sum (x - shift) (C,), and sum (x - shift)(x - shift)^T as gram (G, d, d), added up from short chains.
+def _chained_products(
+    tile: Tensor, shift: Tensor, group_size: int, samples: int, positions: int
+) -> tuple[Tensor, Tensor]:
+    """Return sum (x - shift) (C,), and sum (x - shift)(x - shift)^T (G, d, d) in float64, added up from short chains.
 
     A float32 sum of K products has a random error of about sqrt(K) roundings, and the mean of m / K of them, added in
-    gram's type, K / sqrt(m). With K = sqrt(m) / 4 it is a quarter of the rounding of a float32 number, which
+    float64, K / sqrt(m). With K = sqrt(m) / 4 it is a quarter of the rounding of a float32 number, which
     whitening multiplies by half the condition number of the correlation matrix. Rejected: products in float64, which
     take three times as long.
     """
-    groups, d, _ = gram.shape
-    n, _, _, length = tile.shape
+    n, channels, _, length = tile.shape
+    groups, d = channels // group_size, group_size
     chains = (n // samples, length // positions)
     memory = workspace(tile, tile.numel(), shift.dtype).view(*chains, groups, d, samples, positions)
     source = tile.squeeze(2).unflatten(1, (groups, d)).unflatten(0, (-1, samples)).unflatten(-1, (-1, positions))
     torch.sub(source, shift.view(groups, d, 1, 1), out=memory.permute(0, 4, 2, 3, 1, 5))
     columns = memory.view(-1, d, samples * positions)
-    products = torch.bmm(columns, columns.mT).view(-1, groups, d, d).sum(0, dtype=gram.dtype)
-    return memory.sum((0, 1, 4, 5)).flatten(), products
+    products = torch.bmm(columns, columns.mT).view(-1, groups, d, d)
+    sums = memory.sum((0, 1, 4, 5)).flatten()
+    if widest(tile) == torch.float64:
+        return sums, products.sum(0, dtype=torch.float64)
+    mean = products.mean(0)  # the sum in two float32 numbers: what is left beside the mean is small
+    return sums, in_float64(mean) * len(products) + in_float64((products - mean).sum(0))
 
 
 def summed_products(y: Tensor, x: Tensor, mean: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +113,7 @@ def summed_products(y: Tensor, x: Tensor, mean: Tensor, group_size: int) -> tupl
     image, other = as_image(x), as_image(y)
     channels = image.shape[1]
     cross = mean.new_zeros(channels // group_size, group_size, group_size)
-    sum_y = torch.zeros(channels, dtype=widest_dtype(x), device=x.device)
+    sum_y = torch.zeros(channels, dtype=widest(x), device=x.device)
     sum_x = torch.zeros_like(sum_y)
     rows = not channels_innermost(image)
     for samples, at in tiles(image):

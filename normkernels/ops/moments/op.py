@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from normkernels.ops._checks import check_data, check_like, resolve_group_size, statistics_dtype
-from normkernels.ops._devices import widest_dtype
 from normkernels.ops._library import define
 from normkernels.ops._tiles import in_layout_of
 from normkernels.ops.moments import eager
@@ -73,7 +72,8 @@ class _Moments(torch.autograd.Function):
     """The op: mean, the remainder that rounding the mean left out, and covariance.
 
     The remainder shows in y where means are large (iter_norm). It is a number of its own, because not every device has
-    float64. ``exact`` asks for a covariance that an eigendecomposition may rely on, in float64 where the device has it.
+    float64. ``exact`` asks for a covariance that an eigendecomposition may rely on: in float64, on the CPU where the
+    device lacks that.
     """
 
     @staticmethod
@@ -122,7 +122,7 @@ def _moments_fake(x: Tensor, group_size: int, exact: bool) -> tuple[Tensor, Tens
     channels, dtype = x.shape[1], statistics_dtype(x.dtype)
     mean, remainder = (x.new_empty(channels, dtype=dtype) for _ in range(2))
     shape = (channels // group_size, group_size, group_size)
-    return mean, remainder, x.new_empty(shape, dtype=widest_dtype(x) if exact else dtype)
+    return mean, remainder, x.new_empty(shape, **eager.kind_of_covariance(x, exact))
 
 
 def _cross_moments_fake(y: Tensor, x: Tensor, mean: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
