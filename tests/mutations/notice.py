@@ -54,12 +54,12 @@ WEIGHTS_AND_CONVERSION = {
 # The interpreter is slow: one type, and of each kind of test that the kernels have.
 TRITON = {
     "ops._triton_tiles": (
-        *("tests/ops/test_triton.py", "tests/ops/test_whiten.py"),
-        *("-k", "triton and (offsets or 64_bit or parts_in_64 or (test_every_layout_and_type and float32))"),
+        *("tests/ops/test_triton_offsets.py", "tests/ops/test_whiten.py", "-k"),
+        "triton and (groups or parts_in or (test_every_layout_and_type and float32 and not stacked))",
     ),
     "ops._triton_diagonal": (
-        *("tests/ops/test_triton_diagonal.py", "tests/ops/test_pop_norm.py"),
-        *("-k", "triton and (many_parts or 64_bit or single or offsets or few or (every_layout and float32))"),
+        *("tests/ops/test_triton_diagonal.py", "tests/ops/test_triton_offsets.py", "tests/ops/test_pop_norm.py", "-k"),
+        "triton and (many_parts or 64_bit or single or factors or few or (every_layout and float32))",
     ),
     "ops.moments.triton": (
         *("tests/ops/test_moments.py", "tests/ops/test_triton.py"),
@@ -83,8 +83,8 @@ TRITON = {
         "triton and (float32 and (each_kind or all_layers) or not_finite)",
     ),
     "ops.spectral.triton": (
-        *("tests/ops/test_spectral_kernels.py", "tests/ops/test_triton_spectral.py"),
-        *("-k", "triton and (every_plane or windows or numbers_of_planes or offsets)"),
+        *("tests/ops/test_spectral_kernels.py", "tests/ops/test_triton_offsets.py"),
+        *("-k", "triton and (every_plane or windows or numbers_of_planes or of_planes)"),
     ),
     "ops.spectral.triton_weights": (
         *("tests/ops/test_triton_spectral.py", "-k"),

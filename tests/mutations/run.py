@@ -1,7 +1,8 @@
 """Put the mistakes into copies of the repository and run the tests: `make mutations`.
 
 A mistake is killed if a test fails or does not end. What was found is kept in build/mutations.json, and holds while
-the module with the mistake and the files of the tests are what they were; ``--again`` runs everything.
+the module with the mistake and the files of the tests are what they were; ``--again`` forgets it. survivors.md is of
+everything that is known.
 """
 
 from __future__ import annotations
@@ -83,6 +84,9 @@ class Copy:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             printed, status = process.communicate()[0], None
+        except BaseException:  # as Ctrl-C, which does not reach a session of its own
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
         return status, time.monotonic() - started, printed
 
 
@@ -201,8 +205,9 @@ def main() -> int:
             for mutation, entry in pool.map(one, asked):
                 results[mutation] = entry
                 print(f"{entry['result']:8} {entry['seconds']:6} s  {mutation}  {entry.get('by', '')}", flush=True)
-    if len(asked) == len(every):
-        SURVIVORS.write_text(report(results, len(every)))
+    keys = {mutation: digest(mutation, tests_for(mutation)) for mutation in every}
+    known = {mutation: record.found[key] for mutation, key in keys.items() if key in record.found}
+    SURVIVORS.write_text(report(known, len(every)))  # with what other parts and earlier runs have found
     bad = [each for each, entry in results.items() if (entry["result"] == SURVIVED) != bool(each.harmless)]
     for mutation in bad:
         print(

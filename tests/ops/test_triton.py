@@ -34,11 +34,6 @@ from tests.tolerances import assert_within, cov_floor, exactly_centered, largest
 
 pytest.importorskip("triton")
 
-import triton
-import triton.language as tl
-
-from normkernels.ops._triton_tiles import bounds, count_of
-
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 OPS = Path(_triton.__file__).parent
@@ -342,56 +337,6 @@ def test_64_bit_columns_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         expected = step(x)
         monkeypatch.setattr(_triton.Columns, "wide", True)
         assert all(torch.equal(a, b) for a, b in zip(step(x), expected, strict=True))
-
-
-# A stride beyond 32 bits makes the product with it one of 64 bits. Of the others only the products are beyond.
-FAR: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "stride": ((2, 8, 15), (2**31, 15, 1)),
-    "samples": ((3, 8, 15), (2**30, 15, 1)),
-    "positions": ((4, 8, 3), (8, 1, 2**30)),
-    "channels": ((15, 3), (1, 2**30)),
-}
-
-
-def apart(values: Tensor, strides: tuple[int, ...], folder: Path) -> Tensor:
-    """The same values with these strides, in memory of which nothing else is touched: on a CPU that of a sparse file.
-
-    There in the middle of it, so that an offset that has lost its upper bits finds other numbers and not the end.
-    """
-    last = sum((n - 1) * stride for n, stride in zip(values.shape, strides, strict=True))
-    if ON_GPU:
-        memory, first = torch.empty(last + 1, dtype=values.dtype, device=DEVICE), 0
-    else:
-        first = 2**31
-        memory = torch.from_file(str(folder / "memory"), shared=True, size=first + last + 1, dtype=values.dtype)
-        (folder / "memory").unlink()
-    return memory.as_strided(values.shape, strides, first).copy_(values)
-
-
-@pytest.mark.parametrize("case", FAR)
-def test_offsets_beyond_2_31_elements(case: str, tmp_path: Path) -> None:
-    shape, strides = FAR[case]
-    values = inputs.gaussian(shape, dtype=torch.float16, group_size=shape[1])
-    with nk.use_backend("triton"):
-        far, near = (step(x, shape[1], num_iterations=1) for x in (apart(values, strides, tmp_path), values.to(DEVICE)))
-    assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
-
-
-@triton.jit(do_not_specialize=["columns"])
-def cut_kernel(out, chunk, columns, parts, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    part = tl.program_id(0)
-    start, stop = bounds(part, chunk, columns, WIDE, 1)
-    tl.store(out + 3 * part, start)
-    tl.store(out + 3 * part + 1, stop)
-    tl.store(out + 3 * part + 2, count_of(part, parts, chunk, columns))
-
-
-def test_columns_of_parts_in_64_bits() -> None:
-    """The last part begins at 2^31. What is counted so far cannot run: 2^31 columns are hours in the interpreter."""
-    chunk, columns = 2**30, 2**31 + 7
-    cut = torch.zeros(3, 3, dtype=torch.int64, device=DEVICE)
-    cut_kernel[(3,)](cut, chunk, columns, 3, WIDE=True)
-    assert cut.tolist() == [[0, chunk, chunk], [chunk, 2 * chunk, chunk], [2 * chunk, columns, 7]]
 
 
 @pytest.mark.parametrize("group_size", [8, 1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from tests.tolerances import assert_agree
 
 pytest.importorskip("triton")
 
-from tests.ops.test_triton import DEVICE, FAR, ON_GPU, Launches, apart, gaussian, note_launches
+from tests.ops.test_triton import DEVICE, ON_GPU, Launches, gaussian, note_launches
 
 pytestmark = pytest.mark.skipif(
     not _library.availability("triton")[0], reason="neither a GPU nor TRITON_INTERPRET=1"
@@ -150,22 +149,6 @@ def test_64_bit_columns_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = on("triton", x)
     monkeypatch.setattr(_triton.Columns, "wide", True)
     assert all(torch.equal(a, b) for a, b in zip(on("triton", x), expected, strict=True))
-
-
-@pytest.mark.parametrize("case", FAR)
-def test_offsets_beyond_2_31_elements(case: str, tmp_path: Path) -> None:
-    shape, strides = FAR[case]
-    values = inputs.gaussian(shape, dtype=torch.float16, group_size=1)
-    far, near = (on("triton", x) for x in (apart(values, strides, tmp_path), values.to(DEVICE)))
-    assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
-
-
-def test_offsets_of_factors_beyond_2_31_elements(tmp_path: Path) -> None:
-    x = gaussian((15, 3), group_size=1)
-    mean, factors = x.mean(0), torch.linspace(0.5, 2, 3).view(3, 1, 1)
-    with nk.use_backend("triton"):
-        far, near = (nk.ops.whiten(x, mean, W) for W in (apart(factors, (2**30, 1, 1), tmp_path), factors.to(DEVICE)))
-    assert torch.equal(far, near)
 
 
 @pytest.mark.parametrize("samples", [2, 9, 15, 17])  # the last one's second part has one column

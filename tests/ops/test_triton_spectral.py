@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from tests.tolerances import assert_within, largest, spectrum_floor, spectrum_gr
 
 pytest.importorskip("triton")
 
-from tests.ops.test_triton import DEVICE, apart
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
@@ -175,30 +174,3 @@ def test_spectra_are_bit_for_bit_the_same() -> None:
         v = nk.ops.kernel_spectrum(weight, (9, 70))
         results.append((v.detach(), *torch.autograd.grad(v, weight, dv)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-# --- the filter -----------------------------------------------------------------------------------------------------
-
-# Shapes of planes and strides: samples, channels, rows and columns that are 2^30 elements apart.
-FAR: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "samples": ((3, 1, 4, 5), (2**30, 20, 5, 1)),
-    "channels": ((1, 3, 4, 5), (60, 2**30, 5, 1)),
-    "rows": ((1, 1, 3, 5), (15, 15, 2**30, 1)),
-    "columns": ((1, 1, 5, 3), (15, 15, 1, 2**30)),
-}
-
-
-@pytest.mark.parametrize("case", FAR)
-def test_offsets_beyond_2_31_elements(case: str, tmp_path: Path) -> None:
-    shape, strides = FAR[case]
-    z, v, dy = values(shape, torch.float16), values(shape[1:]), values(shape, torch.float16, seed=1)
-    near = results(z.to(DEVICE), v, dy.to(DEVICE))
-    far = results(apart(z, strides, tmp_path), v, apart(dy, strides, tmp_path))
-    assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
-
-
-def results(z: Tensor, v: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """y and the gradient of v."""
-    v = v.to(DEVICE).requires_grad_()
-    y = nk.ops.spectral_filter(z, v)
-    return y.detach(), torch.autograd.grad(y, v, dy)[0]
