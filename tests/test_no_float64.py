@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import normkernels as nk
-from normkernels.ops import _devices, _library
+from normkernels.ops import _devices, _library, _onnx
 from normkernels.ops._devices import has_float64
 from tests.oracles import inputs
 from tests.pretended import DEVICE, LACKING, PretendedTensor, pretended
@@ -263,6 +263,19 @@ def on_pretended_device(case: Case) -> Results:
 def test_nothing_is_float64_and_the_result_is_right(name: str) -> None:
     """pretended() raises where an operator, inside of an op or not, makes float64 there or mixes devices."""
     assert_agree([t.detach() for t in on_pretended_device(CASES[name])], [t.detach() for t in CASES[name](CPU)])
+
+
+@pytest.mark.filterwarnings("ignore:what needs float64 is computed on the CPU")
+def test_what_is_exported_to_onnx() -> None:
+    """torch.onnx.export traces these in the place of the ops, where the model is."""
+
+    def case(device: torch.device) -> Results:
+        v = _onnx.kernel_spectrum(data(device, 4, 3, 3, 2), [9, 8], 1e-8, [1, 1])
+        return [v, _onnx.spectral_filter(data(device, 2, 4, 9, 8), v, [0, 1, 0, 1], [1, 1, 8, 0, 2, 4])]
+
+    assert_agree(on_pretended_device(case), case(CPU))
+    with pretended():
+        assert {t.device for t in case(DEVICE)} == {DEVICE}
 
 
 def test_every_public_name_has_a_case() -> None:

@@ -32,6 +32,7 @@ from normkernels.convert._features import features_linear
 from normkernels.convert._graph import CALL_HOOKS, swap
 from normkernels.layers._base import BatchStatisticsLayer
 from normkernels.ops._checks import check_choice, check_flag
+from normkernels.ops._devices import in_float64
 
 logger = logging.getLogger("normkernels.convert")
 
@@ -288,7 +289,7 @@ def _statistics(old: Any, new: Any) -> dict[str, Tensor]:
     blocks = _regrouped(W, size)
     if hasattr(new, "group_size"):
         return {**state, "running_whitening": blocks}
-    precision = blocks.double().flatten().square()
+    precision = in_float64(blocks).flatten().square()
     variance = 1 / precision - old.eps
     # W was rounded, so that a variance of 0 may come out below.
     bound = 4 * torch.finfo(W.dtype).eps / precision

@@ -21,6 +21,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from normkernels.ops._devices import has_float64
+
 # Elements of a tile for each thread: 2 MiB of float32. Half of it costs a tenth more time; twice as much gains up to a
 # tenth and keeps twice the memory.
 TILE_ELEMENTS = 2**19
@@ -78,12 +80,13 @@ def tile_threads() -> int:
 def tiles(image: Tensor) -> Iterator[tuple[slice, slice]]:
     """Cut an image (N, C, 1, L) into (samples, positions) slices of about TILE_ELEMENTS for each thread.
 
-    Elsewhere than on a CPU a tile is the whole: there a pass costs less than the launches of its tiles.
+    Elsewhere than on a CPU a tile is the whole: there a pass costs less than the launches of its tiles. So it is on a
+    CPU that pretends to be such a device (``has_float64``), where sums of several tiles would need float64.
     """
     samples, channels, _, positions = image.shape
     if image.numel() == 0:
         return
-    if image.device.type != "cpu":
+    if image.device.type != "cpu" or not has_float64(image.device):
         yield slice(0, samples), slice(0, positions)
         return
     columns = max(1, TILE_ELEMENTS * tile_threads() // channels)

@@ -28,6 +28,7 @@ from tests.layers.conv_norm_checks import (
 )
 from tests.oracles.convnorm import Config
 from tests.oracles.run import incoming_gradient
+from tests.tolerances import inverse_root_error, largest
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
 
@@ -319,8 +320,10 @@ def test_torch_func_in_evaluation(detach: bool) -> None:
 
     got = torch.func.grad(loss)(parameters)
     expected = torch.autograd.grad(loss(parameters), list(parameters.values()))
+    # torch.func asks for a graph, so its gradient of v, a cube of v, is that of float64 whatever the device has.
+    of_v = 3 * inverse_root_error(module.weight)
     for name, gradient in zip(parameters, expected, strict=True):
-        assert torch.allclose(got[name], gradient)
+        assert torch.allclose(got[name], gradient, atol=1e-8 + of_v * largest(gradient))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

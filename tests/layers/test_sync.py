@@ -16,7 +16,15 @@ import normkernels as nk
 from normkernels.ops.iter_norm.sync import sync_iter_norm
 from tests.layers.sync_ranks import Problem, counted_collectives, run_on_ranks, step, training_steps
 from tests.oracles.run import Result, oracle, plain_path
-from tests.tolerances import SYNCHRONIZED, assert_agree, assert_iter_norm, assert_within, exactly_centered, largest
+from tests.tolerances import (
+    SCALED_Y,
+    SYNCHRONIZED,
+    assert_agree,
+    assert_iter_norm,
+    assert_within,
+    exactly_centered,
+    largest,
+)
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 
@@ -133,6 +141,17 @@ def constant(mean: float, rank: int, device: str) -> dict[str, Tensor | None]:
     return step(problem.layer(), x, torch.ones_like(x))
 
 
+def unlike_scales() -> Tensor:
+    """Channels whose standard deviations differ by 1e4 within a group."""
+    return Problem().whole()[0] * torch.logspace(0, 4, 8).roll(3).view(1, 8, 1, 1)
+
+
+def decorrelated(rank: int, device: str) -> Tensor:
+    """y of this rank's samples, by an eigendecomposition of all ranks' covariance."""
+    problem = Problem(splits=(6, 2), dbn=True, affine=False)
+    return problem.layer()(problem.share(unlike_scales(), rank)).detach()
+
+
 def pairs(rank: int, device: str) -> tuple[dict[str, Tensor | None], list[bool]]:
     """Two groups of two ranks: each pair has a batch of its own."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -168,6 +187,7 @@ TWO_RANKS = {
     **{f"evaluation {name}": partial(evaluation, options) for name, options in AVERAGES.items()},
     **{f"collectives {name}": partial(collectives_of, problem) for name, problem in COUNTED.items()},
     **{f"constant {mean}": partial(constant, mean) for mean in CONSTANTS},
+    "unlike scales": decorrelated,
 }
 
 
@@ -351,6 +371,13 @@ def test_one_rank_needs_no_collective(tmp_path: Any) -> None:
     assert found == []
     alone = step(problem.layer(synchronized=False), x, dy)
     assert all(torch.equal(got[key], alone[key]) for key in alone)
+
+
+def test_channels_of_unlike_scale(two: list[dict[str, Any]]) -> None:
+    layer = Problem(dbn=True, affine=False, dtype=torch.float64).layer()
+    whole = nk.DBN2d(8, layer.group_size, layer.eps, affine=False, dtype=torch.float64)
+    y = torch.cat([found["unlike scales"] for found in two])
+    assert (y - whole(unlike_scales().double())).abs().max() <= SCALED_Y
 
 
 def test_defaults_are_iter_norms() -> None:

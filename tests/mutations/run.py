@@ -33,6 +33,7 @@ SURVIVORS = Path(__file__).with_name("survivors.md")
 SHORTEST_LIMIT, SLOWER = 60.0, 4.0  # seconds, and how much longer than without the mistake the tests may take
 LONGEST_LIMIT = 600.0  # where the time without it is not known
 
+FROM_OUTSIDE = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)  # a person's, or the kernel's where memory is short
 KILLED, SURVIVED = "killed", "survived"
 PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "--benchmark-disable", "-p", "no:cacheprovider", "-p", "no:xdist"]
 
@@ -146,8 +147,8 @@ def outcome(copy: Copy, mutation: Mutation, record: Record, trusted: bool = Fals
             limit = max(SHORTEST_LIMIT, SLOWER * seconds_without_mistake(copy, tests, record))
         with copy.changed(mutation):
             status, seconds, printed = copy.run(tests, limit)
-        if status in (3, 4, 5):  # pytest's own errors; 5: no test has these names
-            raise RuntimeError(f"{mutation}: expected tests that run, got\n{printed}")
+        if status in (3, 4, 5, *(-each for each in FROM_OUTSIDE)):  # pytest's own errors; 5: no test has these names
+            raise RuntimeError(f"{mutation}: expected tests that run, got exit status {status}\n{printed}")
         failed = next((line for line in printed.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
         how = "time" if status is None else failed.removesuffix("...")[:200] or f"exit status {status}"
         entry = {"mutation": str(mutation), "result": SURVIVED, "seconds": round(seconds, 1)}

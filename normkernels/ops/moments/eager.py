@@ -35,7 +35,7 @@ def moments(x: Tensor, group_size: int, exact: bool = False) -> tuple[Tensor, Te
     total = torch.zeros(channels, dtype=wide, device=x.device)
     m = n * positions
     if m == 0:  # the neutral element when moments are merged over processes
-        return total.to(dtype), total.to(dtype), gram
+        return total.to(dtype), torch.zeros_like(total, dtype=dtype), gram
     chain = max(8, min(CHAIN, math.isqrt(m) // 4))
     shift = None
     for samples, at in tiles(image):
