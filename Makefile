@@ -41,7 +41,7 @@ lint: $(STAMP) ## check style, format and types
 types: $(STAMP) ## check types
 	$(BIN)/mypy
 
-mutations: $(STAMP) ## by hand: put eighty mistakes into copies of the package one by one, and see that the tests notice
+mutations: $(STAMP) ## by hand: put one-line mistakes into copies of the package, and see that the tests notice each
 	nice $(BIN)/python -m tests.mutations.run $(ARGS)
 
 demo: $(STAMP) ## train on real digits with each layer, measure Table A1, write plots
