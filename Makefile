@@ -11,10 +11,10 @@ STAMP := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test lint types mutations demo figures kernels check-simt check-cuda check-abi bench gpu-check gpu-sanitize gpu-tune clean distclean
+.PHONY: help venv test lint types mutations demo figures kernels check-simt check-cuda check-abi check-networks bench gpu-check gpu-sanitize gpu-tune clean distclean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The stamp goes first and comes back last: an interrupted or failed install is repeated, never believed.
 $(STAMP): requirements-dev.txt pyproject.toml setup.py csrc/build.json normkernels/_build.py normkernels/_version.py
@@ -67,6 +67,16 @@ check-cuda: .venv-cuda/.complete ## compile the CUDA extension for three GPU arc
 check-abi: ## compile the CUDA extension with torch 2.11 and load it in the newest torch
 	$(PYTHON) -m bench.check_abi $(ARGS)
 
+check-networks: .venv-networks/.complete ## convert, train and fold public architectures (ARGS=--quick for a few), write docs/networks.md
+	.venv-networks/bin/python -m bench.check_networks $(ARGS)
+
+# Six gigabytes. The package is not installed there: the sources at hand are what is tried.
+.venv-networks/.complete: requirements-networks.txt
+	@rm -f $@
+	$(PYTHON) -m venv .venv-networks
+	.venv-networks/bin/python -m pip install --disable-pip-version-check -r requirements-networks.txt
+	@touch $@
+
 # Five gigabytes: only where there is a compiler to use them. The package is not installed there, but found in build/.
 .venv-cuda/.complete: requirements-cuda.txt
 	@$(PYTHON) -c 'import runpy, sys; runpy.run_path("normkernels/_build.py")["find_nvcc"]() or sys.exit("make: expected nvcc (in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda), found none")'
@@ -96,4 +106,4 @@ clean: ## remove build products and caches
 	find normkernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove the virtual environments too
-	rm -rf $(VENV) .venv-cuda .venv-abi
+	rm -rf $(VENV) .venv-cuda .venv-abi .venv-networks

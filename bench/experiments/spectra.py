@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -84,19 +85,27 @@ def interleaved(calls: dict[str, Callable[[], object]], rounds: int = 15) -> dic
     return {name: 1e3 * statistics.median(of[2:]) for name, of in times.items()}
 
 
+def step(layer: torch.nn.Module, x: Tensor, grad: Tensor) -> None:
+    layer(x).backward(grad)
+
+
+def decomposed(cov: Tensor) -> object:
+    return torch.linalg.eigh(cov.double())
+
+
 def costs() -> None:
     print("\nms                              step | covariance: plain, exact | decomposition: float32, float64 | added")
     for d in (16, 64):
         for shape in ((64, 64, 32, 32), (256, 256, 14, 14), (8, 64, 8, 8)):
             layer, x = nk.DBN2d(shape[1], group_size=d), torch.randn(shape, requires_grad=True)
-            grad, data = torch.randn(shape), x.detach()
+            data = x.detach()
             cov = moments.moments(data, d, False)[2]
             took = interleaved({
-                "step": lambda layer=layer, x=x, grad=grad: layer(x).backward(grad),
-                "plain": lambda data=data, d=d: moments.moments(data, d, False),
-                "exact": lambda data=data, d=d: moments.moments(data, d, True),
-                "eigh32": lambda cov=cov: torch.linalg.eigh(cov),
-                "eigh64": lambda cov=cov: torch.linalg.eigh(cov.double()),
+                "step": partial(step, layer, x, torch.randn(shape)),
+                "plain": partial(moments.moments, data, d, False),
+                "exact": partial(moments.moments, data, d, True),
+                "eigh32": partial(torch.linalg.eigh, cov),
+                "eigh64": partial(decomposed, cov),
             })  # fmt: skip
             added = took["exact"] - took["plain"] + took["eigh64"] - took["eigh32"]
             values = " | ".join(f"{took[name]:.2f}" for name in took)

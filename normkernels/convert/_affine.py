@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from normkernels.convert.pop_norm import POP_NORM
+from normkernels.layers import POPNorm1d, POPNorm2d, POPNorm3d
 from normkernels.layers.conv_norm import ConvNorm1d, ConvNorm2d
 from normkernels.layers.pop_norm import _POPNorm
 from normkernels.layers.whitening import _Whitening
@@ -34,6 +34,44 @@ BATCH_NORM_RANKS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.SyncBatchNorm: (2, 3, 4, 5),
 }
 NORMS = (nn.modules.batchnorm._BatchNorm, _Whitening, _POPNorm)
+# The layers that a norm in front can be merged into, with the POP-Norm of their input.
+POP_NORM: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: POPNorm1d,
+    nn.Conv1d: POPNorm1d,
+    nn.Conv2d: POPNorm2d,
+    nn.Conv3d: POPNorm3d,
+}
+# Methods and class attributes by which a subclass computes the same; what others it overrides may compute another.
+HARMLESS = {"__init__", "__repr__", "__setstate__", "extra_repr", "reset_parameters"}
+CALLED = {"__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__", "weight", "bias"}
+
+
+class MisalignedError(ValueError):
+    """A whitening group reaches across groups of a convolution."""
+
+
+def kind(layer: nn.Module) -> type[nn.Module] | None:
+    """Return which one of LAYERS it computes: its class, or the one from which it inherits all that its calls run."""
+    for base in type(layer).__mro__:
+        if base in LAYERS:
+            own = {name for each in base.__mro__ if each not in (nn.Module, object) for name in vars(each)}
+            run = {name for name in own if callable(getattr(base, name)) and name not in HARMLESS} | CALLED
+            run |= set(getattr(base, "__constants__", ()))
+            same = all(getattr(type(layer), name, None) is getattr(base, name, None) for name in run)
+            return base if same else None
+    return None
+
+
+def rank_of(layer: nn.Module) -> int:
+    """Return the dimensions of what a layer gives."""
+    base = kind(layer)
+    assert base is not None, layer
+    return LAYERS[base]
+
+
+def ranks(norm: Any) -> tuple[int, ...]:
+    """Return the dimensions of input that a norm takes."""
+    return norm._ranks if hasattr(norm, "_ranks") else BATCH_NORM_RANKS[type(norm)]
 
 
 def evaluated(norm: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,7 +150,7 @@ def fold_in_front(layer: Any, norm: Any) -> Any:
         ValueError: it is another kind of layer, dimensions or channels do not fit, groups are misaligned, or it pads
             with zeros and c is not 0.
     """
-    if type(layer) not in POP_NORM:
+    if kind(layer) not in POP_NORM:
         raise ValueError(f"expected Linear or Conv1d/2d/3d behind a norm, got {type(layer).__name__}")
     linear = isinstance(layer, nn.Linear)
     inputs, groups = (layer.in_features, 1) if linear else (layer.in_channels, layer.groups)
@@ -135,9 +173,8 @@ def fold_in_front(layer: Any, norm: Any) -> Any:
 
 
 def _check_fits(norm: Any, layer: nn.Module, channels: int, place: str) -> None:
-    rank = LAYERS[type(layer)]
-    ranks = norm._ranks if hasattr(norm, "_ranks") else BATCH_NORM_RANKS[type(norm)]
-    if rank not in ranks:
+    rank = rank_of(layer)
+    if rank not in ranks(norm):
         raise ValueError(f"expected a norm for {rank}D input {place} {type(layer).__name__}, got {type(norm).__name__}")
     if norm.num_features != channels:
         raise ValueError(f"expected {channels} features {place} {type(layer).__name__}, got {norm.num_features}")
@@ -150,7 +187,7 @@ def _aligned(A: Tensor, each: int, groups: int, side: str) -> Tensor:
     if each % d == 0:
         return A
     if bool((A - torch.diag_embed(diagonal)).any()):
-        raise ValueError(
+        raise MisalignedError(
             f"expected whitening groups that divide the {each} {side} channels in each of the convolution's {groups} "
             f"groups, got misaligned groups of {d}"
         )
@@ -225,9 +262,12 @@ def in_float64(module: Any) -> Any:
 def rounded(layer: Any, exact: Any) -> Any:
     """The layer with these values, in its own type, layout and place."""
     folded = copy.deepcopy(layer)
+    if hasattr(exact, "groups"):
+        folded.groups = exact.groups
     for name, value in exact.named_parameters():
         like = getattr(layer, name)
-        target = layer.weight.new_empty(value.shape) if like is None else torch.empty_like(like)
+        resized = like is None or like.shape != value.shape
+        target = layer.weight.new_empty(value.shape) if resized else torch.empty_like(like)
         setattr(folded, name, nn.Parameter(target.copy_(value.detach()), value.requires_grad))
     return folded
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from normkernels.convert._graph import Tracer
+from normkernels.convert._ways import ways
 
 # Modules by class, functions by themselves, methods of a tensor by name.
 POOLINGS = {
@@ -26,12 +26,15 @@ PASSED = {
 
 
 def features_linear(model: nn.Module) -> str:
-    """Name of the last linear layer, if it is the only one that the last average pooling's output goes to."""
+    """Return the name of the last linear layer, if it is the only one that the last average pooling's output goes to.
+
+    That has to be so on every way through the forward that optional arguments and conditions on shapes decide on.
+    """
     if isinstance(model, nn.DataParallel):  # its forward's *inputs cannot be traced
         return f"module.{features_linear(model.module)}"
     before = set(vars(model))
     try:
-        graph = Tracer().trace(model)
+        graphs = [way.graph for way in ways(model, ())]
     except Exception as error:  # whatever the model's code raises on a proxy
         raise RuntimeError(
             f"decorrelate_features: expected a model that torch.fx can trace, or the name of its last linear layer, "
@@ -40,6 +43,16 @@ def features_linear(model: nn.Module) -> str:
     finally:
         for constant in set(vars(model)) - before:  # tensors that the model's code made while it was traced
             delattr(model, constant)
+    names = {_last_linear(model, graph) for graph in graphs}
+    if len(names) > 1:
+        raise ValueError(
+            f"decorrelate_features: expected one last linear layer whatever optional arguments and shapes are, or its "
+            f"name; got {', '.join(map(repr, sorted(names)))}"
+        )
+    return names.pop()
+
+
+def _last_linear(model: nn.Module, graph: fx.Graph) -> str:
     poolings = [node for node in graph.nodes if _averages(model, node)]
     linears = [node for node in graph.nodes if node.op == "call_module" and _is_linear(model, node)]
     reached = list(dict.fromkeys(_followed(model, poolings[-1]))) if poolings else []

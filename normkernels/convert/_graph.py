@@ -8,16 +8,11 @@ from typing import Any
 import torch.fx
 from torch import nn
 
+from normkernels.convert._proxies import recording, stand_in
+
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 AFFINE_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)  # transposed convolutions and ConvNorm are among them
 CALL_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
-
-class _TensorProxy(torch.fx.Proxy):
-    """A tensor to ``isinstance``, which otherwise sends a forward another way than tensors do."""
-
-    __class__ = property(lambda self: torch.Tensor)
-    _is_param = _is_buffer = False  # but no nn.Parameter and no nn.Buffer
 
 
 class Tracer(torch.fx.Tracer):
@@ -32,11 +27,15 @@ class Tracer(torch.fx.Tracer):
         super().__init__()
         self.closed = closed
 
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> torch.fx.Graph:
+        with recording():
+            return super().trace(root, concrete_args)
+
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
-        return _TensorProxy(node, self)
+        return stand_in(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        return a.node if type(a) is _TensorProxy else super().create_arg(a)
+        return a.node if isinstance(a, torch.fx.Proxy) else super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (

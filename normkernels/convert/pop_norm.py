@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+import warnings
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
-from normkernels.convert._graph import BATCH_NORMS, Tracer, swap
+from normkernels.convert._affine import POP_NORM
+from normkernels.convert._graph import BATCH_NORMS, swap
+from normkernels.convert._network import Network
+from normkernels.convert._pairs import Pair, named_pairs
 from normkernels.layers import POPNorm1d, POPNorm2d, POPNorm3d
 from normkernels.ops._checks import check_flag
 
-POP_NORM: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: POPNorm1d,
-    nn.Conv1d: POPNorm1d,
-    nn.Conv2d: POPNorm2d,
-    nn.Conv3d: POPNorm3d,
+BEFORE: dict[type[nn.Module], type[nn.Module]] = {
+    **POP_NORM,
+    nn.ConvTranspose1d: POPNorm1d,
+    nn.ConvTranspose2d: POPNorm2d,
+    nn.ConvTranspose3d: POPNorm3d,
 }
 
 
@@ -29,88 +32,122 @@ def to_pop_norm(
     scale: bool = True,
     bias: bool = True,
     pairs: Iterable[tuple[str, str]] | None = None,
+    classifier: bool | str = False,
 ) -> dict[str, str]:
     """Move the normalization from behind each convolution or linear layer to before it, in place (POP-Norm, Figure 1).
 
-    Every layer ``conv`` whose output goes to a BatchNorm and nowhere else becomes ``Sequential(norm=POPNorm(...),
-    layer=conv)`` under its old name, with the BatchNorm's eps and momentum; an ``nn.Identity`` takes the BatchNorm's
-    place. The result is another function, for training from the start, with an optimizer made afterwards: the
-    BatchNorm's parameters and statistics are dropped. A BatchNorm that does not follow such a layer, as in a
-    pre-activation network, stays.
+    Every Linear, Conv1d/2d/3d and ConvTranspose1d/2d/3d whose output goes to a BatchNorm and nowhere else becomes
+    ``Sequential(norm=POPNorm(...), layer=conv)`` under its old name, with the BatchNorm's eps and momentum; an
+    ``nn.Identity`` takes the BatchNorm's place. The result is another function, for training from the start, with an
+    optimizer made afterwards: the BatchNorm's parameters and statistics are dropped. A BatchNorm that does not follow
+    such a layer, as in a pre-activation network, stays. Pairs are found as :func:`normkernels.convert.fold` finds them:
+    Identity and Dropout in evaluation may be between, and a module that torch.fx cannot trace is looked into by itself.
 
     Args:
-        model: a network that ``torch.fx`` can trace, or any if ``pairs`` are given.
+        model: a network; the BatchNorms of forwards that cannot be traced stay, which one warning says.
         kappa, center, scale: as in :class:`normkernels.POPNorm2d`.
         bias: give layers without a bias one (b of eq. 8), at zero: BatchNorm's beta has made it superfluous so far.
-        pairs: names of layers and of the BatchNorm behind each, instead of tracing the model.
+        pairs: names of layers and of the BatchNorm behind each, instead of finding them.
+        classifier: whether the last linear layer gets a norm before it as well, with the options of the last
+            BatchNorm; or the name of that linear layer. The last one is the only layer whose output comes to the
+            model's without another linear layer or convolution in between; where the model cannot be traced, the only
+            Linear that it has. The paper does not say whether it has a norm; kappa makes what it gives smaller, and so
+            bounds the loss from below.
 
     Returns:
-        {name of the new POPNorm: name of its convolution or linear layer}, in the order of the calls or of ``pairs``.
+        {name of the new POPNorm: name of its convolution or linear layer}, in the order of the calls or of ``pairs``,
+        the classifier last.
 
     Raises:
         TypeError, ValueError: no such pair is in the model, a name in ``pairs`` is unknown or is not of the right kind,
-            a module is in more than one of them, or the norm is a SyncBatchNorm or another subclass, which does more
-            than BatchNorm. The model is as it was.
-        RuntimeError: torch.fx cannot trace the model, and ``pairs`` are not given.
+            a module is in more than one of them, the norm is a SyncBatchNorm or another subclass, which does more than
+            BatchNorm, or there is no one last linear layer. The model is as it was.
+        RuntimeError: torch.fx can trace no forward that has such a pair, and ``pairs`` are not given.
     """
     check_flag("bias", bias)
+    if not isinstance(classifier, str):
+        check_flag("classifier", classifier)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
-    found = _traced_pairs(model) if pairs is None else list(pairs)
+    needed = pairs is None or (classifier and not isinstance(classifier, str))
+    network = Network(model) if needed else None
+    found = named_pairs(model, _found_pairs(model, network) if pairs is None and network is not None else pairs or ())
     if not found:
         raise ValueError(
             "model: expected a convolution or linear layer whose output goes to a BatchNorm and nowhere else, got none"
         )
-    named = dict(model.named_modules(remove_duplicate=False))
-    checked = [_checked(named, pair) for pair in found]
-    for module, count in Counter(module for both in checked for module in both).items():
-        if count > 1:
-            names = " = ".join(repr(name) for name, each in named.items() if each is module)
-            raise ValueError(f"pairs: expected each module in one of them, got {names} in {count}")
+    for pair in found:
+        _check(pair)
+    before = [(pair.layer_name, pair.layer, pair.norm) for pair in found]
+    if classifier:
+        name, linear = _classifier(model, network, classifier)
+        if all(linear is not layer for _, layer, _ in before):  # one with a BatchNorm behind has its norm
+            before.append((name, linear, found[-1].norm))
     norms = [
-        POP_NORM[_kind(layer)](
+        BEFORE[_kind(layer)](
             _channels(layer)[0], kappa, norm.eps, norm.momentum, norm.affine, norm.track_running_stats,
             center=center, scale=scale, device=layer.weight.device, dtype=layer.weight.dtype,
         )
-        for layer, norm in checked
+        for _, layer, norm in before
     ]  # fmt: skip
-    for (layer, norm), pop in zip(checked, norms, strict=True):
+    for (_, layer, norm), pop in zip(before, norms, strict=True):
         if bias and layer.bias is None:
             layer.bias = nn.Parameter(layer.weight.new_zeros(_channels(layer)[1]), layer.weight.requires_grad)
         both = nn.Sequential(OrderedDict(norm=pop, layer=layer)).train(layer.training)
         pop.train(norm.training)
         swap(model, layer, both)
-        swap(model, norm, nn.Identity())
-    return {f"{name}.norm": f"{name}.layer" for name, _ in found}
+    for pair in found:
+        swap(model, pair.norm, nn.Identity())
+    return {f"{name}.norm": f"{name}.layer" for name, _, _ in before}
 
 
-def _traced_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    try:
-        nodes = list(Tracer().trace(model).nodes)
-    except Exception as error:  # whatever the model's code raises on a proxy
-        raise RuntimeError(
-            f"model: expected one that torch.fx can trace, got {type(error).__name__}: {error}; "
-            f'name the layers instead, as pairs=[("conv1", "bn1"), ...]'
-        ) from error
-    # A shared module has several names, and tracing finds it under the first.
-    calls = Counter(node.target for node in nodes if node.op == "call_module")
-    pairs = []
-    for node in nodes:
-        before = node.args[0] if node.op == "call_module" and node.args else None
-        if not isinstance(before, torch.fx.Node) or before.op != "call_module":
+def _found_pairs(model: nn.Module, network: Network) -> list[tuple[str, str]]:
+    pairs, unseen = [], {}
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in network.called(norms):
+        try:
+            layer: Any = network.neighbor(norm)
+        except ValueError:  # it stays
             continue
-        layer, norm = (model.get_submodule(str(each.target)) for each in (before, node))
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or _kind(layer) is None:
-            continue
-        alone = calls[node.target] == calls[before.target] == len(before.users) == 1
+        alone = network.calls[norm] == network.calls[layer] == 1 and _kind(layer) is not None
         if alone and norm.num_features == _channels(layer)[1]:  # a Linear on (N, L, C) is followed by one of L features
-            pairs.append((str(before.target), str(node.target)))
+            pairs.append((network.names[layer], network.names[norm]))
+    for norm in norms:
+        if not network.sees(norm) and network.calls[norm]:
+            unseen[network.names[norm]] = network.why_not_called(norm)
+    if unseen:
+        reasons = "; ".join(dict.fromkeys(unseen.values()))
+        if not pairs:
+            raise RuntimeError(f"model: {reasons}")
+        warnings.warn(f"BatchNorms that stay as they are: {', '.join(map(repr, unseen))}: {reasons}", stacklevel=3)
     return pairs
 
 
+def _classifier(model: nn.Module, network: Network | None, asked: bool | str) -> tuple[str, nn.Linear]:
+    """Name and module of the last linear layer."""
+    if isinstance(asked, str):
+        name = asked
+    else:
+        assert network is not None
+        last = network.last_layers()
+        if last is None:
+            last = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        if len(last) != 1:
+            got = ", ".join(f"{network.names[each]!r} ({type(each).__name__})" for each in last) or "none"
+            raise ValueError(f"classifier: expected one last linear layer, or its name, got {got}")
+        name = network.names[last[0]]
+    linear = dict(model.named_modules(remove_duplicate=False)).get(name)
+    if not isinstance(linear, nn.Linear):
+        got = "no module of that name" if linear is None else type(linear).__name__
+        raise ValueError(
+            f"classifier: expected a last layer that is a Linear, or the name of one, got {got} for {name!r}"
+        )
+    return name, linear
+
+
 def _kind(layer: nn.Module) -> Any:
-    """Which of POP_NORM's keys a layer is; subclasses as well, but no transposed convolutions."""
-    return next((kind for kind in POP_NORM if isinstance(layer, kind)), None)
+    """Which of BEFORE's keys a layer is; subclasses as well."""
+    return next((kind for kind in BEFORE if isinstance(layer, kind)), None)
 
 
 def _channels(layer: Any) -> tuple[int, int]:
@@ -120,19 +157,13 @@ def _channels(layer: Any) -> tuple[int, int]:
     return layer.in_channels, layer.out_channels
 
 
-def _checked(named: dict[str, Any], pair: Any) -> tuple[Any, Any]:
-    """The modules of these names."""
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise TypeError(f"pairs: expected names of a layer and of the BatchNorm behind it, got {pair!r}")
-    for name in pair:
-        if name not in named or not name:
-            raise ValueError(f"pairs: expected names of modules of the model, got {name!r}")
-    layer, norm = (named[name] for name in pair)
-    if _kind(layer) is None:
-        raise ValueError(f"{pair[0]!r}: expected Linear or Conv1d/2d/3d, got {type(layer).__name__}")
-    if type(norm) not in BATCH_NORMS:  # a subclass may do more, and all of it would be lost
-        raise ValueError(f"{pair[1]!r}: expected BatchNorm1d/2d/3d, got {type(norm).__name__}")
-    _, channels = _channels(layer)
-    if norm.num_features != channels:
-        raise ValueError(f"{pair[1]!r}: expected {channels} features as {pair[0]!r} gives, got {norm.num_features}")
-    return layer, norm
+def _check(pair: Pair) -> None:
+    if _kind(pair.layer) is None:
+        got = type(pair.layer).__name__
+        raise ValueError(f"{pair.layer_name!r}: expected Linear or Conv1d/2d/3d or ConvTranspose1d/2d/3d, got {got}")
+    if type(pair.norm) not in BATCH_NORMS:  # a subclass may do more, and all of it would be lost
+        raise ValueError(f"{pair.norm_name!r}: expected BatchNorm1d/2d/3d, got {type(pair.norm).__name__}")
+    _, channels = _channels(pair.layer)
+    if pair.norm.num_features != channels:
+        got = pair.norm.num_features
+        raise ValueError(f"{pair.norm_name!r}: expected {channels} features as {pair.layer_name!r} gives, got {got}")

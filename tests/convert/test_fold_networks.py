@@ -255,7 +255,7 @@ class Taps(nn.Module):
         self.features = nn.Sequential(conv(), bn().double(), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
-        assert x.shape[1] == 8
+        assert x.isfinite().all()
         taps = []
         for layer in self.features:
             x = layer(x)

@@ -28,6 +28,8 @@ from tests.convert.foldable import (
     pair,
     refused,
     resnet,
+    same_state,
+    state,
     trained,
 )
 
@@ -46,8 +48,9 @@ class OwnIterNorm(nk.IterNorm2d):
     pass
 
 
-def with_own_forward(module: Any) -> nn.Module:
-    module.forward = lambda x, forward=module.forward: 2 * forward(x)
+def with_own_forward(module: Any, name: str = "forward") -> nn.Module:
+    inherited = getattr(module, name)
+    setattr(module, name, lambda *args: 2 * inherited(*args))
     return module
 
 
@@ -113,6 +116,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], str]]
     },
     "norm-hook": (conv, lambda: hooked(bn(), "forward_hook"), "no hooks on '0.bn', got forward hooks"),
     "conv-forward": (lambda: with_own_forward(conv()), bn, "forward of its class in '0.conv'"),
+    "conv-forward-inside": (lambda: with_own_forward(conv(), "_conv_forward"), bn, "forward of its class in '0.conv'"),
     "norm-forward": (conv, lambda: with_own_forward(bn()), "forward of its class in '0.bn'"),
     "conv-norm": (lambda: nk.ConvNorm2d(8, 8, 3), lambda: nk.IterNorm2d(8, 4), "1 output channels .* groups of 4"),
     "bare-conv-norm": (lambda: nk.ConvNorm2d(8, 8, 3, affine=False), bn, "ConvNorm2d with affine=True"),
@@ -206,14 +210,49 @@ def test_training_mode(strict: bool) -> None:
         fold(net, strict=strict)
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_nothing_to_fold(strict: bool) -> None:
-    with pytest.raises(ValueError, match=r"model: expected BatchNorm.* got none"):
-        fold(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)).eval(), strict=strict)
-    with pytest.raises(ValueError, match="got none"):
-        fold(fold(resnet()), strict=strict)
-    with pytest.raises(ValueError, match=r"'model' \(BatchNorm2d\): expected a call of it"):
-        fold(bn().eval(), strict=strict)
+def test_nothing_to_fold() -> None:
+    """An error, or a copy and a warning."""
+    for net, reason in (
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)), "got none|could be folded: none"),
+        (fold(resnet()), "got none|could be folded: none"),
+        (bn(), r"'model' \(BatchNorm2d\): expected a call of it"),
+    ):
+        net.eval()
+        with pytest.raises(ValueError, match=reason):
+            fold(net)
+        with pytest.warns(UserWarning, match=reason) as warned:
+            copied = fold(net, strict=False)
+        assert len(warned) == 1 and warned[0].filename == __file__
+        assert copied is not net and type(copied) is type(net) and same_state(copied, state(net))
+        assert not {p.data_ptr() for p in copied.parameters()} & {p.data_ptr() for p in net.parameters()}
+
+
+def test_each_reason_once() -> None:
+    """Behind the names of all norms of which it is true."""
+    part = Graph(lambda self, x: self.b(self.a(F.relu(self.conv(x))).relu()).relu(), conv=conv(), a=bn(), b=bn())
+    other = Graph(lambda self, x: self.d(self.c(x * x) * x) * x, c=nk.IterNorm2d(8), d=bn())
+    net = nn.Sequential(part, other).eval()
+    with pytest.raises(ValueError) as raised:
+        fold(net)
+    with pytest.warns(UserWarning) as warned:
+        fold(net, False)
+    for said in (str(raised.value), str(warned[0].message)):
+        lines = said.splitlines()[1:]
+        assert len(lines) == len({line.partition(": ")[2] for line in lines}) == 2
+        assert lines[0].startswith("  '0.a' (BatchNorm2d), '0.b' (BatchNorm2d): expected a convolution or linear layer")
+        assert lines[1].startswith("  '1.c' (IterNorm2d), '1.d' (BatchNorm2d): expected a convolution or linear layer")
+
+
+def test_a_reason_that_differs_by_names() -> None:
+    """Once, with the names."""
+    net = nn.Sequential(*(Graph(pair, conv=Halved(8, 8, 3, padding=1), bn=bn()) for _ in range(3)), conv(), bn()).eval()
+    net[1].conv = conv()
+    with pytest.raises(ValueError) as raised:
+        fold(net)
+    (line,) = str(raised.value).splitlines()[1:]
+    assert line.startswith(
+        "  '0.bn' (BatchNorm2d), '2.bn' (BatchNorm2d): expected no subclass in '0.conv', '2.conv', which may compute"
+    )
 
 
 def test_wrong_arguments() -> None:

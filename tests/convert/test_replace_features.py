@@ -140,6 +140,12 @@ class Again(nn.Module):
         return self.fc(x.mean((2, 3))) + self.fc(self.bn(x).mean((2, 3)))
 
 
+class Either(Heads):
+    def forward(self, x: Tensor, second: bool = False) -> Tensor:
+        x = self.bn(x).mean((2, 3))
+        return self.b(x) if second else self.a(x)
+
+
 NONE = "or that layer's name; got linear layers"
 
 
@@ -154,6 +160,7 @@ NONE = "or that layer's name; got linear layers"
         (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), f"{NONE} none, and of 0 poolings"),
         (Heads, "leads to 'a', 'b'"),
         (Again, "linear layers 'fc', 'fc', and of 2 poolings the last one leads to 'fc'$"),
+        (Either, "whatever optional arguments and shapes are, or its name; got 'a', 'b'$"),
     ],
 )  # fmt: skip
 def test_no_such_linear_layer(net: Callable[[], nn.Module], match: str) -> None:

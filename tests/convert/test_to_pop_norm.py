@@ -193,7 +193,7 @@ class Several(nn.Module):
         self.read_twice, self.of_one_reader = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
         self.shared, self.of_shared, self.of_shared_too = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
         self.to_shared_1, self.to_shared_2, self.shared_bn = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-        self.up, self.of_up = nn.ConvTranspose2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.up, self.of_up = nn.ConvTranspose2d(4, 4, 1), nn.InstanceNorm2d(4)
         self.mixed, self.over_positions = nn.Linear(8, 6), nn.BatchNorm1d(4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -372,7 +372,7 @@ def mixed() -> nn.Module:
         ({"pairs": [("conv", "bn"), ("", "bn2")]}, ValueError, "names of modules of the model", "''"),
         ({"pairs": [("conv", "bn"), ("conv2", 3)]}, ValueError, "names of modules of the model", "3"),
         ({"pairs": [("conv", "bn"), ("bn2", "conv2")]}, ValueError, "'bn2': expected Linear or Conv1d", "BatchNorm2d"),
-        ({"pairs": [("conv", "bn"), ("up", "bn2")]}, ValueError, "Linear or Conv1d/2d/3d", "ConvTranspose2d"),
+        ({"pairs": [("conv", "bn"), ("instance", "bn2")]}, ValueError, "Linear or Conv1d/2d/3d", "InstanceNorm2d"),
         ({"pairs": [("conv", "bn"), ("conv2", "instance")]}, ValueError, "BatchNorm1d/2d/3d", "InstanceNorm2d"),
         ({"pairs": [("conv", "bn"), ("conv2", "sync")]}, ValueError, "BatchNorm1d/2d/3d", "SyncBatchNorm"),
         ({"pairs": [("conv", "bn"), ("conv2", "act")]}, ValueError, "BatchNorm1d/2d/3d", "WithActivation"),

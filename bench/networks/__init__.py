@@ -1,0 +1,1 @@
+"""Public architectures, and what normkernels does to each: `make check-networks`."""
