@@ -11,7 +11,7 @@ STAMP := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test lint types demo figures kernels check-simt check-cuda check-abi check-networks bench gpu-check gpu-sanitize gpu-tune clean distclean
+.PHONY: help venv test lint types mutations demo figures kernels check-simt check-cuda check-abi check-networks bench gpu-check gpu-sanitize gpu-tune clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ lint: $(STAMP) ## check style, format and types
 
 types: $(STAMP) ## check types
 	$(BIN)/mypy
+
+mutations: $(STAMP) ## by hand: put one-line mistakes into copies of the package, and see that the tests notice each
+	nice $(BIN)/python -m tests.mutations.run $(ARGS)
 
 demo: $(STAMP) ## train on real digits with each layer, measure Table A1, write plots
 	$(BIN)/python -m bench.demo $(ARGS)

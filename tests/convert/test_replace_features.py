@@ -137,7 +137,7 @@ class Again(nn.Module):
         self.bn, self.fc = nn.BatchNorm2d(3), nn.Linear(3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.fc(x.mean((2, 3)))) + self.fc(self.bn(x).mean((2, 3)))
+        return self.fc(x.mean((2, 3))) + self.fc(self.bn(x).mean((2, 3)))
 
 
 class Either(Heads):
@@ -159,7 +159,7 @@ NONE = "or that layer's name; got linear layers"
         (lambda: Net(nn.Sequential(Pool(), nn.Linear(8, 8), nn.ReLU())), "'head.1', 'fc', and of 1 .* to 'head.1'$"),
         (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), f"{NONE} none, and of 0 poolings"),
         (Heads, "leads to 'a', 'b'"),
-        (Again, "'fc', 'fc', 'fc'"),
+        (Again, "linear layers 'fc', 'fc', and of 2 poolings the last one leads to 'fc'$"),
         (Either, "whatever optional arguments and shapes are, or its name; got 'a', 'b'$"),
     ],
 )  # fmt: skip

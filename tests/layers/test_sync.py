@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import normkernels as nk
+from normkernels.ops.iter_norm.sync import sync_iter_norm
 from tests.layers.sync_ranks import Problem, counted_collectives, run_on_ranks, step, training_steps
 from tests.oracles.run import Result, oracle, plain_path
 from tests.tolerances import (
@@ -376,3 +378,11 @@ def test_channels_of_unlike_scale(two: list[dict[str, Any]]) -> None:
     whole = nk.DBN2d(8, layer.group_size, layer.eps, affine=False, dtype=torch.float64)
     y = torch.cat([found["unlike scales"] for found in two])
     assert (y - whole(unlike_scales().double())).abs().max() <= SCALED_Y
+
+
+def test_defaults_are_iter_norms() -> None:
+    """Of the function; the layers give it all options."""
+    ours, theirs = (inspect.signature(function).parameters for function in (sync_iter_norm, nk.ops.iter_norm))
+    assert {name: p.default for name, p in ours.items() if name != "process_group"} == {
+        name: p.default for name, p in theirs.items()
+    }

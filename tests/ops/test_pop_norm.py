@@ -106,6 +106,24 @@ def test_large_means(mean: float, dtype: torch.dtype, center: bool, scale: bool)
     check(inputs.gaussian((16, 8, 4, 4), dtype=dtype, mean=mean), center=center, scale=scale)
 
 
+@MODES
+def test_large_means_cost_nothing(center: bool, scale: bool) -> None:
+    """The rounding of the mean, 1/256 of a deviation, is taken out of y and of the gradients again."""
+    x = inputs.gaussian((9, 8, 3, 2), dtype=torch.float32, mean=-1e5)
+    dy = incoming_gradient(x) + 3  # a mean of its own, which the rounding of x's mean would be multiplied with
+    vectors = torch.linspace(-1, 2, 8), torch.linspace(1, -1, 8)
+    weight, bias = vectors[0] if scale else None, vectors[1] if center else None
+    options = (4.0, 1e-5, center, scale)
+    got = run(nk.ops.pop_norm, x, dy, weight, bias, *options)
+    up = [None if t is None else t.double() for t in (x, dy, weight, bias)]
+    exact = run(popnorm.pop_norm, *up, *options)
+    centered = (x.double() - exact[4].view(-1, 1, 1)).float() if center else x
+    floors = pop_norm_floors(centered, dy, weight, bias, *options, exact[:4])
+    for key, value, reference, floor in zip(NAMES, got, exact, floors, strict=False):
+        if value is not None:
+            assert_within(key, value, reference, None, floor, largest(reference))
+
+
 @pytest.mark.usefixtures("tiny_tiles")
 @pytest.mark.parametrize("mean", [0.0, 1e5])
 def test_tiles_of_different_means(mean: float) -> None:

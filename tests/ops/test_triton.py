@@ -27,10 +27,12 @@ from torch import Tensor
 
 import normkernels as nk
 from normkernels.ops import _library, _triton
-from tests.oracles import inputs
-from tests.oracles.run import Config, incoming_gradient, run
+from tests.backends import TRITON
+from tests.oracles import inputs, iternorm
+from tests.oracles.run import Config, incoming_gradient, oracle, run
+from tests.tolerances import assert_within, cov_floor, exactly_centered, largest, mean_floor
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
@@ -337,18 +339,38 @@ def test_64_bit_columns_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(torch.equal(a, b) for a, b in zip(step(x), expected, strict=True))
 
 
-def test_offsets_beyond_2_31_elements() -> None:
-    """Two samples 2^31 elements apart, in memory of which only these are touched."""
-    values = inputs.gaussian((2, 8, 15), dtype=torch.float16)
-    if ON_GPU:
-        memory = torch.empty(2**31 + 120, dtype=torch.float16, device=DEVICE)
-    else:
-        memory = torch.from_numpy(np.empty(2**31 + 120, dtype=np.float16))
-    x = memory.as_strided((2, 8, 15), (2**31, 15, 1))
-    x.copy_(values)
+@pytest.mark.parametrize("group_size", [8, 1])
+@pytest.mark.parametrize("samples", [2, 9, 15, 17])  # the last one's second part has one column
+def test_fewer_columns_than_a_tile(samples: int, group_size: int) -> None:
+    """The shift is the mean of the columns that a part's first tile has; any other costs digits, at this mean all."""
+    x = gaussian((samples, 8), group_size=group_size, mean=1e4)
     with nk.use_backend("triton"):
-        far, near = step(x), step(values.to(DEVICE))
-    assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
+        _, mean, cov = (value.cpu() if isinstance(value, Tensor) else value for value in nk.ops.moments(x, group_size))
+    x = x.cpu()
+    mean_ref, cov_ref = iternorm.moments(x.double(), group_size)
+    assert_within("mean", mean, mean_ref, None, mean_floor(x), largest(mean_ref))
+    assert ((cov.double() - cov_ref).abs() <= cov_floor(x, cov_ref)).all()
+
+
+@pytest.mark.parametrize("backend", TRITON, indirect=True)
+def test_large_means_cost_nothing(backend: str) -> None:
+    """The rounding of the mean is taken out of y and of the gradients again; plain PyTorch: test_precision."""
+    config = Config(eps=1e-3)
+    x = inputs.gaussian((9, 8, 3, 5), dtype=torch.float32, mean=-1e5)
+    dy = incoming_gradient(x) + 3  # a mean of its own, which the rounding of x's mean would be multiplied with
+    got, reference = run(nk.ops.iter_norm, config, x, dy), oracle(config, x, dy)
+    floor = exactly_centered(x, dy, reference, config)
+    assert_within("y", got.y, reference.y, None, floor.y, largest(reference.y))
+    assert_within("W", got.w, reference.w, None, floor.w, largest(reference.w))
+    assert_within("dx", got.dx, reference.dx, None, floor.dx, largest(reference.dx))
+
+
+def test_a_small_channel_stops_nothing() -> None:
+    """Newton's iteration ends where others make up a channel's variance, not where that is small."""
+    variances = torch.tensor([1.0, 1e-7])
+    with nk.use_backend("triton"):
+        W = nk.ops.inverse_sqrt(torch.diag(variances).view(1, 2, 2).to(DEVICE), num_iterations=30, eps=0.0)
+    torch.testing.assert_close(W[0].diagonal().cpu(), variances.rsqrt(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NC"])

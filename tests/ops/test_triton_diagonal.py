@@ -151,6 +151,14 @@ def test_64_bit_columns_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(a, b) for a, b in zip(on("triton", x), expected, strict=True))
 
 
+@pytest.mark.parametrize("samples", [2, 9, 15, 17])  # the last one's second part has one column
+def test_fewer_columns_than_a_tile(samples: int) -> None:
+    """The shift is the mean of the columns that a part's first tile has; any other costs digits, at this mean all."""
+    x = gaussian((samples, 8), group_size=1, mean=1e4)
+    got, expected = (on(backend, x)[:3] for backend in ("triton", "eager"))
+    assert_agree([value.cpu() for value in got], [value.cpu() for value in expected])
+
+
 @pytest.mark.parametrize("affine", [True, False])
 def test_iter_norm_of_single_channels(affine: bool, launches: Launches) -> None:
     """The passes are ours, in forward and backward; the numbers between them are plain PyTorch's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,42 @@ def results(model: nn.Module, bnp: BNP) -> list[Tensor]:
     return [*(p.detach() for p in model.parameters()), *statistics, *numbers]
 
 
+# Inputs of ranks 0 and 1: their shares of the samples, of the pixels, and of the output positions are all different.
+SHAPES = [(2, 3, 4, 11), (5, 3, 6, 5)]
+
+
+class Tokens(nn.Module):
+    """A convolution on images of any size, and a linear layer on its positions, which are a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches = nn.Conv2d(3, 4, 2, stride=2)
+        self.head = nn.Linear(4, 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.patches(x).tanh().flatten(2).mT)
+
+
+def of_a_rank(rank: int) -> Tensor:
+    g = torch.Generator().manual_seed(rank)
+    return torch.randn(SHAPES[rank], dtype=torch.float64, generator=g) * (rank + 1) + 3 * rank
+
+
+def sequences(ranks: Sequence[int], reduce: Callable[[Tensor], object] | None = None) -> list[Tensor]:
+    """One step with the inputs of these ranks, one after the other; reduce: adds up the ranks' gradients."""
+    model = Tokens()
+    bnp = BNP(model, rho=0.5)
+    for rank in ranks:
+        loss(model, of_a_rank(rank), share=1.0).backward()
+    for parameter in model.parameters():
+        if reduce is not None:
+            reduce(parameter.grad)
+    bnp.step()
+    return [*(parameter.grad for parameter in model.parameters()), *results(model, bnp)]
+
+
 def on_a_rank(rank: int, folder: str) -> None:
     """All cases, as starting a process takes longer than they do."""
     torch.set_num_threads(1)
@@ -75,6 +112,7 @@ def on_a_rank(rank: int, folder: str) -> None:
         loss(model, batch(0), share=1.0).backward()
     bnp.step()
     outcome["only rank 0 had a forward pass"] = results(network(), bnp)
+    outcome["other sizes"] = sequences([rank], dist.all_reduce)
     torch.save(outcome, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -108,6 +146,22 @@ def test_a_rank_without_a_forward_pass_takes_part(ranks: list[dict[str, Any]]) -
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
     assert first[-1][0] == WHOLE
+
+
+def test_ranks_with_images_of_different_sizes(ranks: list[dict[str, Any]]) -> None:
+    """Every pixel counts once, and so does every token, as in one process: a rank weighs as much as it has of them."""
+    first, second = (rank["other sizes"] for rank in ranks)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    assert_agree(first, sequences([0, 1]))
+
+    model = Tokens()
+    pixels = torch.cat([of_a_rank(rank).transpose(0, 1).flatten(1) for rank in range(2)], 1)
+    tokens = torch.cat([model.patches(of_a_rank(rank)).tanh().transpose(0, 1).flatten(1) for rank in range(2)], 1)
+    statistics = [s for values in (pixels, tokens) for s in (values.mean(1) / 2, (values.var(1, correction=0) + 1) / 2)]
+    assert_agree(first[8:12], statistics)  # averaged with 0 and 1, as rho = 1 / 2
+    samples = sum(shape[0] for shape in SHAPES)
+    assert all(torch.equal(each, torch.tensor([samples, tokens.shape[1] / samples])) for each in first[12:])
 
 
 def test_without_merging(ranks: list[dict[str, Any]]) -> None:
