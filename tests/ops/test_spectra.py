@@ -10,6 +10,7 @@ from torch import Tensor
 
 import normkernels as nk
 from normkernels.ops.inverse_sqrt import eager
+from tests.backends import CUDA, TRITON
 from tests.oracles import inputs, iternorm
 from tests.oracles.run import back, incoming_gradient, leaf, moved
 from tests.tolerances import LARGER_THAN_FLOAT64, SCALED_GRADIENT, SCALED_W, SCALED_Y, assert_within_remainder
@@ -18,6 +19,10 @@ pytestmark = [
     pytest.mark.usefixtures("backend"),
     pytest.mark.filterwarnings("ignore:.*plain PyTorch instead of the Triton kernels"),
 ]
+
+
+# The interpreter takes minutes for what these run; the two tests of Triton's kernels below are shorter.
+QUICK = pytest.mark.parametrize("backend", ["eager", *CUDA], indirect=True)
 
 
 def step(x: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,6 +63,7 @@ SIZES = [
 ]
 
 
+@QUICK
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize(("d", "layout"), SIZES)
 def test_channels_of_unlike_scale(d: int, layout: str, scales: str) -> None:
@@ -73,6 +79,11 @@ def test_channels_of_unlike_scale(d: int, layout: str, scales: str) -> None:
     assert ((got[1] - exact[1]).abs() <= SCALED_W * root[:, :, None] * root[:, None, :]).all()
     channels = exact[2].movedim(1, 0).flatten(1), (got[2] - exact[2]).movedim(1, 0).flatten(1)
     assert (channels[1].abs().amax(1) <= SCALED_GRADIENT * channels[0].abs().amax(1)).all()
+
+
+@pytest.mark.parametrize("backend", TRITON, indirect=True)
+def test_triton_leaves_the_exact_covariance_to_plain_pytorch() -> None:
+    test_channels_of_unlike_scale(16, "images", "shuffled")
 
 
 @pytest.mark.on_cpu
@@ -122,12 +133,13 @@ SINGULAR = {
 }
 
 
+@QUICK
 @pytest.mark.parametrize(("scaling", "eps"), [("trace", 0.0), ("frobenius", 0.0), ("frobenius", 1e-3)])
 @pytest.mark.parametrize("case", SINGULAR)
 def test_many_iterations_converge(case: str, eps: float, scaling: str, backend: str) -> None:
     """No iteration makes of a direction without variance more than float64 does; from some iteration on W stays."""
     scales = (1e-6, 1e4) if backend == "eager" else (1e4,)
-    counts = (9, 20, 40) if backend == "eager" else (20,)
+    counts = (9, 20, 40) if backend == "eager" else (20,)  # of iterations, beside 100
     for scale in scales:
         x = scale * SINGULAR[case]()
         for num_iterations in (*counts, 100):
@@ -144,7 +156,18 @@ def test_many_iterations_converge(case: str, eps: float, scaling: str, backend: 
             )
 
 
-@pytest.mark.on_cpu
+@pytest.mark.parametrize("backend", TRITON, indirect=True)
+@pytest.mark.parametrize("case", ["fewer-samples-than-channels", "equal-channels-of-unlike-scale"])
+def test_triton_stops_as_well(case: str) -> None:
+    """Both directions, at a number of iterations at which what does not stop has overflowed or lost all digits."""
+    x = 1e4 * SINGULAR[case]()
+    options = {"num_iterations": 30, "eps": 0.0, "scaling": "frobenius"}
+    for value, reference in zip(step(x, **options), step(x.double(), **options), strict=True):
+        assert value.isfinite().all()
+        assert value.abs().max() <= LARGER_THAN_FLOAT64 * reference.abs().max().clamp(min=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["eager"], indirect=True)
 @pytest.mark.parametrize("scaling", ["trace", "frobenius"])
 def test_nothing_stops_before_its_time(scaling: str) -> None:
     """A regular covariance has all its iterations, and converges to the root."""
