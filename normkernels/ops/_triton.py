@@ -247,6 +247,15 @@ def columns(x: Tensor) -> Columns:
     return Columns(image, positions, sample_stride, channel_stride, position_stride, run)
 
 
+def within_32_bits(operand: Tensor) -> Tensor:
+    """Return a small operand as it is, or a compact copy where offsets in it do not fit 32 bits.
+
+    Kernels compute these in 32 bits: only activations are large, and have offsets of 64.
+    """
+    last = sum((n - 1) * stride for n, stride in zip(operand.shape, operand.stride(), strict=True))
+    return operand if last < 2**31 else operand.contiguous()
+
+
 class Split(NamedTuple):
     """How a pass over ``columns`` is cut: ``parts`` programs for each group, each with ``chunk`` columns."""
 

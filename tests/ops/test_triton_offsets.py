@@ -105,6 +105,31 @@ def filtered(z: Tensor, v: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     return y.detach(), torch.autograd.grad(y, v, dy)[0]
 
 
+# Operand, its shape, and strides of which one is 2^30.
+SMALL: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
+    "rows of W": ("W", (1, 3, 3), (9, 2**30, 1)),
+    "columns of W": ("W", (1, 3, 3), (9, 1, 2**30)),
+    "rows of v": ("v", (1, 4, 5), (20, 2**30, 1)),
+    "input channels of a weight": ("weight", (1, 3, 3, 2), (18, 2**30, 2, 1)),
+    "columns of a weight": ("weight", (1, 3, 3, 3), (27, 9, 1, 2**30)),
+}
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_offsets_of_small_operands(case: str, tmp_path: Path) -> None:
+    """Kernels compute these in 32 bits, and get a compact copy where they would not do."""
+    name, shape, strides = SMALL[case]
+    values = planes(shape)
+    x = {"W": planes((2, 3, 4, 5)), "v": planes((2, 1, 4, 5)), "weight": values}[name].to(DEVICE)
+    call = {
+        "W": lambda W: nk.ops.whiten(x, torch.zeros(3, device=DEVICE), W),
+        "v": lambda v: nk.ops.spectral_filter(x, v),
+        "weight": lambda weight: nk.ops.kernel_spectrum(weight, (5, 6)),
+    }[name]
+    with nk.use_backend("triton"):
+        assert torch.equal(call(apart(values, strides, tmp_path)), call(values.to(DEVICE)))
+
+
 @triton.jit(do_not_specialize=["columns"])
 def cut_kernel(out, chunk, columns, parts, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
     part = tl.program_id(0)

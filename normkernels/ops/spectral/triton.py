@@ -25,6 +25,7 @@ from normkernels.ops._triton import (
     launch,
     padded,
     properties,
+    within_32_bits,
 )
 from normkernels.ops.spectral import eager
 
@@ -423,6 +424,7 @@ def spectral_filter(z: Tensor, v: Tensor, source: Sequence[int], target: Sequenc
         return eager.spectral_filter(z, v, source, target)
     samples, channels = z.shape[:2]
     placed, taken = Planes(z, source), Planes(y, (*target[:2], *target[3:5]))
+    v = within_32_bits(v)
     sizes, waves, groups, config = plan("spectral_filter", z, h, w)
     coefficients = v.new_empty((groups * config.block, 5, sizes["KW"], sizes["KH"]))
     launch(

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from normkernels.ops._devices import has_float64
-from normkernels.ops._triton import Unsupported, architecture, check_supported, configuration, launch
+from normkernels.ops._triton import Unsupported, architecture, check_supported, configuration, launch, within_32_bits
 from normkernels.ops.spectral import eager
 
 FLOOR = tl.constexpr(eager.FLOOR)
@@ -203,6 +203,7 @@ class Weights(NamedTuple):
 
 def weights(kernel: str, weight: Tensor, size: Sequence[int], eps: float, dilation: Sequence[int]) -> Weights:
     h, w = size
+    weight = within_32_bits(weight)
     kh, kw = weight.shape[2:]
     config = configuration(kernel, FREQUENCIES[1], "", torch.float32, architecture(weight.device))
     waves = tuple(wave for pair in eager.both_waves(weight, size, dilation) for wave in pair)
@@ -238,7 +239,7 @@ def kernel_spectrum_backward(grad: Tensor, weight: Tensor, eps: float, dilation:
     check(weight)
     if weight.numel() == 0:
         return eager.kernel_spectrum_backward(grad, weight, eps, dilation)
-    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    grad, result = within_32_bits(grad), torch.empty_like(weight, memory_format=torch.contiguous_format)
     given = weights("kernel_spectrum_backward", weight, grad.shape[1:], eps, dilation)
     launch(
         gradient_of_kernels, (weight.shape[0],), grad, *grad.stride(),

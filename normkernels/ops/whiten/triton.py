@@ -17,6 +17,7 @@ from normkernels.ops._triton import (
     padded,
     split,
     tf32_allowed,
+    within_32_bits,
 )
 from normkernels.ops._triton_diagonal import map_channels
 from normkernels.ops._triton_tiles import bounds, load_tile, pointers, positions_of
@@ -88,7 +89,7 @@ def mix(
     groups, d, _ = matrix.shape
     if d == 1:
         return map_channels(sources, matrix, bias, like, weight)
-    result = empty_output(like)
+    matrix, result = within_32_bits(matrix), empty_output(like)
     seen = [columns(source) for source, _ in sources]
     shifts = [shift for _, shift in sources]
     out, size = columns(result), padded(d)
