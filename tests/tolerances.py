@@ -261,10 +261,10 @@ def largest_stretch(eps: float, dtype: torch.dtype, d: int) -> float:
 
 
 # Whitening by eigendecomposition where standard deviations differ by up to 1e4 or are all 1e4, correlation matrices
-# with a condition number k of up to 1e3, in float32. The covariance is off by a quarter of a rounding in units of the
-# deviations (moments/eager.py), W relative to its diagonal by k / 2 times that: r = 7.5e-6. y, of at most 6, and its
-# rounding: 6 r + |W| 2 u |x| = 4.5e-5 + 32 * 8 u = 6e-5. dx has three times W's error and x's rounding, relative to
-# the largest of a channel, where terms k^(1/2) times as large may cancel: 32 * 6 * 3 r = 4e-3.
+# with a condition number k of up to 1e3, in float32. The covariance is off by half a rounding in units of the
+# deviations (moments/eager.py), W relative to its diagonal by k / 2 times that: r = 1.5e-5. y, of at most 5, and its
+# rounding: 5 r + |W| 2 u |x| = 7.5e-5 + 32 * 8 u = 9e-5. dx has three times W's error and x's rounding, relative to
+# the largest of a channel, where terms k^(1/2) times as large may cancel: 32 * 5 * 3 r = 7e-3.
 SCALED_W, SCALED_Y, SCALED_GRADIENT = 1e-4, 1e-4, 1e-2
 
 # Singular covariances: rounding has its own directions there. They grow no larger than in float64.
