@@ -206,7 +206,7 @@ def test_infinities_are_compared() -> None:
         (torch.randn(2, 4, 8, 8), ValueError, r"got a tensor \(2, 4, 8, 8\): 'conv1' raises RuntimeError: .* channels"),
         ((None,), ValueError, "got None: 'conv1' raises TypeError"),
     ],
-    ids=str,
+    ids=["text", "list", "number as key", "other name", "too many", "none", "channels", "None"],
 )
 @pytest.mark.parametrize("strict", [True, False])
 def test_inputs_that_the_model_does_not_take(inputs: Any, error: Any, said: str, strict: bool) -> None:
