@@ -64,7 +64,7 @@ BY_HAND = (
     Mutation("penalties:_gram_error", "2 * others", "others"),
     # Triton.
     Mutation("ops.inverse_sqrt.triton:whitening_matrix", "diagonal + eps, mask=index < d)", "diagonal + eps)"),
-    Mutation("ops.inverse_sqrt.triton:stopped", "variance * squares", "squares"),
+    Mutation("ops.inverse_sqrt.triton:check_iterations", "num_iterations > MOST_ITERATIONS", "False"),
     Mutation("ops.iter_norm.triton:finish_backward", "2.0 / m", "1.0 / m"),
     Mutation(
         "ops.iter_norm.triton:finish_backward", "row, d, 0.0)[:, None] * offset[None, :]", "row, d, 0.0)[:, None] * 0"

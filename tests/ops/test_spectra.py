@@ -158,7 +158,7 @@ def test_many_iterations_converge(case: str, eps: float, scaling: str, backend: 
 
 @pytest.mark.parametrize("backend", TRITON, indirect=True)
 @pytest.mark.parametrize("case", ["fewer-samples-than-channels", "equal-channels-of-unlike-scale"])
-def test_triton_stops_as_well(case: str) -> None:
+def test_triton_leaves_many_iterations_to_plain_pytorch(case: str) -> None:
     """Both directions, at a number of iterations at which what does not stop has overflowed or lost all digits."""
     x = 1e4 * SINGULAR[case]()
     options = {"num_iterations": 30, "eps": 0.0, "scaling": "frobenius"}

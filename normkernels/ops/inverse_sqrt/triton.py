@@ -7,22 +7,17 @@ from 64 x 64 on. A barrier follows every store, so that all threads read what it
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from normkernels.ops._library import full_precision
-from normkernels.ops._triton import architecture, check_supported, configuration, launch, padded
+from normkernels.ops._triton import Unsupported, architecture, check_supported, configuration, launch, padded
 from normkernels.ops.inverse_sqrt import eager
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-# An iteration stops at this variance inflation factor, which it cannot have reached before (eager.stopped).
-MOST_INFLATED = tl.constexpr(1 / (eager.ROUNDINGS * torch.finfo(torch.float32).eps))
-FIRST_CHECKED = tl.constexpr(math.floor(math.log(MOST_INFLATED.value, 2.25)) + 1)
-EPS_SQUARED = tl.constexpr(torch.finfo(torch.float32).eps ** 2)
+MOST_ITERATIONS = 16  # more may have to stop (eager.stopped), for which the kernels have no registers left
 FORWARD_MATRICES, BACKWARD_MATRICES = 3, 8  # of (D, D), in memory, of each group; backward with E
 
 
@@ -125,44 +120,17 @@ def next_residual(M, square, D: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.
 
 
 @triton.jit
-def variances(S, d: tl.constexpr, D: tl.constexpr):
-    """The diagonal of S, as stopped() wants it: not quite 0, but 0 beyond d."""
-    index = tl.arange(0, D)
-    diagonal = tl.maximum(tl.load(S + index * D + index), EPS_SQUARED)
-    tl.debug_barrier()
-    return tl.where(index < d, diagonal, 0.0)
-
-
-@triton.jit
-def stopped(P, variance, iteration, D: tl.constexpr):
-    """Whether a channel's variance inflation factor S_ii (P^2)_ii ends the iteration, as eager.stopped."""
-    most = 0.0
-    if iteration >= FIRST_CHECKED:
-        ROWS: tl.constexpr = 64 if D > 64 else D
-        squares = tl.zeros((D,), tl.float32)
-        for first in range(0, D, ROWS):
-            row, column = entries(first, ROWS, D)
-            block = tl.load(P + row * D + column)
-            squares += tl.sum(block * block, 0)  # P is symmetric
-        most = tl.max(tl.where(variance > 0, variance * squares, 0.0), 0)
-        tl.debug_barrier()
-    return most > MOST_INFLATED
-
-
-@triton.jit
-def newton(scratch, T, d: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
+def newton(scratch, T, D: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
     """P_T -> S^(-1/2), eq. 17 in its residual form (DERIVATION.md). Of 3 matrices, S is the first and P_T the last."""
     M, square, P = scratch, scratch + D * D, scratch + 2 * D * D
-    variance = variances(M, d, D)
     combine(P, tl.where(T == 0, 1.0, 1.5), tl.where(T == 0, 0.0, -0.5), M, 0.0, None, D)
-    for iteration in range(1, T):
-        if not stopped(P, variance, iteration, D):
-            next_residual(M, square, D, STEP, PRECISION)
-            multiply_add(P, -0.5, P, M, 1.5, P, 0.0, None, D, STEP, PRECISION)  # P Q
+    for _ in range(1, T):
+        next_residual(M, square, D, STEP, PRECISION)
+        multiply_add(P, -0.5, P, M, 1.5, P, 0.0, None, D, STEP, PRECISION)  # P Q
 
 
 @triton.jit
-def newton_adjoint(scratch, T, d: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
+def newton_adjoint(scratch, T, D: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
     """sym dL/dS for E = sym dL/dP_T: the derivative of the recursion in the direction E.
 
     Of 7 matrices S is the first, E the second, and the result the third.
@@ -170,20 +138,18 @@ def newton_adjoint(scratch, T, d: tl.constexpr, D: tl.constexpr, STEP: tl.conste
     M, dM, dP = scratch, scratch + D * D, scratch + 2 * D * D
     P, square = scratch + 3 * D * D, scratch + 4 * D * D
     X, Y = scratch + 5 * D * D, scratch + 6 * D * D
-    variance = variances(M, d, D)
     combine(P, 1.5, -0.5, M, 0.0, None, D)
     combine(dP, 0.0, tl.where(T == 0, 0.0, -0.5), dM, 0.0, None, D)
-    for iteration in range(1, T):
-        if not stopped(P, variance, iteration, D):
-            multiply_add(X, 1.0, dM, M, 0.0, None, 0.0, None, D, STEP, PRECISION)
-            add_transposed(Y, 0.0, None, 0.5, X, 1.0, D)
-            multiply_add(X, 0.25, M, Y, -1.5, X, 0.0, None, D, STEP, PRECISION)
-            add_transposed(dM, 2.25, dM, 1.0, X, 1.0, D)
-            next_residual(M, square, D, STEP, PRECISION)
-            multiply_add(X, -0.5, dP, M, 1.5, dP, 0.0, None, D, STEP, PRECISION)  # dP Q - P dM / 2
-            multiply_add(X, -0.5, P, dM, 1.0, X, 0.0, None, D, STEP, PRECISION)
-            add_transposed(dP, 0.0, None, 0.5, X, 0.5, D)
-            multiply_add(P, -0.5, P, M, 1.5, P, 0.0, None, D, STEP, PRECISION)
+    for _ in range(1, T):
+        multiply_add(X, 1.0, dM, M, 0.0, None, 0.0, None, D, STEP, PRECISION)
+        add_transposed(Y, 0.0, None, 0.5, X, 1.0, D)
+        multiply_add(X, 0.25, M, Y, -1.5, X, 0.0, None, D, STEP, PRECISION)
+        add_transposed(dM, 2.25, dM, 1.0, X, 1.0, D)
+        next_residual(M, square, D, STEP, PRECISION)
+        multiply_add(X, -0.5, dP, M, 1.5, dP, 0.0, None, D, STEP, PRECISION)  # dP Q - P dM / 2
+        multiply_add(X, -0.5, P, dM, 1.0, X, 0.0, None, D, STEP, PRECISION)
+        add_transposed(dP, 0.0, None, 0.5, X, 0.5, D)
+        multiply_add(P, -0.5, P, M, 1.5, P, 0.0, None, D, STEP, PRECISION)
 
 
 @triton.jit
@@ -226,7 +192,7 @@ def whitening_matrix(
     tl.debug_barrier()
     combine(cov, 0.0, 1.0 / scale, cov, 0.0, None, D)
     write_group(S_out, 1.0, cov, group, d, D)
-    newton(scratch, T, d, D, STEP, PRECISION)
+    newton(scratch, T, D, STEP, PRECISION)
     write_group(W_out, 1.0 / tl.sqrt(scale), P, group, d, D)
 
 
@@ -243,7 +209,7 @@ def covariance_adjoint(
     scale = tl.load(scale + group)
     read_group(M, 1.0, S, group, d, D)
     combine(dM, 0.0, 1.0 / tl.sqrt(scale), E, 0.0, None, D)
-    newton_adjoint(scratch, T, d, D, STEP, PRECISION)
+    newton_adjoint(scratch, T, D, STEP, PRECISION)
     read_group(M, 1.0, W, group, d, D)
     along_W = inner_product(E, M, D)
     read_group(M, 1.0, S, group, d, D)
@@ -280,12 +246,18 @@ def inverse_sqrt_backward_kernel(
     write_group(grad_cov, 1.0, scratch + 2 * D * D, group, d, D)
 
 
+def check_iterations(num_iterations: int) -> None:
+    if num_iterations > MOST_ITERATIONS:
+        raise Unsupported(f"expected num_iterations of at most {MOST_ITERATIONS}, got {num_iterations}")
+
+
 def inverse_sqrt(
     cov: Tensor, num_iterations: int, eps: float, scaling: str, method: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     if method == "eigh":  # a batched eigendecomposition has no product to fuse: the library's, on every device
         return full_precision(eager.inverse_sqrt)(cov, num_iterations, eps, scaling, method)
     check_supported(cov, group_size=cov.shape[1])
+    check_iterations(num_iterations)
     groups, d, _ = cov.shape
     size = padded(d)
     config = configuration("newton", size, "", torch.float32, architecture(cov.device))
@@ -306,6 +278,7 @@ def inverse_sqrt_backward(
     if method == "eigh":
         return full_precision(eager.inverse_sqrt_adjoint)(grad, W, residual, scale, num_iterations, scaling, method)
     check_supported(W, group_size=W.shape[1])
+    check_iterations(num_iterations)
     groups, d, _ = W.shape
     size = padded(d)
     config = configuration("newton", size, "", torch.float32, architecture(W.device))

@@ -20,6 +20,7 @@ from normkernels.ops.inverse_sqrt.triton import (
     BACKWARD_MATRICES,
     FORWARD_MATRICES,
     add_transposed,
+    check_iterations,
     covariance_adjoint,
     entries,
     read_group,
@@ -161,6 +162,8 @@ def iter_norm(
     method: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_supported(x, group_size=group_size)
+    if method == "newton":
+        check_iterations(num_iterations)
     if x.numel() == 0:
         return full_precision(eager.iter_norm)(x, weight, bias, group_size, num_iterations, eps, scaling, method)
     weight, bias = (None if value is None else value.contiguous() for value in (weight, bias))
@@ -196,6 +199,8 @@ def iter_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups, d, _ = W.shape
     check_supported(x, group_size=d)
+    if method == "newton":
+        check_iterations(num_iterations)
     if x.numel() == 0:
         return full_precision(eager.iter_norm_backward)(
             grad, x, weight, mean, W, residual, scale, num_iterations, scaling, method
