@@ -326,8 +326,8 @@ def test_more_than_2_31_columns_are_counted_in_64_bits() -> None:
     with _triton.recording(90, lambda kernel, grid, arguments, config, meta: seen.append(meta)):
         from normkernels.ops.moments.triton import moments
 
-        moments(x, 2)
-        moments(x[:9], 2)
+        moments(x, 2, False)
+        moments(x[:9], 2, False)
     assert [meta["WIDE"] for meta in seen if "WIDE" in meta] == [True, False]
 
 

@@ -58,6 +58,8 @@ def moments(x: Tensor, group_size: int, exact: bool = False) -> tuple[Tensor, Te
     squares = gram.to(torch.float64 if exact else wide) / m
     d = delta.view(-1, group_size, 1).to(squares)
     cov = squares - d * d.mT
+    if exact:  # no more than the statistics' type holds, so that a batch overflows in every size and layout alike
+        cov = torch.where(cov.abs() <= torch.finfo(dtype).max, cov, torch.nan)
     mean = (shift + delta).to(dtype)
     return mean, (shift.to(wide) - mean + delta).to(dtype), (0.5 * (cov + cov.mT)).to(gram.dtype)
 
