@@ -1,4 +1,4 @@
-"""What the spectrum of a kernel costs without float64: operators for a chunk of channels, time on one core of a CPU.
+"""The cost of a kernel's spectrum without float64: operators for a chunk of channels, time on one core of a CPU.
 
 python -m bench.experiments.exact_sums
 """

@@ -268,7 +268,7 @@ def _simba(
     targeted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     def ask(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """What is to rise, and whether the class is as wanted.
+        """Return the value that is to rise, and whether the class is as wanted.
 
         The log odds of the class stand for its probability, with which they rise: they saturate at neither end, so
         float32 is enough where there is nothing wider.

@@ -41,7 +41,7 @@ def widened(layer: Any, d: int) -> Any:
     folded = copy.deepcopy(layer)
     folded.groups = layer.groups // factor
     W = layer.weight.detach()
-    # Of a convolution (O, I / groups, *), of a transposed one (I, O / groups, *): in both the groups are in the rows.
+    # A convolution has (O, I / groups, *), a transposed one (I, O / groups, *): in both the groups are in the rows.
     blocks = W.unflatten(0, (folded.groups, factor, -1))
     wide = blocks.new_zeros(*blocks.shape[:3], factor, *blocks.shape[3:])
     for i in range(factor):

@@ -1,4 +1,4 @@
-"""What fold merges into what, or why it does not."""
+"""The plan of fold: which norm it merges into which layer, or why it does not."""
 
 from __future__ import annotations
 

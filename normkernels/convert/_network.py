@@ -32,7 +32,7 @@ class Network:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # What forward does to modules while it is traced, as in `self.features = x`, is done to a copy.
+        # A copy is traced, because a forward may change its modules, as in `self.features = x`.
         traced = copied(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
         self.names = {module: name for name, module in model.named_modules()}
         self.calls: Counter[nn.Module] = Counter()
@@ -254,7 +254,7 @@ def _passes(module: nn.Module | None) -> bool:
 
 
 def _children(module: nn.Module) -> Iterator[nn.Module]:
-    """Those that can be called: lists and dicts of modules have no forward."""
+    """Yield the children that can be called: lists and dicts of modules have no forward."""
     for child in module.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from _children(child)

@@ -1,4 +1,4 @@
-"""What stands for a value while a network is traced, and how torch's functions are recorded that get one.
+"""Stand-ins for values while a network is traced, and the recording of torch's functions that get one.
 
 The C++ of torch takes whatever ``isinstance`` calls a tensor for one and reads its memory. So nothing poses as a tensor
 here: what stands for one is one, without storage, and every other value has a proxy that says it is none. Neither has

@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 from normkernels.convert._graph import Tracer
 
 MOST = 32  # traces of one forward, and conditions in one of them
-# What a tensor says of itself that is the same whether or not a norm behind a layer has been merged into it.
+# Properties of a tensor that stay the same when a norm behind a layer is merged into it.
 METHODS = ("size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "get_device", "__len__")
 ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda", "layout", "requires_grad")
 

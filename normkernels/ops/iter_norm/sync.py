@@ -160,7 +160,10 @@ def _float64_on(device: torch.device) -> bool:
 
 
 def _in_float64(values: Tensor) -> Tensor:
-    """Return values in float64: on their device, or on the CPU where the device lacks it."""
+    """Return values in float64: on their device, or on the CPU where the device lacks it.
+
+    Dynamo traces this, which it could not do with the warning of ``_devices.in_float64``.
+    """
     return (values if _float64_on(values.device) else values.cpu()).double()
 
 
