@@ -167,6 +167,13 @@ def test_triton_leaves_many_iterations_to_plain_pytorch(case: str) -> None:
         assert value.abs().max() <= LARGER_THAN_FLOAT64 * reference.abs().max().clamp(min=1e-3)
 
 
+def test_a_small_channel_stops_nothing() -> None:
+    """Newton's iteration ends where others make up a channel's variance, not where that is small."""
+    variances = torch.tensor([1.0, 1e-7])
+    W = back(nk.ops.inverse_sqrt(moved(torch.diag(variances)[None]), num_iterations=30, eps=0.0))
+    torch.testing.assert_close(W[0].diagonal(), variances.rsqrt(), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("backend", ["eager"], indirect=True)
 @pytest.mark.parametrize("scaling", ["trace", "frobenius"])
 def test_nothing_stops_before_its_time(scaling: str) -> None:
