@@ -165,8 +165,8 @@ __device__ __forceinline__ void next_root(Matrix<D> P, Matrix<D> M) {
 
 // Whether a channel's variance inflation factor S_ii (P^2)_ii ends the iteration, the same in all threads. S is (d, d),
 // in global memory. In fewer iterations than FIRST_CHECKED no factor can be that large.
-constexpr float MOST_INFLATED = 1 / (32 * FLT_EPSILON);
-constexpr int FIRST_CHECKED = 16;  // 2.25^16 > MOST_INFLATED > 2.25^15
+constexpr float MOST_INFLATED = 1 / (64 * FLT_EPSILON);
+constexpr int FIRST_CHECKED = 15;  // 2.25^15 > MOST_INFLATED > 2.25^14
 
 template <int D, int WARPS>
 __device__ __forceinline__ bool stopped(Matrix<D> P, const float* S, int d, int iteration, float* slots) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ def behave_as_gpus_do() -> None:
     """All repairs."""
     round_bfloat16_as_gpus_do()
     drop_nan_as_gpus_do()
+    skip_work_without_effect()
 
 
 def drop_nan_as_gpus_do() -> None:
@@ -39,3 +42,48 @@ def round_bfloat16_as_gpus_do() -> None:
         return rounded.view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
 
     interpreter._convert_float = rounding
+
+
+def skip_work_without_effect() -> None:
+    """Run kernels in a fourth of the time, with the same results.
+
+    The interpreter computes whether integers overflow, and asks for the answer only in debug mode. Every function that
+    a kernel calls patches triton.language once more, which the launch has done; for Triton's own functions, in the
+    module ``core``, the first call of one does it. And types of values and shapes of blocks are made anew each time.
+    """
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+
+    patched = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if core not in patched and any(value is core for value in self.fn.__globals__.values()):
+            patched.add(core)
+            interpreter._patch_lang(self.fn)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    interpreter.InterpretedFunction.__call__ = call
+
+    find = interpreter._get_np_dtype
+    of_values = cache(find)
+    interpreter._get_np_dtype = lambda dtype: of_values(dtype) if type(dtype) is core.dtype else find(dtype)
+
+    make = core.block_type.__init__
+    shapes: dict[tuple[int, ...], Any] = {}
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = tuple([getattr(size, "value", size) for size in shape])
+        if sizes not in shapes:
+            make(self, element_ty, shape)
+            shapes[sizes] = self.shape, self.numel
+        self.element_ty = element_ty
+        self.shape, self.numel = shapes[sizes]
+        self.name = f"<{sizes}, {element_ty}>"
+
+    core.block_type.__init__ = block_type

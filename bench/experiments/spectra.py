@@ -133,7 +133,7 @@ def bounds() -> None:
     standard = inverse_sqrt.ROUNDINGS
     for name, data in singular():
         row = []
-        for roundings in (2, 8, standard):
+        for roundings in (2, 8, 32, standard):
             inverse_sqrt.ROUNDINGS = roundings
             ratio = 0.0
             for scale in (1e-6, 100.0):

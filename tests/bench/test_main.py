@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.__main__ import main
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -35,18 +37,22 @@ def test_one_suite_end_to_end(tmp_path):
     assert (tmp_path / "ratios.csv").exists()
 
 
+def test_a_selection_of_nothing(tmp_path):
+    done = bench("--out", str(tmp_path / "new"), "-k", "no_such_suite")
+    assert done.returncode == 2
+    assert "expected to select something" in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (("-k", "no_such_suite"), "expected to select something"),
-        (("--vgg-batch", "0"), "expected at least 1, got 0"),
-        (("--device", "abacus"), "invalid choice"),
-    ],
+    [(("--vgg-batch", "0"), "expected at least 1, got 0"), (("--device", "abacus"), "invalid choice")],
 )
-def test_wrong_calls(arguments, message, tmp_path):
-    done = bench("--out", str(tmp_path / "new"), *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_wrong_calls(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--out", str(tmp_path / "new"), *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 

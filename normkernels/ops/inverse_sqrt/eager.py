@@ -25,13 +25,13 @@ def step(M: Tensor) -> Tensor:
     return torch.sub(1.5 * eye_like(M), M, alpha=0.5)
 
 
-ROUNDINGS = 32  # what a channel has of its own must be more than as many of the type's roundings
+ROUNDINGS = 64  # what a channel has of its own must be more than as many of the type's roundings
 
 
 def stopped(P: Tensor, S: Tensor, iteration: int) -> Tensor | None:
     """Return which matrices have no further iteration (G, 1, 1), or None where none can stop yet.
 
-    S_ii (P_k^2)_ii rises to the variance inflation factor of channel i, 1 / (1 - R^2). Where it comes to 1 / 32 eps,
+    S_ii (P_k^2)_ii rises to the variance inflation factor of channel i, 1 / (1 - R^2). Where it comes to 1 / 64 eps,
     what the channel has of its own is rounding: Newton's iteration would divide by it, or, where rounding has made S
     indefinite, grow without end. See DERIVATION.md.
     """

@@ -17,7 +17,7 @@ from normkernels.ops._triton import Unsupported, architecture, check_supported, 
 from normkernels.ops.inverse_sqrt import eager
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-MOST_ITERATIONS = 16  # more may have to stop (eager.stopped), for which the kernels have no registers left
+MOST_ITERATIONS = 15  # more may have to stop (eager.stopped), for which the kernels have no registers left
 FORWARD_MATRICES, BACKWARD_MATRICES = 3, 8  # of (D, D), in memory, of each group; backward with E
 
 
