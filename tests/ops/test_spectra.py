@@ -10,6 +10,7 @@ from torch import Tensor
 
 import normkernels as nk
 from normkernels.ops.inverse_sqrt import eager
+from normkernels.ops.moments import eager as moments
 from tests.backends import CUDA, TRITON
 from tests.oracles import inputs, iternorm
 from tests.oracles.run import back, incoming_gradient, leaf, moved
@@ -87,9 +88,11 @@ def test_triton_leaves_the_exact_covariance_to_plain_pytorch() -> None:
 
 
 @pytest.mark.on_cpu
+@pytest.mark.parametrize("small", [0, moments.SMALL], ids=["chains", "float64-products"])
 @pytest.mark.parametrize("m", [17, 300, 5000, 70000])
-def test_an_exact_covariance(m: int) -> None:
+def test_an_exact_covariance(m: int, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Added up from chains of columns of every length, with rests, to less than a rounding of float32."""
+    monkeypatch.setattr(moments, "SMALL", small)
     for shape in ((m, 3), (m // 17, 3, 17), (1, 3, m), (m // 2, 3, 2)):
         x = inputs.gaussian(shape, dtype=torch.float32, group_size=3, mean=3.0)
         _, _, cov = torch.ops.normkernels.moments(x, 3, True)
