@@ -23,7 +23,8 @@ def inverse_sqrt(
 
     where :math:`\varphi` bounds the largest eigenvalue: the trace (the paper's), or the Frobenius norm, which is
     tighter and so whitens more in the same number of iterations.
-    ``method="eigh"`` (DBN, eq. 2): :math:`W = U (\Lambda + \epsilon I)^{-1/2} U^\top`, exact.
+    ``method="eigh"`` (DBN, eq. 2): :math:`W = U (\Lambda + \epsilon I)^{-1/2} U^\top`, exact. Sums
+    :math:`\Lambda_i + \epsilon` below 1.1e-19, or below d roundings of the largest eigenvalue, count as that much.
 
     Args:
         cov: (G, d, d) float32 or float64, symmetric positive semi-definite, without eps.
