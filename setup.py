@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def load_build_module() -> ModuleType:
-    """normkernels/_build.py by its path: importing it through the package would import torch."""
+    """Load normkernels/_build.py by its path: importing it through the package would import torch."""
     spec = importlib.util.spec_from_file_location("normkernels_build", ROOT / "normkernels" / "_build.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -38,20 +38,20 @@ _build = load_build_module()
 
 
 def build_configuration() -> dict[str, Any]:
-    """csrc/build.json."""
+    """Return the contents of csrc/build.json."""
     configuration: dict[str, Any] = json.loads((ROOT / "csrc" / "build.json").read_text(encoding="utf-8"))
     return configuration
 
 
 def source_files(configuration: dict[str, Any], suffix: str = "") -> list[str]:
-    """Sources of the extension that end in ``suffix``, sorted, relative to the root as setuptools asks."""
+    """Return the extension's sources that end in ``suffix``, sorted, relative to the root as setuptools asks."""
     found = (path for pattern in configuration["sources"] for path in (ROOT / "csrc").glob(pattern))
     return sorted(path.relative_to(ROOT).as_posix() for path in found if path.name.endswith(suffix))
 
 
 def prepare_environment(tools: Any) -> None:
-    """Defaults for what torch's build helper reads from the environment; the user's own settings win."""
-    # Before torch.utils.cpp_extension is imported, which looks for the toolkit only once.
+    """Set defaults for what torch's build helper reads from the environment; the user's own settings win."""
+    # This comes before torch.utils.cpp_extension is imported, which looks for the toolkit only once.
     os.environ.setdefault("CUDA_HOME", tools.nvcc.home)
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(tools.ninja).parent)])
     cores = len(os.sched_getaffinity(0))
@@ -60,17 +60,17 @@ def prepare_environment(tools: Any) -> None:
 
 
 def cuda_extension(configuration: dict[str, Any], tools: Any) -> Extension:
-    """The extension module normkernels._C.
+    """Return the extension module normkernels._C.
 
-    Not torch's CUDAExtension: that links torch's C++ libraries, whose symbols change from release to release, and its
-    headers' warnings would be ours.
+    It is not torch's CUDAExtension: that links torch's C++ libraries, whose symbols change from release to release, and
+    warnings in torch's headers would count as ours.
     """
     import pybind11
     from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
     defines = [f"-D{define}" for define in configuration["defines"]]
     headers = (pybind11.get_include(), *include_paths())  # in this order: torch's folders have a pybind11 of their own
-    # Left to torch's helper, whose choice follows its headers; below 2.13 that is the C++17 of these, not ours.
+    # The standard is left to torch's helper, which follows torch's headers; below 2.13 it takes C++17, too old for us.
     standard = ["-std=c++20"] if _build.parse_version(tools.torch) < (2, 13) else []
     shared = defines + standard
     return Extension(
@@ -94,7 +94,7 @@ def cuda_extension(configuration: dict[str, Any], tools: Any) -> Extension:
 
 
 def build_ext_command(mode: str, record: dict[str, Any]) -> type[Command]:
-    """torch's build_ext, which in mode auto turns a failed compilation into a record."""
+    """Return torch's build_ext, changed so that in mode auto a failed compilation becomes a record."""
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildCuda(BuildExtension):
@@ -113,10 +113,10 @@ def build_ext_command(mode: str, record: dict[str, Any]) -> type[Command]:
 
 
 def commands(record: dict[str, Any]) -> dict[str, type[Command]]:
-    """Commands that write ``record`` into the built package."""
+    """Return the commands that write ``record`` into the built package."""
 
     class WriteRecord(Command):
-        """Last subcommand of build, so that it sees what build_ext made of it."""
+        """The last subcommand of build, so that it sees what build_ext wrote into the record."""
 
         description = "record whether the CUDA extension was built"
         user_options: ClassVar[list[tuple[str, str | None, str | None]]] = []
@@ -133,7 +133,7 @@ def commands(record: dict[str, Any]) -> dict[str, type[Command]]:
             built = Path(self.build_lib) / "normkernels" / _build.RECORD_NAME
             path = ROOT / "normkernels" / _build.RECORD_NAME if self.editable_mode else built
             if self.editable_mode and not record["built"]:
-                for stale in path.parent.glob("_C*.so"):  # of an earlier build in place: it would be imported
+                for stale in path.parent.glob("_C*.so"):  # left by an earlier build in place: it would be imported
                     stale.unlink()
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -161,7 +161,7 @@ def commands(record: dict[str, Any]) -> dict[str, type[Command]]:
 
 
 def describe() -> dict[str, Any]:
-    """How setup.py would compile the extension here, or why it would not; CMakeLists.txt follows it."""
+    """Return how setup.py would compile the extension here, or why it would not; CMakeLists.txt follows it."""
     configuration = build_configuration()
     probe = functools.cache(functools.partial(_build.probe_toolchain, configuration["architectures"]))
     possible, reason = _build.decide("auto", source_files(configuration, ".cu"), probe)
@@ -178,7 +178,7 @@ def describe() -> dict[str, Any]:
         "include_dirs": extension.include_dirs,
         "library_dirs": extension.library_dirs,
         "libraries": extension.libraries,
-        # CMake takes nvcc's default for C++20, which it is not; torch's helper, which would add it, is not asked.
+        # CMake wrongly takes nvcc's default for C++20, and torch's helper, which would add the flag, is not used.
         "cxx_flags": ["-std=c++20"] + extension.extra_compile_args["cxx"],
         "nvcc_flags": ["-std=c++20"] + COMMON_NVCC_FLAGS + extension.extra_compile_args["nvcc"],
         "nvcc": os.path.join(probe().nvcc.home, "bin", "nvcc"),
@@ -187,7 +187,7 @@ def describe() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Decide, then hand over to setuptools."""
+    """Decide whether to compile the extension, then hand over to setuptools."""
     configuration = build_configuration()
     probe = functools.cache(functools.partial(_build.probe_toolchain, configuration["architectures"]))
     try:

@@ -27,7 +27,7 @@ GPU_SUITE = "gpu"
 
 try:
     from tqdm import tqdm
-except ImportError:  # plain lines do
+except ImportError:  # without tqdm plain lines show the progress
     tqdm = None
 
 
@@ -54,7 +54,10 @@ class ProgressBar:
 
     @staticmethod
     def unit(nodeid: str) -> str:
-        """A timed comparison is measured once for all its providers, memory provider by provider."""
+        """Return the unit of progress that a test belongs to.
+
+        A timed comparison is measured once for all its providers, memory for each provider by itself.
+        """
         return nodeid if "bench_memory" in nodeid else nodeid.rsplit("-", 1)[0]
 
     def on_round(self, key: str, index: int, rounds: int) -> None:
@@ -109,7 +112,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def default_folder(options: argparse.Namespace, device: torch.device) -> Path:
-    """bench/results/<device>, which is committed; a quick or partial run must not replace a full one there."""
+    """Return bench/results/<device>, or out/bench/<device> for a quick or partial run.
+
+    The former is committed: a quick or partial run must not replace a full one there.
+    """
     part = options.quick or bool(options.k) or bool(options.suite)
     return (ROOT / "out" / "bench" if part else HERE / "results") / device_slug(device)
 

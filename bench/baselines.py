@@ -1,4 +1,4 @@
-"""What IterNorm and DBN are compared with, from the equations of the IterNorm paper (arXiv 1904.03441).
+"""Baselines that IterNorm and DBN are compared with, from the equations of the IterNorm paper (arXiv 1904.03441).
 
 The functions are differentiable and run in any floating type; in float64 they are also the references that
 every provider has to match before it is timed. Shapes: x (N, C, ...), weight and bias (C,), G = C / d groups.
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half and bfloat16 batches are normalized in float32, as anyone would write it."""
+    """Return the type of the statistics: half types are normalized in float32, as anyone would write it."""
     return dtype if dtype == torch.float64 else torch.float32
 
 
 def to_groups(x: Tensor, group_size: int) -> Tensor:
-    """(N, C, ...) -> (G, d, m), a copy with the channels in front."""
+    """Return x (N, C, ...) as (G, d, m), a copy with the channels in front."""
     channels = x.shape[1]
     d = min(group_size, channels)
     if channels % d:
@@ -27,7 +27,7 @@ def to_groups(x: Tensor, group_size: int) -> Tensor:
 
 
 def from_groups(y: Tensor, like: Tensor) -> Tensor:
-    """(G, d, m) -> the shape of `like`, contiguous, which is what the next layer needs."""
+    """Return y (G, d, m) in the shape of `like`, contiguous, which is what the next layer needs."""
     channels_first = like.transpose(0, 1).shape
     return y.reshape(channels_first).transpose(0, 1).contiguous()
 
@@ -37,7 +37,7 @@ def per_channel(values: Tensor, like: Tensor) -> Tensor:
 
 
 def plain_pop_norm(x: Tensor, weight: Tensor, bias: Tensor, kappa: float, eps: float) -> Tensor:
-    """POP-Norm, equations 11 and 12, with eps under the root."""
+    """Return POP-Norm of x by equations 11 and 12, with eps under the root."""
     dims = [i for i in range(x.dim()) if i != 1]
     shifted = x - x.mean(dims, keepdim=True) + per_channel(bias, x)
     return per_channel(weight, x) * shifted / (kappa * (shifted.square().mean(dims, keepdim=True) + eps).sqrt())
@@ -61,7 +61,7 @@ class PlainPOPNorm(nn.Module):
 
 
 def newton_inverse_sqrt(cov: Tensor, num_iterations: int) -> Tensor:
-    """Sigma^-1/2 of (G, d, d) by the paper's recursion, equations 4 and 5:
+    """Return Sigma^-1/2 of (G, d, d) by the paper's recursion, equations 4 and 5.
 
     Sigma_N = Sigma / tr(Sigma), P_0 = I, P_k = (3 P_{k-1} - P_{k-1}^3 Sigma_N) / 2; P_T / sqrt(tr(Sigma)).
     """
@@ -74,13 +74,13 @@ def newton_inverse_sqrt(cov: Tensor, num_iterations: int) -> Tensor:
 
 
 def eigh_inverse_sqrt(cov: Tensor) -> Tensor:
-    """Sigma^-1/2 = D Lambda^-1/2 D^T of (G, d, d), equation 2."""
+    """Return Sigma^-1/2 = D Lambda^-1/2 D^T of (G, d, d), equation 2."""
     values, vectors = torch.linalg.eigh(cov)
     return vectors @ torch.diag_embed(values.rsqrt()) @ vectors.mT
 
 
 def covariance(centred: Tensor, eps: float) -> Tensor:
-    """Sigma = X_C X_C^T / m + eps I of (G, d, m)."""
+    """Return Sigma = X_C X_C^T / m + eps I of (G, d, m)."""
     d, m = centred.shape[-2:]
     return centred @ centred.mT / m + eps * torch.eye(d, dtype=centred.dtype, device=centred.device)
 
@@ -88,7 +88,7 @@ def covariance(centred: Tensor, eps: float) -> Tensor:
 def plain_whitening(
     x: Tensor, weight: Tensor, bias: Tensor, group_size: int, num_iterations: int | None, eps: float
 ) -> Tensor:
-    """y = weight * Sigma^-1/2 (x - mean) + bias; num_iterations=None is DBN's exact inverse root."""
+    """Return weight * Sigma^-1/2 (x - mean) + bias; num_iterations=None takes DBN's exact inverse root."""
     grouped = to_groups(x.to(statistics_dtype(x.dtype)), group_size)
     centred = grouped - grouped.mean(-1, keepdim=True)
     cov = covariance(centred, eps)

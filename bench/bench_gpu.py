@@ -1,4 +1,7 @@
-"""What a GPU's goals are read off: norms, Newton's iteration, ConvNorm's filter and spectrum (see gpu_check.py)."""
+"""The suite that a GPU's goals are read off: norms, Newton's iteration, ConvNorm's filter and spectrum.
+
+See gpu_check.py.
+"""
 
 import pytest
 

@@ -34,7 +34,7 @@ TOLERANCE = 1e-4  # float32: a product of 3072 terms, divided by variances that 
 
 
 def network(norm: Callable[[int], nn.Module] | None) -> nn.Sequential:
-    """The same weights for every norm: norm layers draw no random numbers."""
+    """Build the network, with the same weights for every norm: norm layers draw no random numbers."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for width in (INPUTS, HIDDEN):
@@ -55,7 +55,11 @@ def make_batches(batch: int, device: torch.device, count: int = 4) -> list[tuple
 
 class Step(TrainingStep):
     def finish(self) -> None:
-        """Not TrainingStep's check of every row: a unit that a small mini-batch does not reach has no gradient."""
+        """Check that the logits are alive and all gradients finite, and poison the logits.
+
+        TrainingStep's check asks for rows of a gradient that are not zero, but a unit that a small mini-batch does not
+        reach has none.
+        """
         assert self.logits is not None
         require_alive("logits", self.logits)
         poison(self.logits)
@@ -134,7 +138,7 @@ class BnpComparison(Comparison):
 
 
 def bnp(settings: Settings) -> list[Comparison]:
-    """Mini-batches of 1 to 512. BatchNorm cannot train on one sample."""
+    """Return the comparisons for mini-batches of 1 to 512. BatchNorm cannot train on one sample."""
     return [
         BnpComparison(
             "bnp_step",
@@ -149,7 +153,10 @@ def bnp(settings: Settings) -> list[Comparison]:
 
 
 def memory(settings: Settings) -> list[Comparison]:
-    """Forward and backward of the same networks; BNP with its hooks, without its step, which works in place."""
+    """Return comparisons of the memory of the same networks, forward and backward.
+
+    BNP has its hooks there, but not its step, which works in place.
+    """
 
     def provider(name: str) -> Provider:
         def build(work: Workload) -> nn.Module:
@@ -166,7 +173,7 @@ def memory(settings: Settings) -> list[Comparison]:
 
 
 def operations(batch: int) -> dict[str, int]:
-    """Proposition 6, and what the text after it counts for BatchNorm."""
+    """Count operations as Proposition 6 does for BNP, and as the text after it does for BatchNorm."""
     sizes = (INPUTS, HIDDEN, HIDDEN, CLASSES)
     pairs = list(pairwise(sizes))
     return {

@@ -40,12 +40,12 @@ def package() -> Any:
 
 
 def parameter_dtype(work: Workload) -> torch.dtype:
-    """Norm parameters stay float32 beside 16-bit activations, as under autocast."""
+    """Return the type of a norm's parameters: float32 beside 16-bit activations, as under autocast."""
     return torch.float64 if work.dtype == torch.float64 else torch.float32
 
 
 def whitening_reference(group_size: int, num_iterations: int | None, eps: float) -> Reference:
-    """Training: the paper's equations. Evaluation: the affine map written in the layer's buffers."""
+    """Return the reference: in training the paper's equations, in evaluation the affine map of the layer's buffers."""
 
     def reference(layer: nn.Module, tensors: Tensors, x: Tensor) -> Tensor:
         if layer.training:
@@ -126,7 +126,7 @@ def eigh_dbn(group_size: int = WHOLE_WIDTH, name: str = "plain autograd DBN") ->
 
 
 def pop_norm_reference(layer: nn.Module, tensors: Tensors, x: Tensor) -> Tensor:
-    """Training: the paper's equations. Evaluation: the same with the layer's buffers."""
+    """Compute the paper's equations in training, and the same with the layer's buffers in evaluation."""
     weight, bias, kappa, eps = tensors["weight"], tensors["bias"], 4.0, 1e-5
     if layer.training:
         return plain_pop_norm(x, weight, bias, kappa, eps)
@@ -168,7 +168,7 @@ def conv3x3() -> Provider:
 
 
 def grouped_conv1x1(group_size: int) -> Provider:
-    """What a whitening layer is in inference: one d x d matrix per group and a bias."""
+    """Return a grouped 1x1 convolution with bias, one d x d matrix per group, as a whitening layer is in inference."""
 
     def build(work: Workload) -> nn.Module:
         c = work.channels
@@ -207,17 +207,17 @@ class Floor(nn.Module):
 
 
 def byte_floor() -> Provider:
-    """The bytes that a norm has to move, moved by copies: its GB/s are the bandwidth of the device."""
+    """Return copies of the bytes that a norm has to move: their GB/s are the bandwidth of the device."""
     passes = {"full": NORM_PASSES["full"]}
     return Provider("byte floor", lambda work: Floor(), lambda layer, tensors, x: x.clone(), passes)
 
 
 def compiled_plain_iter_norm(group_size: int = 64) -> Provider:
-    """The plain path by torch.compile, for this very shape."""
+    """Return the plain path as torch.compile makes it for this very shape."""
     provider = plain_iter_norm(group_size=group_size, name="torch.compile plain")
 
     def build(work: Workload) -> nn.Module:
-        torch.compiler.reset()  # else Dynamo takes the shapes of the comparison before into account
+        torch.compiler.reset()  # otherwise Dynamo takes the shapes of the comparison before into account
         layer = provider.build(work)
         layer.compile(dynamic=False)
         return layer
@@ -226,7 +226,7 @@ def compiled_plain_iter_norm(group_size: int = 64) -> Provider:
 
 
 def backends(device: torch.device) -> tuple[str, ...]:
-    """Those that can run here; on a CPU only eager, because Triton's interpreter is for tests."""
+    """Return the backends that can run here: on a CPU only eager, because Triton's interpreter is for tests."""
     try:
         library = importlib.import_module("normkernels.ops._library")
     except ImportError:
@@ -237,7 +237,7 @@ def backends(device: torch.device) -> tuple[str, ...]:
 
 
 def on_backend(provider: Provider, backend: str) -> Provider:
-    """Not counted as ours: what a user gets is the automatic choice."""
+    """Return the provider on one backend. It does not count as ours: a user gets the automatic choice."""
     return replace(
         provider, name=f"{provider.name} ({backend})", ours=False, context=lambda: package().use_backend(backend)
     )
@@ -253,7 +253,7 @@ def as_graph(provider: Provider) -> Provider:
 
 @contextmanager
 def own_tf32() -> Iterator[None]:
-    """Both switches that the package asks for."""
+    """Set both switches that the package asks for before it uses TF32."""
     matmul: Any = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
     try:
@@ -274,12 +274,12 @@ def exact_convolutions() -> Iterator[None]:
 
 
 def in_tf32(provider: Provider) -> Provider:
-    """A layer of ours in the opt-in mode. Not counted as ours: a user gets the exact one."""
+    """Return a layer of ours in the opt-in TF32 mode. It does not count as ours: a user gets the exact one."""
     return replace(provider, name=f"{provider.name} (TF32)", ours=False, tf32=True, context=own_tf32)
 
 
 def without_tf32(provider: Provider) -> Provider:
-    """A convolution in full float32, which is not the default."""
+    """Return a convolution in full float32, which is not the default."""
     return replace(provider, name=f"{provider.name} (no TF32)", context=exact_convolutions)
 
 
@@ -293,7 +293,10 @@ class RootOfCovariance(nn.Module):
 
 
 def roots() -> tuple[Provider, ...]:
-    """The small matrix function alone, of covariances (G, d, d): ours, the plain recursion, torch.linalg.eigh."""
+    """Return three ways to the small matrix function alone, of covariances (G, d, d).
+
+    They are ours, the plain recursion, and torch.linalg.eigh.
+    """
 
     def ours(cov: Tensor) -> Tensor:
         w: Tensor = package().ops.inverse_sqrt(cov, 5, ITERNORM_EPS)

@@ -3,7 +3,7 @@
     python -m bench.check_abi                             # makes two virtual environments, 5 GB each
     python -m bench.check_abi --old PYTHON --new PYTHON   # interpreters, of one version, that have what is needed
 
-What an extension of LibTorch's stable interface promises; without a GPU, so no kernel runs. Exit code 0 if all is well.
+LibTorch's stable interface promises that this works. No GPU is needed, so no kernel runs. Exit code 0 if all is well.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TOOLS = (
 
 
 def environment(name: str, torch: str) -> str:
-    """The interpreter of a virtual environment with this torch, made where it is missing."""
+    """Return the interpreter of a virtual environment with this torch, which is made where it is missing."""
     folder = ROOT / ".venv-abi" / name
     python, complete = folder / "bin" / "python", folder / ".complete"
     if not complete.exists():

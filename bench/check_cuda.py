@@ -30,7 +30,10 @@ ARCHITECTURES = "8.0;9.0;10.0"
 
 
 class Usage(NamedTuple):
-    """What ptxas says of a kernel. stack, spilled, shared: bytes; shared is only what is fixed when it is compiled."""
+    """A kernel's resources as ptxas prints them.
+
+    stack, spilled, shared: bytes; shared is only what is fixed when the kernel is compiled.
+    """
 
     kernel: str
     architecture: int
@@ -41,7 +44,10 @@ class Usage(NamedTuple):
 
 
 def build(architectures: str, folder: Path = BUILD, python: str = sys.executable) -> str:
-    """Build the package in a folder, emptied first; what the compilers wrote. Where they fail the program ends."""
+    """Build the package in a folder, which is emptied first, and return what the compilers wrote.
+
+    The program ends where they fail.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     environment = os.environ | {
@@ -70,7 +76,7 @@ def build(architectures: str, folder: Path = BUILD, python: str = sys.executable
 
 
 def usages(text: str) -> Iterator[Usage]:
-    """The kernels in the output of ptxas -v, by its mangled names."""
+    """Yield the kernels in the output of ptxas -v, by its mangled names."""
     entry = re.compile(
         r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<architecture>\d+)a?'\n"
         r"(?:.*\n)*?.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill"
@@ -84,7 +90,7 @@ def usages(text: str) -> Iterator[Usage]:
 
 
 def readable(names: Sequence[str]) -> list[str]:
-    """Names as in the sources: `mix<float, 64>` of `void nk::mix<float, 64>(nk::Columns, ...)`."""
+    """Return names as in the sources: `mix<float, 64>` for `void nk::mix<float, 64>(nk::Columns, ...)`."""
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
     result = []
     for line in done.stdout.splitlines():
@@ -108,14 +114,14 @@ def table(rows: Sequence[Usage]) -> str:
 
 
 def test(folder: Path = BUILD, python: str = sys.executable) -> int:
-    """tests/test_extension.py on the package built in a folder; pytest's exit code."""
+    """Run tests/test_extension.py on the package built in a folder, and return the exit code."""
     (library,) = folder.glob("lib*")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(library), str(ROOT)])}
     environment.pop("NORMKERNELS_BACKEND", None)
     isolated = [python, "-P"]  # the sources at hand must not come before the package that was built
     load = [*isolated, "-W", "error", "-c", "import torch, normkernels._C"]
     if code := subprocess.run(load, cwd=ROOT, env=environment, check=False).returncode:
-        return code  # and not tests that are skipped
+        return code  # the tests would only be skipped
     tests = ["-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", "tests/test_extension.py"]
     return subprocess.run([*isolated, *tests], cwd=ROOT, env=environment, check=False).returncode
 

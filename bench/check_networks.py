@@ -2,7 +2,7 @@
 
     python -m bench.check_networks                  # all of them; writes docs/networks.md and docs/networks.csv
     python -m bench.check_networks --quick          # a few small ones
-    python -m bench.check_networks --only resnet    # those with this in their name
+    python -m bench.check_networks --only resnet    # all with this in their name
 
 Every network is built and tried in a process of its own (bench/networks/trial.py): BatchNorm becomes IterNorm, three
 steps of training in float32 and three in bfloat16 autocast, then the network as it was and the one with IterNorm are

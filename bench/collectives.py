@@ -1,4 +1,4 @@
-"""What synchronized layers send, and how long it takes: formulas, and a simulation that they are checked against.
+"""The bytes that synchronized layers send and the time this takes: formulas, and a simulation to check them against.
 
 An all-reduce of S bytes over n ranks, with a latency per message and a bandwidth per link:
 
@@ -30,22 +30,25 @@ class Link:
     bandwidth: float
 
 
-# What a layer of C channels in groups of d sends.
+# Bytes that a layer of C channels in groups of d sends.
 
 
 def forward_bytes(channels: int, group_size: int) -> int:
-    """Count, means and lower triangles of second moments, in float64."""
+    """Return the bytes of count, means and lower triangles of second moments, in float64."""
     d = min(group_size, channels)
     return DOUBLE * (1 + channels + channels * (d + 1) // 2)
 
 
 def backward_bytes(channels: int, group_size: int, itemsize: int = FLOAT) -> int:
-    """Sums of dy and lower triangles of the covariance's gradient, in the type of the statistics."""
+    """Return the bytes of the sums of dy and the lower triangles of the covariance's gradient.
+
+    Both are in the type of the statistics.
+    """
     d = min(group_size, channels)
     return itemsize * (channels + channels * (d + 1) // 2)
 
 
-# How long it takes.
+# Seconds that a collective takes.
 
 AllReduce = Callable[[float, int, Link], float]
 
@@ -59,7 +62,7 @@ def halving_doubling(size: float, ranks: int, link: Link) -> float:
 
 
 def ring_all_gather(size: float, ranks: int, link: Link) -> float:
-    """``size`` bytes of every rank to every rank."""
+    """Return the seconds until every rank has ``size`` bytes of every rank."""
     return (ranks - 1) * (link.latency + size / link.bandwidth)
 
 
@@ -67,11 +70,11 @@ ALL_REDUCES: dict[str, AllReduce] = {"ring": ring, "halving-doubling": halving_d
 
 
 def fastest(size: float, ranks: int, link: Link) -> float:
-    """What a library that chooses by size takes."""
+    """Return the seconds of a library that chooses the algorithm by size."""
     return min(all_reduce(size, ranks, link) for all_reduce in ALL_REDUCES.values())
 
 
-# The same from single messages.
+# The same times from single messages.
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Cluster:
     per_node: int = 8
 
     def links(self, sender: Tensor, receiver: Tensor) -> tuple[Tensor, Tensor]:
-        """Latency and bandwidth between each pair."""
+        """Return latency and bandwidth between each pair."""
         same = (sender // self.per_node == receiver // self.per_node).long()
         latencies = torch.tensor([self.between.latency, self.inside.latency], dtype=torch.float64)
         bandwidths = torch.tensor([self.between.bandwidth, self.inside.bandwidth], dtype=torch.float64)
@@ -91,7 +94,7 @@ class Cluster:
 
 
 def messages(algorithm: str, size: float, ranks: int) -> Iterator[tuple[Tensor, float]]:
-    """Step by step: whom each rank receives from, and how many bytes."""
+    """Yield step by step which rank each rank receives from, and how many bytes."""
     me = torch.arange(ranks)
     if algorithm == "ring":
         for _ in range(2 * (ranks - 1)):
@@ -105,10 +108,10 @@ def messages(algorithm: str, size: float, ranks: int) -> Iterator[tuple[Tensor, 
 
 
 def simulate(algorithm: str, size: float, start: Tensor, cluster: Cluster) -> Tensor:
-    """When each rank has the sum, if it begins at ``start`` (n,) seconds.
+    """Return when each rank has the sum, if it begins at ``start`` (n,) seconds.
 
     A rank goes on to its next step when its message has come. Its messages follow each other: the next one leaves when
-    the last one has left, which its latency may outlast.
+    the last one has left, even if that one has not arrived yet.
     """
     ready, me = start.double(), torch.arange(len(start))
     free = ready
@@ -121,7 +124,10 @@ def simulate(algorithm: str, size: float, start: Tensor, cluster: Cluster) -> Te
 
 
 def fit(sizes: Sequence[float], seconds: Sequence[float], ranks: int) -> Link:
-    """Latency and bandwidth of a ring by least squares of the relative errors, as sizes span decades; none below 0."""
+    """Fit latency and bandwidth of a ring, none below 0.
+
+    These are least squares of the relative errors, because the sizes span decades.
+    """
     t, s = (torch.tensor(values, dtype=torch.float64) for values in (seconds, sizes))
     columns = torch.stack((torch.full_like(s, 2 * (ranks - 1)), 2 * (ranks - 1) / ranks * s), 1) / t[:, None]
     (latency, inverse), _ = nnls(columns.numpy(), [1.0] * len(t))
@@ -140,7 +146,7 @@ class Network:
 
 
 def resnet(blocks: Sequence[int], bottleneck: bool) -> Network:
-    """The published form: its shortcuts are convolutions where the shape changes."""
+    """Return the published form of a ResNet: its shortcuts are convolutions where the shape changes."""
     channels, weights, before = [64], 7 * 7 * 3 * 64, 64
     for stage, count in enumerate(blocks):
         width = 64 << stage
@@ -163,7 +169,7 @@ NETWORKS = {"ResNet-18": resnet((2, 2, 2, 2), bottleneck=False), "ResNet-50": re
 
 
 def whitening_seconds(network: Network, group_size: int, ranks: int, link: Link, all_reduce: AllReduce) -> float:
-    """A step's collectives of synchronized whitening: two for each layer, one after the other."""
+    """Return the seconds of a step's collectives of synchronized whitening: two for each layer, one after the other."""
     return sum(
         all_reduce(forward_bytes(c, group_size), ranks, link) + all_reduce(backward_bytes(c, group_size), ranks, link)
         for c in network.channels
@@ -171,7 +177,10 @@ def whitening_seconds(network: Network, group_size: int, ranks: int, link: Link,
 
 
 def batchnorm_seconds(network: Network, ranks: int, link: Link, all_reduce: AllReduce) -> float:
-    """SyncBatchNorm: mean, 1 / std and count of every rank gathered, then two sums reduced, in float32."""
+    """Return the seconds of SyncBatchNorm's collectives in a step, in float32.
+
+    Mean, 1 / std and count of every rank are gathered, then two sums are reduced.
+    """
     return sum(
         ring_all_gather(FLOAT * (2 * c + 1), ranks, link) + all_reduce(FLOAT * 2 * c, ranks, link)
         for c in network.channels
@@ -179,5 +188,5 @@ def batchnorm_seconds(network: Network, ranks: int, link: Link, all_reduce: AllR
 
 
 def gradient_seconds(network: Network, ranks: int, link: Link, all_reduce: AllReduce) -> float:
-    """DistributedDataParallel's float32 gradients, as one message."""
+    """Return the seconds of DistributedDataParallel's float32 gradients, sent as one message."""
     return all_reduce(FLOAT * network.parameters, ranks, link)

@@ -54,7 +54,7 @@ def session(request: pytest.FixtureRequest) -> Session:
 
 @pytest.fixture
 def replay(session: Session, benchmark) -> Replay:
-    """Measures the whole comparison when its first provider comes, then plays one provider's samples back."""
+    """Measure the whole comparison when its first provider comes, then play one provider's samples back."""
 
     def run(comparison: Comparison, provider: str) -> None:
         measurement = session.measure(comparison)

@@ -20,20 +20,20 @@ FILTER_PASSES = {"forward": 2, "backward": 2, "full": 4, "inference": 2}
 
 
 def padded_spectrum(weight: Tensor, size: tuple[int, int]) -> Tensor:
-    """(sum_i |FFT(a_ki)|^2 + eps E_k)^(-1/2) as Algorithm 1 is written: every kernel padded to the plane."""
+    """Return (sum_i |FFT(a_ki)|^2 + eps E_k)^(-1/2) as Algorithm 1 is written: every kernel is padded to the plane."""
     power = torch.fft.rfft2(weight, s=size).abs().square().sum(1)
     energy = weight.square().sum((1, 2, 3))
     return (power + EPS * energy[:, None, None]).rsqrt()
 
 
 def fft_filter(z: Tensor, half: Tensor) -> Tensor:
-    """half: the spectrum at the frequencies that rfft2 keeps."""
+    """Filter planes by torch.fft; half: the spectrum at the frequencies that rfft2 keeps."""
     h, w = z.shape[2:]
     return torch.fft.irfft2(torch.fft.rfft2(z) * half, s=(h, w))
 
 
 def plain_conv_norm(x: Tensor, weight: Tensor, affine: Tensor | None, bias: Tensor, stride: int) -> Tensor:
-    """ConvNorm of odd kernels with 'same' padding, appendix B step by step."""
+    """Return ConvNorm of odd kernels with 'same' padding, appendix B step by step."""
     reach = weight.shape[2] - 1
     z = F.conv2d(x, weight, padding=reach)
     half = padded_spectrum(weight.detach(), (z.shape[2], z.shape[3]))
@@ -64,9 +64,9 @@ def conv_norm_reference(layer: nn.Module, tensors: Tensors, x: Tensor) -> Tensor
 
 
 def same_layer(layer: nn.Module, tensors: Tensors, x: Tensor) -> Tensor:
-    """The layer's own function in float64, a check of its precision.
+    """Compute the layer's own function in float64, to check its precision.
 
-    What it computes is torch's business or, for the weight normalizations, that of tests/parametrizations.
+    Whether the function is right is for torch to test or, for the weight normalizations, for tests/parametrizations.
     """
     result: Tensor = functional_call(copy.deepcopy(layer).double(), dict(tensors), (x,))
     return result
@@ -86,7 +86,7 @@ def conv(work: Workload) -> nn.Conv2d:
 
 
 def conv_norm_layers() -> tuple[Provider, ...]:
-    """Conv2d, ours, ConvNorm as it is usually written, and the weight normalizations it is compared with."""
+    """Return the layers: Conv2d, ours, ConvNorm as it is usually written, and weight normalizations."""
 
     def ours(affine: bool) -> Callable[[Workload], nn.Module]:
         def make(work: Workload) -> nn.Module:
@@ -140,7 +140,7 @@ class Filter(nn.Module):
 
 
 def filters() -> tuple[Provider, ...]:
-    """spectral_filter, torch.fft with its spectrum, and the floor: a copy of the planes."""
+    """Return the filters: spectral_filter, torch.fft with its spectrum, and the floor, a copy of the planes."""
 
     def build(function: Callable[[Tensor, Tensor], Tensor], half: bool = False) -> Callable[[Workload], nn.Module]:
         def make(work: Workload) -> nn.Module:
@@ -163,7 +163,7 @@ def filters() -> tuple[Provider, ...]:
 
 
 class SpectrumAndFilter(nn.Module):
-    """The same with the spectrum computed on the way, as ConvNorm does in every step."""
+    """A filter of planes whose spectrum is computed on the way, as ConvNorm does in every step."""
 
     def __init__(self, channels: int, function: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -176,7 +176,10 @@ class SpectrumAndFilter(nn.Module):
 
 
 def filters_with_spectrum() -> tuple[Provider, ...]:
-    """spectral_filter by kernel_spectrum, and torch.fft by the padded FFT. The spectrum's gradient is not in it."""
+    """Return spectral_filter by kernel_spectrum, and torch.fft by the padded FFT.
+
+    The gradient of the spectrum is not part of it.
+    """
 
     def build(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Workload], nn.Module]:
         return lambda work: SpectrumAndFilter(work.channels, function).to(parameter_dtype(work))
@@ -199,7 +202,7 @@ def filters_with_spectrum() -> tuple[Provider, ...]:
 
 
 class Spectrum(nn.Module):
-    """v of a weight that comes as the input."""
+    """The spectrum v of a weight, which is the layer's input."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -210,7 +213,7 @@ class Spectrum(nn.Module):
 
 
 def spectra(size: tuple[int, int]) -> tuple[Provider, ...]:
-    """kernel_spectrum against the padded FFT, which has half of the frequencies to compute."""
+    """Return kernel_spectrum and the padded FFT, which has half of the frequencies to compute."""
 
     def ours(weight: Tensor) -> Tensor:
         v: Tensor = package().ops.kernel_spectrum(weight, size, EPS)

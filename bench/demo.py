@@ -62,7 +62,7 @@ def digits_table(summaries: Sequence[Summary]) -> str:
 
 
 def table_a1_table(session: Session) -> str:
-    """Our ms and ratios to the convolution, with the paper's ratios beside them."""
+    """Return a table of our ms and ratios to the convolution, with the paper's ratios beside them."""
     results = session.results
     times = results.find("table_a1")
     header = ["provider"]
@@ -85,7 +85,7 @@ def table_a1_table(session: Session) -> str:
 
 
 def curves_plot(history: Sequence[Epoch], path: Path) -> Path:
-    """Training loss and test error per epoch: every seed thin, their mean thick."""
+    """Plot training loss and test accuracy per epoch: every seed thin, their mean thick."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for norm in dict.fromkeys(e.norm for e in history):
         mine = [e for e in history if e.norm == norm]
@@ -114,7 +114,7 @@ def curves_plot(history: Sequence[Epoch], path: Path) -> Path:
 
 
 def accuracy_plot(history: Sequence[Epoch], path: Path) -> Path:
-    """Final test accuracy: a dot per seed, a line at their mean."""
+    """Plot the final test accuracy: a dot per seed, a line at their mean."""
     last = max(e.epoch for e in history)
     names = list(dict.fromkeys(e.norm for e in history))
     figure, axes = plt.subplots(figsize=(5.6, 4), layout="constrained")

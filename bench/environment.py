@@ -1,4 +1,4 @@
-"""What a figure needs beside it: device, versions, precision modes, commit.
+"""The environment that stands beside every figure: device, versions, precision modes, commit.
 
 `python -m bench.environment --device cuda` prints it, with the state of the GPU.
 """
@@ -45,7 +45,7 @@ def device_slug(device: torch.device) -> str:
 
 @cache
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last-level cache, which the input sets together have to exceed."""
+    """Return the size of the last-level cache, which the input sets together have to exceed."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = []
@@ -64,7 +64,7 @@ def package_version() -> str:
 
 
 def active_backend(device: torch.device) -> str:
-    """The backend that runs the training op here, for the reader of the figures."""
+    """Return the backend that runs the training op here, for the reader of the figures."""
     try:
         package = importlib.import_module("normkernels")
     except ImportError:
@@ -105,7 +105,7 @@ def driver_version() -> str:
 
 
 def precision(device: torch.device) -> str:
-    """The float32 precision of both sides: matrix products, convolutions and this package have separate switches."""
+    """Return the float32 precision of matrix products, convolutions and this package, which have separate switches."""
     matmul: Any = torch.backends.cuda.matmul  # torch.get_float32_matmul_precision raises where this has been used
     text = f"fp32 matmul {'tf32' if matmul.fp32_precision == 'tf32' else 'ieee'}"
     if device.type == "cuda":
@@ -114,7 +114,10 @@ def precision(device: torch.device) -> str:
 
 
 def convolutions_in_tf32() -> bool:
-    """cuDNN's default. cudnn.allow_tf32 raises where this newer switch has been used."""
+    """Return whether cuDNN's convolutions may use TF32, as they may by default.
+
+    cudnn.allow_tf32 raises where this newer switch has been used.
+    """
     conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     return bool(conv.fp32_precision == "tf32")
 
@@ -124,7 +127,7 @@ def on_or_off(state: bool) -> str:
 
 
 def own_tf32() -> bool:
-    """Whether the package's own products may run in TF32, which is off unless it is asked for."""
+    """Return whether the package's own products may run in TF32, which is off unless it is asked for."""
     try:
         return bool(importlib.import_module("normkernels.ops._triton").tf32_allowed())
     except ImportError:
@@ -133,7 +136,7 @@ def own_tf32() -> bool:
 
 @cache
 def commit() -> str:
-    """Short hash of the checkout, with -dirty when tracked or new source files differ from it."""
+    """Return the short hash of the checkout, with -dirty when tracked or new source files differ from it."""
     try:
         head = _git("rev-parse", "--short", "HEAD")
         changed = _git("status", "--porcelain", "--", ".", ":!bench/results")

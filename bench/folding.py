@@ -1,7 +1,7 @@
 """Evaluation of a ResNet-18 for CIFAR: with IterNorm, with IterNorm folded into its convolutions, and without any norm.
 
-Folded, the norms should cost nothing: that the biases, which the convolutions of the network without norms do not have,
-are for free as well is part of the claim.
+Folded, the norms should cost nothing. The biases that folding adds are part of that claim: the convolutions of the
+network without norms have none.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BATCH, CLASSES = 8, 10
 
 
 def network(norm: NormFactory) -> nn.Module:
-    """The same weights for every norm: norm layers draw no random numbers."""
+    """Build the network, with the same weights for every norm: norm layers draw no random numbers."""
     torch.manual_seed(0)
     model = resnet18(classes=CLASSES)
     for name, module in list(model.named_modules()):
@@ -76,7 +76,7 @@ class FoldComparison(Comparison):
 
 
 def fold(settings: Settings) -> list[Comparison]:
-    """Few images, as in use: the more there are, the less anything but the convolutions counts."""
+    """Return the comparison, of few images as in use: the more there are, the more the convolutions alone count."""
     work: Workload = replace(workload(settings, (BATCH, 3, 32, 32), "inference"), output=(BATCH, CLASSES))
     plan = settings.plan(budget_s=30, rounds=60)
     return [

@@ -67,14 +67,14 @@ class Goal:
 
     @property
     def sides(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Both as tuples."""
+        """Both sides, each as a tuple."""
         first, second = ((s,) if isinstance(s, str) else s for s in (self.providers, self.relative_to))
         return first, second
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """measured: a ratio, or a time where the goal is one; None where a provider has no figure."""
+    """The state of a goal; measured: a ratio, or a time where the goal is one; None where a provider has no figure."""
 
     goal: Goal
     measured: Ratio | Record | None
@@ -142,12 +142,12 @@ GOALS = (
 
 
 def evaluate(results: Results, goals: tuple[Goal, ...] = GOALS) -> list[Verdict]:
-    """One verdict per goal of the device that was measured."""
+    """Return one verdict per goal of the device that was measured."""
     return [Verdict(goal, measured(results, goal)) for goal in goals if goal.device_type == results.device_type]
 
 
 def measured(results: Results, goal: Goal) -> Ratio | Record | None:
-    """The figure that a goal is about; None where it needs one that the run does not have.
+    """Return the figure that a goal is about; None where it needs one that the run does not have.
 
     The others must all have been measured, since the missing one may be the fastest. One of ours is enough.
     """
@@ -165,9 +165,9 @@ def measured(results: Results, goal: Goal) -> Ratio | Record | None:
 
 
 def where_we_lose(results: Results) -> list[Ratio]:
-    """Every ratio above one of a layer of ours, worst first: the other provider was faster there.
+    """Return every ratio above one of a layer of ours, worst first: the other provider was faster there.
 
-    Not the ratios to the floor, which nothing can beat.
+    Ratios to the floor are left out: nothing can beat it.
     """
     lost = (r for r in results.ratios if r.ours and r.p50 > 1.0 and r.relative_to != FLOOR)
     return sorted(lost, key=lambda r: -r.p50)

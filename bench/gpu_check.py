@@ -27,7 +27,7 @@ from bench.results import Results
 
 RESERVE_S = 15.0  # for the report
 GRACE_S = 10.0  # between asking a step to end and ending it
-# What is measured, and its share of the time.
+# The measurements, and the share of the time that each may take.
 KERNELS = {
     "gpu_norm": 0.3, "gpu_pop_norm": 0.1, "gpu_precondition": 0.05, "gpu_newton": 0.1, "gpu_filter": 0.2,
     "gpu_spectrum": 0.1, "gpu_overhead": 0.05,
@@ -37,7 +37,7 @@ OUTPUTS = ("log.txt", "README.md", "records.csv", "ratios.csv", "failures.csv", 
 
 @dataclass(frozen=True)
 class Step:
-    """share: of the whole time, at most. succeeded: exit codes that are no failure."""
+    """One step; share: of the whole time, at most; succeeded: exit codes that are no failure."""
 
     name: str
     arguments: tuple[str, ...]
@@ -55,9 +55,10 @@ class Outcome:
 
 
 def steps(device: str, quick: bool, kernels: Sequence[str], out: Path) -> list[Step]:
-    """python's arguments. Without a GPU nothing is installed, and no test is selected (pytest's exit code 5).
+    """Return the steps, with python's arguments.
 
-    Installing compiles the CUDA extension for the GPUs that are there; -v puts the compiler's words into the log.
+    Without a GPU nothing is installed, and no test is selected (pytest's exit code 5). Installing compiles the CUDA
+    extension for the GPUs that are there; -v puts the compiler's words into the log.
     """
     cuda = device == "cuda"
     install = ("-m", "pip", "install", "-v", "--no-index", "--no-build-isolation", "--no-deps", "-e", ".")
@@ -73,7 +74,11 @@ def steps(device: str, quick: bool, kernels: Sequence[str], out: Path) -> list[S
 
 
 def environment() -> dict[str, str]:
-    """The package is found where it is even if it could not be installed; Triton compiles, whatever a test wanted."""
+    """Return the environment of a step.
+
+    In it the package is found where it is, even if it could not be installed, and Triton compiles, whatever a test
+    wanted.
+    """
     kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
     paths = [str(ROOT), *filter(None, [kept.get("PYTHONPATH")])]
     return kept | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
@@ -143,7 +148,7 @@ def no_time(step: Step) -> Outcome:
 
 
 def introduction(outcomes: Sequence[Outcome], planned: Sequence[Step]) -> list[str]:
-    """The steps as a table, for the report."""
+    """Return the steps as a table, for the report."""
     rows = [[o.step, o.result, f"{o.seconds:.0f}", o.last_line.replace("|", "/")[:100]] for o in outcomes]
     rows += [[step.name, "not run", "-", ""] for step in planned[len(outcomes) :]]
     return [
@@ -177,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     deadline = time.monotonic() + total_s - RESERVE_S
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for pattern in OUTPUTS:  # of an earlier run: they must not be taken for this one's
+    for pattern in OUTPUTS:  # files of an earlier run: they must not be taken for this one's
         for path in out.glob(pattern):
             path.unlink()
     planned = steps(options.device, options.quick, options.kernel or list(KERNELS), out)

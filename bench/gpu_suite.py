@@ -47,7 +47,7 @@ PLANES = (34, 58, 30)
 
 
 def gpu(settings: Settings) -> list[Comparison]:
-    """On a CPU the same with two samples: to try the suite, not to measure."""
+    """Return all comparisons. On a CPU they have two samples: to try the suite, not to measure."""
     return [
         *norms(settings),
         *pop_norms(settings),
@@ -64,7 +64,7 @@ def samples(shape: tuple[int, ...], settings: Settings) -> tuple[int, ...]:
 
 
 def variants(providers: Iterable[Provider], ours: Provider, settings: Settings) -> tuple[Provider, ...]:
-    """What is compared, then ours on each backend, and on a GPU ours and BatchNorm as CUDA graphs."""
+    """Return the providers, then ours on each backend, and on a GPU ours and BatchNorm as CUDA graphs."""
     providers = tuple(providers)
     graphs = [cat.as_graph(p) for p in providers if p.name in (ours.name, BATCHNORM)] if settings.cuda else []
     return (*providers, *(cat.on_backend(ours, name) for name in cat.backends(settings.device)), *graphs)
@@ -89,7 +89,7 @@ def norms(settings: Settings) -> list[Comparison]:
 
 
 def pop_norms(settings: Settings) -> list[Comparison]:
-    """Against BatchNorm, whose bytes POP-Norm moves."""
+    """Return comparisons of POP-Norm with BatchNorm, whose bytes it moves."""
     result = []
     for shape, dtype in (
         (LARGE, torch.float32),
@@ -107,7 +107,7 @@ def pop_norms(settings: Settings) -> list[Comparison]:
 
 
 def roots(settings: Settings) -> list[Comparison]:
-    """Newton's iteration alone, for one group and for eight."""
+    """Return comparisons of Newton's iteration alone, for one group and for eight."""
     result = []
     for groups in (1, 8):
         providers = cat.roots()
@@ -129,7 +129,7 @@ def filters(settings: Settings) -> list[Comparison]:
 
 
 def spectra(settings: Settings) -> list[Comparison]:
-    """Planes of 34 x 34, kernels of 3 x 3."""
+    """Return comparisons of spectra for planes of 34 x 34 and kernels of 3 x 3."""
     channels = 256 if settings.cuda else 16
     providers = conv_cat.spectra((34, 34))
     work = replace(workload(settings, (channels, channels, 3, 3), "inference"), output=(channels, 34, 18))
@@ -138,7 +138,7 @@ def spectra(settings: Settings) -> list[Comparison]:
 
 
 def overhead(settings: Settings) -> list[Comparison]:
-    """What a call costs the host, on data so small that the device is done sooner."""
+    """Return comparisons of what a call costs the host, on data so small that the device is done sooner."""
     result = []
     for mode in ("forward", "full"):
         ours = cat.iter_norm(group_size=64)

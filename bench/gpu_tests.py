@@ -22,7 +22,7 @@ import torch
 from bench.environment import ROOT
 
 AT_ONCE = max(1, min(12, (os.cpu_count() or 2) - 2))
-PARTS = 3  # of each file
+PARTS = 3  # parts of each file
 WORDS = ("mark.gpu", 'usefixtures("backend")', 'importorskip("triton")')  # one is in every file with such tests
 NO_TESTS = 5  # pytest's exit code
 # Warnings of other versions than those the tests were written with are no failures here.
@@ -42,7 +42,7 @@ class Job:
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=self.output, stderr=subprocess.STDOUT)
 
     def report(self) -> int:
-        """Print what it wrote; pytest's exit code, or 1 for a process that had to be stopped."""
+        """Print what it wrote, and return pytest's exit code, or 1 for a process that had to be stopped."""
         assert self.process is not None
         code = self.process.poll()
         self.output.seek(0)
@@ -52,7 +52,7 @@ class Job:
 
 
 def jobs() -> list[Job]:
-    """The largest files first, so that none begins last."""
+    """Return the jobs, those of the largest files first, so that none of these begins last."""
     found = [path for path in (ROOT / "tests").rglob("test_*.py") if any(word in path.read_text() for word in WORDS)]
     found.sort(key=lambda path: -path.stat().st_size)
     return [Job(path, part) for path in found for part in range(1, PARTS + 1)]

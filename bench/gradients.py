@@ -22,7 +22,7 @@ EPS1, EPS2 = 1e-2, 1e-4
 
 
 def resnet50() -> list[tuple[int, ...]]:
-    """The shapes of its weights: 53 convolutions without a bias, and a linear layer with one."""
+    """Return the shapes of its weights: 53 convolutions without a bias, and a linear layer with one."""
     shapes: list[tuple[int, ...]] = [(64, 3, 7, 7)]
     channels = 64
     for blocks, width in ((3, 64), (4, 128), (6, 256), (3, 512)):
@@ -35,7 +35,7 @@ def resnet50() -> list[tuple[int, ...]]:
 
 
 class Layers(NamedTuple):
-    """What ``precondition`` takes, in lists."""
+    """The arguments of ``precondition``, in lists."""
 
     weight_grads: list[Tensor]
     bias_grads: list[Tensor | None]
@@ -67,7 +67,7 @@ def make_layers(dtype: torch.dtype, device: torch.device) -> Layers:
 
 
 def exact(layers: Layers) -> Iterator[Tensor]:
-    """Steps 3 to 5 of Algorithms 2 and 3 (BNP) in float64: the weights' gradients, then those of the biases."""
+    """Yield steps 3 to 5 of Algorithms 2 and 3 (BNP) in float64: the weights' gradients, then those of the biases."""
     biases = []
     for Gw, Gb, mean, var, _, q2 in zip(*layers, strict=True):
         taps = (1,) * (Gw.dim() - 2)
@@ -86,7 +86,7 @@ Context = Callable[[], AbstractContextManager[object]]
 
 
 class Update(Timed):
-    """Every call begins with the same gradients."""
+    """A timed change of gradients. Every call begins with the same ones."""
 
     def __init__(self, gradients: list[Tensor], function: Callable[[], object], around: Context = nullcontext) -> None:
         self.gradients, self.function, self.around = gradients, function, around
@@ -112,7 +112,7 @@ def prepare_copy(layers: Layers) -> Update:
 
 
 def prepare_precondition(layers: Layers, around: Context) -> Update:
-    """The operation, once it has passed; raises GateError if it differs from float64."""
+    """Return the operation once it has passed; raise GateError if it differs from float64."""
     ops: Any = cat.package().ops
     update = Update(layers.gradients(), lambda: ops.precondition(*layers, EPS1, EPS2), around)
     expected = list(exact(layers))
@@ -125,7 +125,7 @@ def prepare_precondition(layers: Layers, around: Context) -> Update:
 
 @dataclass(frozen=True)
 class GradientsComparison(Comparison):
-    """entries: name -> what the operation is called inside of; None: the copy."""
+    """Operations on gradients; entries: name -> the context that the operation is called in; None: the copy."""
 
     entries: dict[str, Context | None] = field(default_factory=dict)
 
@@ -149,7 +149,7 @@ class GradientsComparison(Comparison):
 
 
 def gradients(settings: Settings) -> list[Comparison]:
-    """ResNet-50's, in float32 and bfloat16."""
+    """Return the comparisons for ResNet-50's gradients, in float32 and bfloat16."""
     choices = {
         f"{PRECONDITION} ({backend})": partial(cat.package().use_backend, backend)
         for backend in cat.backends(settings.device)

@@ -38,12 +38,15 @@ SIZES = (16, 32, 64, 128)
 # Architecture of a table entry -> shared memory, in bytes, that a program may have on all GPUs that the entry serves:
 # entries for sm_80 also serve sm_86 and sm_89, which have less of it.
 SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-REGISTERS = 65536  # of a multiprocessor
+REGISTERS = 65536  # registers of a multiprocessor
 IN_FLIGHT = 32 << 10  # bytes that a multiprocessor has to have requested at any time to keep up with the memory
 
 
 class Usage(NamedTuple):
-    """spilled, shared: bytes. unordered: loads from global memory after stores to it without a barrier between."""
+    """A kernel's resources.
+
+    spilled, shared: bytes. unordered: loads from global memory after stores to it without a barrier between.
+    """
 
     registers: int
     spilled: int
@@ -64,13 +67,13 @@ class Case:
         return self.kernel, self.size, self.layout, self.type, arch
 
     def calls(self) -> list[Callable[[], object]]:
-        """Planes of several sizes, for the compiler knows less of those that are no multiple of 16."""
+        """Return a call for each size of planes, as the compiler knows less of those that are no multiple of 16."""
         planes = SIDES[self.size] if self.kernel in FILTERS else PLANES.get(self.layout, (16,))
         return [lambda plane=plane: CALLS[self.kernel](self, plane) for plane in planes]  # type: ignore[misc]
 
     @property
     def channels(self) -> int:
-        """One group, or some of one channel."""
+        """Channels of the input: one group, or several groups of one channel."""
         return SINGLE if self.size == 1 else self.size
 
     def data(self, plane: int) -> Tensor:
@@ -82,7 +85,7 @@ class Case:
 SINGLE = 48  # groups of one channel: several programs in either layout
 FILTERS = ("spectral_filter", "cross_spectrum")
 SPECTRA = ("kernel_spectrum", "kernel_spectrum_backward")
-SIDES = {16: (7, 32), 32: (34, 58, 64)}  # of a filter's planes, by the padded half
+SIDES = {16: (7, 32), 32: (34, 58, 64)}  # sides of a filter's planes, by the padded half
 PLANES = {"positions": (16, 14), "odd": (7,), "channels": (16,)}
 
 
@@ -98,7 +101,7 @@ def whitening(case: Case, plane: int, affine: bool = True) -> object:
 
 
 def diagonal(x: Tensor) -> object:
-    """Everything that passes over groups of one channel, with and without what may be left out."""
+    """Launch all that passes over groups of one channel, with and without what may be left out."""
     from normkernels.ops.pop_norm.triton import pop_norm, pop_norm_backward
     from normkernels.ops.whiten.triton import mix
 
@@ -132,7 +135,7 @@ def small_matrix(case: Case, plane: int) -> object:
 
 
 def filtering(case: Case, plane: int) -> object:
-    """With windows as ConvNorm's: a crop, and a stride in one direction."""
+    """Launch the filter's kernels with windows as ConvNorm's: a crop, and a stride in one direction."""
     from normkernels.ops.spectral.triton import cross_spectrum, spectral_filter
 
     z = Case(case.kernel, 8, case.layout, case.type).data(plane)
@@ -152,7 +155,10 @@ def spectra(case: Case, plane: int) -> object:
 
 
 def all_layers(case: Case, plane: int) -> object:
-    """Two gradients, in either layout: their sizes and addresses are data, of which nothing is known."""
+    """Launch the change of two gradients, in either layout.
+
+    Their sizes and addresses are data, of which the compiler knows nothing.
+    """
     from normkernels.ops.precondition.triton import precondition
 
     dtype = torch.float32 if case.type == "float32" else torch.bfloat16
@@ -190,7 +196,7 @@ def cases() -> list[Case]:
 
 
 class AbsentGPU:
-    """What Triton asks of a driver in order to compile."""
+    """The part of a driver that Triton needs in order to compile."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -209,7 +215,7 @@ class AbsentGPU:
 
 @contextmanager
 def table_with(entry: Key, config: Config) -> Iterator[None]:
-    """The configuration table with one entry replaced."""
+    """Replace one entry of the configuration table."""
     before = _triton.table
     replaced = {**before(), entry: config}
     _triton.table = lambda: replaced  # type: ignore[assignment]
@@ -222,7 +228,7 @@ def table_with(entry: Key, config: Config) -> Iterator[None]:
 
 
 def compile_entry(case: Case, arch: int, config: Config, only_first: bool = False) -> dict[str, Usage]:
-    """Kernel's name -> the most that any of its variants takes, of all kernels that this entry configures."""
+    """Return kernel's name -> the most that any of its variants takes, for all kernels that this entry configures."""
     from triton.runtime import driver
 
     driver.set_active(AbsentGPU(arch))
@@ -272,10 +278,10 @@ def usage_of(compiled: Any) -> Usage:
 
 
 def unordered(ptx: str) -> int:
-    """Loads that could see what another thread has not yet stored, in the order of the program's text.
+    """Count loads that could see what another thread has not yet stored, in the order of the program's text.
 
-    For kernels that pass matrices from thread to thread through global memory: a mistake that Triton's interpreter,
-    which runs a program as one thread, cannot show, and that compute-sanitizer does not look for there.
+    This is for kernels that pass matrices from thread to thread through global memory. Triton's interpreter, which runs
+    a program as one thread, cannot show such a mistake, and compute-sanitizer does not look for it there.
     """
     found, stored = 0, False
     for line in ptx.splitlines():
@@ -292,7 +298,7 @@ def unordered(ptx: str) -> int:
 
 
 def complaint(usage: Usage, arch: int) -> str:
-    """What is wrong with a kernel, or nothing."""
+    """Return what is wrong with a kernel, or an empty string."""
     if usage.spilled:
         return f"{usage.spilled} bytes spilled"
     if usage.shared > SHARED[arch]:
@@ -303,7 +309,7 @@ def complaint(usage: Usage, arch: int) -> str:
 
 
 def entry(case: Case, arch: int) -> Config | None:
-    """What this architecture uses, which may be an older one's; None where it leaves the kernel to plain PyTorch."""
+    """Return an architecture's configuration, maybe an older one's; None where plain PyTorch serves the kernel."""
     with suppress(Unsupported), _triton.recording(arch, lambda *_: None):
         dtype = torch.float32 if case.type == "float32" else torch.float16
         return _triton.configuration(case.kernel, case.size, case.layout, dtype, arch)
@@ -361,10 +367,11 @@ def candidates(case: Case) -> list[Config]:
 
 
 def choose(task: tuple[Case, int]) -> tuple[Case, int, Config | None]:
-    """A configuration by what can be known without a GPU; bench/tune.py replaces it by what was measured on one.
+    """Choose a configuration by what is known without a GPU; bench/tune.py replaces it by what was measured on one.
 
-    The first candidate without spills of which two programs fit a multiprocessor, which hides one's barriers behind the
-    other's loads, and which together keep enough bytes in flight; else the first that fits and does not spill.
+    It is the first candidate without spills of which two programs fit a multiprocessor, so that the barriers of one are
+    hidden behind the loads of the other, and which together keep enough bytes in flight; otherwise the first that fits
+    and does not spill.
     """
     case, arch = task
     fallback = None

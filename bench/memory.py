@@ -1,4 +1,4 @@
-"""What one training step keeps for its backward pass, and its peak.
+"""Memory of one training step: the bytes that it keeps for its backward pass, and its peak.
 
 Kept: the distinct storages that autograd saves, parameters left out, the input included (it has to stay
 alive).
@@ -44,7 +44,7 @@ class MemoryUse:
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
-    """Bytes of the distinct storages that a forward pass keeps for the backward pass, without parameters."""
+    """Count the bytes of the distinct storages that a forward pass keeps for the backward pass, without parameters."""
     storages: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     # the saved tensors stay referenced until the end: a freed storage could give its address to the next one
@@ -65,7 +65,7 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
 
 
 def high_water_mark() -> int:
-    """Largest resident set of this process so far, in bytes."""
+    """Return the largest resident set of this process so far, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
@@ -75,7 +75,7 @@ def high_water_mark() -> int:
 
 
 def reset_high_water_mark() -> None:
-    """Linux lets a process lower its mark to what it holds now; elsewhere that of making the input stays."""
+    """Lower the mark to what the process holds now. Only Linux allows it; elsewhere that of making the input stays."""
     clear = Path("/proc/self/clear_refs")
     with contextlib.suppress(OSError):
         if clear.exists():
@@ -83,7 +83,7 @@ def reset_high_water_mark() -> None:
 
 
 def step(layer: nn.Module, x: Tensor, dy: Tensor) -> None:
-    """Forward and backward, or forward alone for an input without a gradient."""
+    """Run forward and backward, or forward alone for an input without a gradient."""
     if x.requires_grad:
         layer(x).backward(dy)
     else:
@@ -92,7 +92,7 @@ def step(layer: nn.Module, x: Tensor, dy: Tensor) -> None:
 
 
 def peak_of_step(comparison: Comparison, provider: str) -> int:
-    """Peak bytes of one forward and backward pass beyond what was held before it."""
+    """Measure the peak bytes of one forward and backward pass beyond what was held before it."""
     work = comparison.work
     layer = comparison.provider(provider).build(work).to(work.device)
     differentiate = work.mode != "inference"

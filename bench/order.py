@@ -1,4 +1,4 @@
-"""Which backend is the fastest for each op, out of a run of the suite `gpu`: what `_library.ORDER` should say."""
+"""The fastest backend for each op, out of a run of the suite `gpu`: what `_library.ORDER` should say."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BACKENDS = ("cuda", "triton", "eager")
 
 
 def slowness(results: Results, kernel: str) -> dict[str, float]:
-    """Backend -> its time over the fastest one's, the geometric mean over all workloads; fastest first.
+    """Return backend -> its time over the fastest one's, the geometric mean over all workloads; fastest first.
 
     A backend without a figure somewhere has failed there and is left out.
     """
@@ -42,7 +42,7 @@ def slowness(results: Results, kernel: str) -> dict[str, float]:
 
 
 def order(results: Results) -> dict[str, list[str]]:
-    """As NORMKERNELS_BACKEND_ORDER takes it: nothing comes after eager, which serves everything."""
+    """Return the order as NORMKERNELS_BACKEND_ORDER takes it: nothing comes after eager, which serves everything."""
     found: dict[str, list[str]] = {}
     for kernel, ops in OPS.items():
         backends = list(slowness(results, kernel))
@@ -52,7 +52,7 @@ def order(results: Results) -> dict[str, list[str]]:
 
 
 def section(results: Results) -> list[str]:
-    """Lines of the report."""
+    """Return the lines of the report about the backends."""
     rows = [
         f"* {', '.join(ops)}: " + ", ".join(f"{backend} {ratio:.2f}" for backend, ratio in measured.items())
         for kernel, ops in OPS.items()

@@ -69,7 +69,7 @@ def bars(
     high: Sequence[float] | None = None,
     label: Callable[[float], str] = "{:.2f}".format,
 ) -> None:
-    """Horizontal bars with their value at the end and a whisker from p20 to p80."""
+    """Draw horizontal bars with their value at the end and a whisker from p20 to p80."""
     axes.barh(positions, values, color=[colour(n) for n in names], height=0.68)
     ends = list(values)
     if low is not None and high is not None:
@@ -94,7 +94,7 @@ def ratio_bars(
     title: str,
     shape_label: Callable[[str], str],
 ) -> Path | None:
-    """One panel per shape: every provider's time relative to `relative_to`, which is the line at 1."""
+    """Draw one panel per shape: every provider's time relative to `relative_to`, which is the line at 1."""
     found = [r for r in results.ratios if (r.kernel, r.relative_to, r.mode) == (kernel, relative_to, mode)]
     panels: dict[str, list[Ratio]] = {}
     for r in found:
@@ -137,7 +137,7 @@ def line_plot(
     log_y: bool = True,
     ylabel: bool = True,
 ) -> None:
-    """Median milliseconds against a number, with a band from p20 to p80."""
+    """Draw median milliseconds against a number, with a band from p20 to p80."""
     ticks = sorted({x for points in series.values() for x, _ in points})
     for name, points in series.items():
         points = sorted(points, key=lambda item: item[0])
@@ -204,7 +204,7 @@ def scaling_plot(
 def family_plot(
     results: Results, kernel: str, pattern: str, xlabel: str, title: str, path: Path, log_x: bool
 ) -> Path | None:
-    """One comparison whose providers differ by a number in their name; the others are horizontal lines."""
+    """Draw a comparison whose providers differ by a number in their name; the others are horizontal lines."""
     records = results.find(kernel)
     if not records:
         return None
@@ -242,7 +242,7 @@ def dot_plot(
     xlabel: str,
     line: float | None = None,
 ) -> Path | None:
-    """One row for each shape and type, one marker for each provider, a whisker from p20 to p80."""
+    """Draw one row for each shape and type, one marker for each provider, a whisker from p20 to p80."""
     rows = list(dict.fromkeys((r.shape, r.dtype) for r in results.find(kernel)))
     found = {name: [(row, v) for row, where in enumerate(rows) if (v := values(name, *where))] for name in providers}
     if not any(found.values()):
@@ -333,7 +333,7 @@ def memory_plot(results: Results, path: Path) -> Path | None:
 
 
 def square(shape: str) -> str:
-    """ "64x128x32x32" -> "64 samples, d = 128, 32 × 32"."""
+    """Return the label of a shape: "d = 128   (64 samples of 32 × 32)" for "64x128x32x32"."""
     n, c, h, w = dimensions(shape)
     return f"d = {c}   ({n} samples of {h} × {w})"
 
@@ -343,7 +343,7 @@ def plain_shape(shape: str) -> str:
 
 
 def write_plots(results: Results, out: Path) -> list[Path]:
-    """Every plot that the run has data for."""
+    """Draw every plot that the run has data for, and return their paths."""
     with plt.rc_context(STYLE):
         drawn = [
             ratio_bars(

@@ -65,7 +65,7 @@ REFERENCES = (
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, first column left and the others right aligned, padded to read well as text too."""
+    """Return a Markdown table, first column left and the others right aligned, padded to read well as text too."""
     body = [list(row) for row in rows]
     widths = [max(len(row[i]) for row in [list(header), *body]) for i in range(len(header))]
 
@@ -78,7 +78,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits without an exponent, which is what the spread of a timing supports."""
+    """Format three significant digits without an exponent, which is what the spread of a timing supports."""
     if value >= 100:
         return f"{value:.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
@@ -89,13 +89,13 @@ def spread(p50: float, p20: float, p80: float) -> str:
 
 
 def kernels(results: Results) -> list[str]:
-    """What was measured, in the order of TITLES."""
+    """Return what was measured, in the order of TITLES."""
     found = {r.kernel for r in results.records}
     return [k for k in TITLES if k in found] + sorted(found - TITLES.keys())
 
 
 def time_tables(results: Results, kernel: str) -> str:
-    """One table per comparison of a suite: time, GB/s and every ratio that was formed."""
+    """Return one table per comparison of a suite: time, GB/s and every ratio that was formed."""
     parts = []
     unit, scale = ("us", 1e3) if results.device_type == "cuda" else ("ms", 1.0)
     times = results.find(kernel)
@@ -171,7 +171,7 @@ def failures_table(failures: Sequence[Failure]) -> str:
 
 
 def markdown(results: Results, plots: Sequence[str] = (), introduction: Sequence[str] = ()) -> str:
-    """The whole report as Markdown. introduction: lines that come before the goals."""
+    """Return the whole report as Markdown; introduction: lines that come before the goals."""
     lines = [f"# Benchmark: {results.device}", "", f"{results.versions}; commit {results.commit}.", ""]
     lines += [
         "Providers of one table were timed interleaved: each once per round, in changing order; a ratio is",

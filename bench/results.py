@@ -1,4 +1,4 @@
-"""What a run found: one record per figure, one per ratio, and the failures; read from and written to CSV."""
+"""The findings of a run: one record per figure, one per ratio, and the failures; read from and written to CSV."""
 
 from __future__ import annotations
 
@@ -90,7 +90,10 @@ class Results:
 
     @classmethod
     def load(cls, folder: Path, device_type: str) -> Results:
-        """What `save` wrote there, if anything; notes are not kept. The device itself is not asked: it may be gone."""
+        """Read what `save` wrote there, if anything; notes are not kept.
+
+        The device itself is not asked: it may be gone.
+        """
         records = read_csv(folder / "records.csv", Record)
         origin = (
             (records[0].device, records[0].versions, records[0].commit) if records else ("none", "unknown", "unknown")
@@ -116,7 +119,7 @@ class Results:
         return {"device": self.device, "versions": self.versions, "commit": self.commit}
 
     def add_times(self, comparison: Comparison, measurement: Measurement) -> None:
-        """Times, GB/s where bytes are counted, ratios, and failures of one measured comparison."""
+        """Add times, GB/s where bytes are counted, ratios, and failures of one measured comparison."""
         where = _where(comparison)
         for name in comparison.names:
             if name in measurement.failures:
@@ -187,7 +190,7 @@ def _where(comparison: Comparison) -> dict[str, Any]:
 
 
 def write_csv(path: Path, row_type: type[Row], rows: Iterable[Row]) -> None:
-    """One line per row, columns in the order of the fields; six digits are more than a timer resolves."""
+    """Write one line per row, columns in the order of the fields; six digits are more than a timer resolves."""
     names = [f.name for f in fields(row_type)]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
@@ -198,7 +201,7 @@ def write_csv(path: Path, row_type: type[Row], rows: Iterable[Row]) -> None:
 
 
 def read_csv(path: Path, row_type: type[Row]) -> list[Row]:
-    """The rows that `write_csv` wrote; none if there is no such file."""
+    """Read the rows that `write_csv` wrote; none if there is no such file."""
     if not path.exists():
         return []
     parse: dict[str, Callable[[str], Any]] = {

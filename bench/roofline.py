@@ -29,7 +29,7 @@ SPLIT = 3  # tensor-core products for one exact one
 
 @dataclass(frozen=True)
 class Rates:
-    """bandwidth: bytes/s of a copy. tf32, bf16: dense FLOP/s of single products on random data."""
+    """Rates of a GPU; bandwidth: bytes/s of a copy; tf32, bf16: dense FLOP/s of single products on random data."""
 
     name: str = "H200"
     processors: int = 132
@@ -50,7 +50,7 @@ class Work:
 
 
 def training_step(shape: tuple[int, ...], d: int, itemsize: int, rates: Rates) -> list[Work]:
-    """The kernels that pass over activations. The small matrix function is bound by latency: see the page."""
+    """Return the kernels that pass over activations. The small matrix function is bound by latency: see the page."""
     n, c, h, w = shape
     m, size = n * h * w, padded(d)
     groups = c // d
@@ -70,7 +70,7 @@ def training_step(shape: tuple[int, ...], d: int, itemsize: int, rates: Rates) -
 
 
 def pop_norm_step(shape: tuple[int, ...], itemsize: int, rates: Rates) -> list[Work]:
-    """Positions innermost. No product runs on tensor cores."""
+    """Return the kernels of POP-Norm, positions innermost. No product of theirs runs on tensor cores."""
     n, c, h, w = shape
     one_pass = n * c * h * w * itemsize
     dtype = torch.float32 if itemsize == 4 else torch.bfloat16
@@ -82,7 +82,7 @@ def pop_norm_step(shape: tuple[int, ...], itemsize: int, rates: Rates) -> list[W
 
 
 def bytes_table(rates: Rates) -> str:
-    """What is bound by bytes alone: POP-Norm's training step, and BNP's change of ResNet-50's gradients."""
+    """Return the table of what bytes alone bound: POP-Norm's training step, BNP's change of ResNet-50's gradients."""
     lines = ["| | type | kernel | MB | floor, us |", "|---|---|---|---|---|"]
     for kind, itemsize in (("fp32", 4), ("bf16", 2)):
         for shape in SINGLE:
@@ -126,7 +126,7 @@ def table(rates: Rates) -> str:
 
 
 def extension_table(rates: Rates) -> str:
-    """The launches of the compiled extension, and the bytes that it says it needs."""
+    """Return the table of the compiled extension's launches, and of the bytes that it says it needs."""
     lines = [
         "| (N, C, H, W), d | type | kernel | blocks x threads | KiB shared | MB | floor of the bytes, us |",
         "|---|---|---|---|---|---|---|",

@@ -31,7 +31,7 @@ class ReplayClock:
         return self.now
 
     def player(self, durations: Sequence[float]) -> Callable[[], None]:
-        """A function that takes durations[0] on its first call, durations[1] on the second, and so on."""
+        """Return a function that takes durations[0] on its first call, durations[1] on the second, and so on."""
         remaining: Iterator[float] = iter(durations)
 
         def play() -> None:
@@ -78,7 +78,7 @@ class Session:
         return session
 
     def measure(self, comparison: Comparison) -> Measurement:
-        """The measurement of a comparison, made at the first call and remembered."""
+        """Return the measurement of a comparison, made at the first call and remembered."""
         if comparison.key not in self.measured:
             progress = self.progress
 
@@ -108,6 +108,6 @@ class Session:
         self.save()
 
     def save(self) -> None:
-        """After every comparison: what a run has found is on the disk when the next one brings it down."""
+        """Save the results after every comparison: they are on the disk if the next comparison ends the process."""
         if self.out is not None:
             self.results.save(self.out, self.before)

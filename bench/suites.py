@@ -26,7 +26,7 @@ FILTER, FFT, COPY, SPECTRUM, PADDED_FFT = "spectral_filter", "torch.fft", "copy"
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line chooses."""
+    """The choices of the command line."""
 
     device: torch.device = CPU
     quick: bool = False
@@ -70,7 +70,7 @@ class Comparison:
         return tuple(provider.name for provider in self.providers if provider.ours)
 
     def counted_bytes(self, name: str) -> int | None:
-        """Bytes an ideal implementation has to move: whole-tensor passes times the bytes of x."""
+        """Count the bytes that an ideal implementation has to move: whole-tensor passes times the bytes of x."""
         provider = self.provider(name)
         passes = provider.passes.get(self.work.mode)
         return passes * self.work.nbytes if passes else None
@@ -79,7 +79,7 @@ class Comparison:
         return self.providers[self.names.index(name)]
 
     def preparer(self) -> Callable[[str], Timed]:
-        """A function that builds and checks one provider by name; what they share is made once."""
+        """Return a function that builds and checks one provider by name; what they share is made once."""
 
         @cache
         def inputs(channels_last: bool) -> Inputs:
@@ -147,7 +147,7 @@ def workload(settings: Settings, shape: tuple[int, ...], mode: Mode = "full") ->
 
 
 def table_a1(settings: Settings, modes: Sequence[Mode] = ("full", "forward")) -> list[Comparison]:
-    """The paper's Table A1: 64 samples of 32 x 32 with d = 64 and 128 channels, one whitening group."""
+    """Return the paper's Table A1: 64 samples of 32 x 32 with d = 64 and 128 channels, one whitening group."""
     result = []
     for mode in modes:
         for d in (64, 128):
@@ -166,7 +166,7 @@ def table_a1(settings: Settings, modes: Sequence[Mode] = ("full", "forward")) ->
 
 
 def vgg(settings: Settings) -> list[Comparison]:
-    """One training step of the VGG of Table A2. The paper's batch is 256."""
+    """Return the comparison of one training step of the VGG of Table A2. The paper's batch is 256."""
     batch = settings.vgg_batch or (256 if settings.cuda else 8 if settings.quick else 32)
     entries = {
         BATCHNORM: VggEntry(nn.BatchNorm2d, nn.BatchNorm2d, False),
@@ -182,7 +182,7 @@ def vgg(settings: Settings) -> list[Comparison]:
 
 
 def scaling(settings: Settings) -> list[Comparison]:
-    """Cost against width, iterations, samples, group size, shape, layout and type, one thing at a time."""
+    """Return cost against width, iterations, samples, group size, shape, layout and type, one thing at a time."""
     return [
         *_scaling_d(settings),
         *_scaling_t(settings),
@@ -195,7 +195,10 @@ def scaling(settings: Settings) -> list[Comparison]:
 
 
 def _scaling_d(settings: Settings) -> list[Comparison]:
-    """C = d channels in one group; the largest only on a GPU, its convolution takes seconds on a CPU."""
+    """Return comparisons of C = d channels in one group.
+
+    The largest one is only for a GPU, as its convolution takes seconds on a CPU.
+    """
     result = []
     for d in (16, 32, 64, 128, 256, 512) if settings.cuda else (16, 32, 64, 128, 256):
         providers = (
@@ -216,7 +219,7 @@ def _scaling_t(settings: Settings) -> list[Comparison]:
 
 
 def _scaling_m(settings: Settings) -> list[Comparison]:
-    """From 1024 samples per channel, where the d x d part counts, to where only the passes do."""
+    """Return comparisons from 1024 samples per channel, where the d x d part counts, to where only the passes do."""
     providers = (cat.iter_norm(), cat.plain_iter_norm(), cat.batch_norm())
     sizes = (1, 4, 16, 64, 256)
     return [
@@ -234,7 +237,7 @@ def _scaling_groups(settings: Settings) -> list[Comparison]:
 
 
 def _shapes(settings: Settings) -> list[Comparison]:
-    """The planes of an ImageNet network, with 256 samples on a GPU.
+    """Return comparisons on the planes of an ImageNet network, with 256 samples on a GPU.
 
     On a CPU the first two have fewer, and there is no convolution at 7 x 7: it takes seconds there.
     """
@@ -270,7 +273,7 @@ def _types(settings: Settings) -> list[Comparison]:
 
 
 def inference(settings: Settings) -> list[Comparison]:
-    """The layers in evaluation against the grouped 1x1 convolution they equal, and BatchNorm."""
+    """Return comparisons of evaluation with the grouped 1x1 convolution that the layers equal, and with BatchNorm."""
     result = []
     for channels, group, channels_last in (
         (64, 64, False),
@@ -288,7 +291,7 @@ def inference(settings: Settings) -> list[Comparison]:
 
 
 def conv_norm(settings: Settings) -> list[Comparison]:
-    """Layers against the convolution they replace, the filter against a copy, the spectrum against the padded FFT."""
+    """Return layers against convolutions, the filter against a copy, the spectrum against the padded FFT."""
     return [*_conv_norm_layers(settings), *_filters(settings), *_spectra(settings)]
 
 
@@ -319,7 +322,7 @@ def _filters(settings: Settings) -> list[Comparison]:
 
 
 def _spectra(settings: Settings) -> list[Comparison]:
-    """Planes of 34 x 34, kernels of 3 x 3."""
+    """Return comparisons of spectra for planes of 34 x 34 and kernels of 3 x 3."""
     result = []
     for channels in (64, 128, 256, 512):
         work = replace(workload(settings, (channels, channels, 3, 3), "inference"), output=(channels, 34, 18))
@@ -329,7 +332,7 @@ def _spectra(settings: Settings) -> list[Comparison]:
 
 
 def pop_norm(settings: Settings) -> list[Comparison]:
-    """POP-Norm against BatchNorm, whose bytes it moves, in training and in evaluation."""
+    """Return comparisons of POP-Norm with BatchNorm, whose bytes it moves, in training and in evaluation."""
     result = []
     for shape, channels_last, mode in (
         ((64, 64, 32, 32), False, "full"),
@@ -348,7 +351,7 @@ def pop_norm(settings: Settings) -> list[Comparison]:
 
 
 def memory(settings: Settings) -> list[Comparison]:
-    """Not timed: what is kept for the backward pass, and the peak of one step."""
+    """Return untimed comparisons of what is kept for the backward pass, and of the peak of one step."""
     providers = (
         cat.iter_norm(group_size=64),
         cat.dbn(),

@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# What keeps a GPU busy while the host queues the work, about 1 ms and 5 ms: at first, and at most.
+# Cycles that keep a GPU busy while the host queues the work, about 1 ms and 5 ms: at first, and at most.
 SPIN_CYCLES, LONGEST_SPIN = 2_000_000, 10_000_000
 
 
@@ -132,7 +132,7 @@ class Quantiles:
 
 
 def _quantile(data: Sequence[float], q: float) -> float:
-    """Linear interpolation between the order statistics of sorted `data`."""
+    """Interpolate linearly between the order statistics of sorted `data`."""
     position = q * (len(data) - 1)
     low = int(position)
     high = min(low + 1, len(data) - 1)
@@ -153,14 +153,14 @@ class Measurement:
         return Quantiles.of(self.seconds(name))
 
     def ratio(self, name: str, relative_to: str) -> Quantiles | None:
-        """Quantiles of the per-round ratios; None if one of the two has no round in common with the other."""
+        """Return quantiles of the per-round ratios; None if the two have no round in common."""
         pairs = zip(self.samples.get(name, []), self.samples.get(relative_to, []), strict=False)
         ratios = [a / b for a, b in pairs if a is not None and b is not None and b > 0]
         return Quantiles.of(ratios) if ratios else None
 
 
 def order(names: Sequence[str], turn: int) -> list[str]:
-    """The order of round `turn`: rotated every second round, reversed in between.
+    """Return the order of round `turn`: rotated every second round, reversed in between.
 
     Rotation alone would give everyone the same predecessor for ever, and with it the same state of cache and
     allocator.

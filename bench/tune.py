@@ -54,7 +54,7 @@ class Case(NamedTuple):
         return torch.float32 if self.type == "float32" else torch.bfloat16
 
     def activations(self, device: torch.device, side: int = 32) -> Tensor:
-        """The group size, or half the side of a plane, fills the tile."""
+        """Draw activations whose group size, or half the side of a plane, fills the tile."""
         side = 7 if self.layout == "odd" else side
         x = torch.randn(POSITIONS // side**2, CHANNELS, side, side, device=device, dtype=self.dtype)
         return x.contiguous(memory_format=torch.channels_last) if self.layout == "channels" else x
@@ -62,7 +62,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Tuned:
-    """call: the op that launches the kernel, on data made for a case.
+    """A kernel's tuning; call: the op that launches it, on data made for a case.
 
     least: smallest block; tensor cores want tiles of 16. within: a block is no larger than the tile.
     """
@@ -171,14 +171,17 @@ KERNELS = {
 
 
 def cases(rows: Iterable[Key], kernels: Iterable[str], sizes: Iterable[int]) -> list[Case]:
-    """The rows to tune, one for all architectures; no kernel or no size means all of them."""
+    """Return the rows to tune, one for all architectures; no kernel or no size means all of them."""
     wanted = dict.fromkeys(Case(*key[:4]) for key in rows)
     kernels, sizes = tuple(kernels) or KERNELS, tuple(sizes)
     return [case for case in wanted if case.kernel in kernels and (not sizes or case.size in sizes)]
 
 
 def candidates(case: Case, base: Config) -> list[Config]:
-    """The configuration in force, then half and double its block and warps, one stage less and more; same precision."""
+    """Return the configuration in force, then its neighbours of the same precision.
+
+    Block and warps are halved and doubled, stages are one less and one more.
+    """
     tuned = KERNELS[case.kernel]
     most = ELEMENTWISE if case.size == 1 else case.size if tuned.within else LIMITS["block"][1]
     limits = LIMITS | {"block": (tuned.least, most)}
@@ -194,7 +197,7 @@ def candidates(case: Case, base: Config) -> list[Config]:
 
 
 def fastest(options: Iterable[Config], seconds: Callable[[Config], float]) -> tuple[Config, dict[Config, float]]:
-    """The option with the smallest time, and all times; one whose measurement raises is left out."""
+    """Return the option with the smallest time, and all times; one whose measurement raises is left out."""
     times: dict[Config, float] = {}
     reason = "there was none"
     for option in options:
@@ -229,7 +232,10 @@ def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def measurer(case: Case, arch: int, device: torch.device) -> Callable[[Config], float]:
-    """Seconds of a configuration: the median of some calls, after its result has passed."""
+    """Return a function that measures the seconds of a configuration.
+
+    They are the median of some calls, after the result has passed.
+    """
     with normkernels.use_backend("eager"):
         call = KERNELS[case.kernel].call(case, device)
         expected = as_tuple(call())
@@ -251,11 +257,11 @@ def measurer(case: Case, arch: int, device: torch.device) -> Callable[[Config], 
 
 
 def void(_: Any) -> None:
-    """What is timed returns nothing."""
+    """Return nothing, as what is timed must not."""
 
 
 def write_table(path: Path, table: Mapping[Key, Config]) -> None:
-    """In the format of the package's table, a row on each line."""
+    """Write the table in the format of the package's, a row on each line."""
     rows = [
         {"kernel": kernel, "size": size, "layout": layout, "type": kind, "arch": arch, **vars(config)}
         for (kernel, size, layout, kind, arch), config in sorted(table.items())

@@ -31,7 +31,10 @@ TF32_LOSS_TOLERANCE = 2e-2
 
 
 def build_vgg(norm: NormFactory) -> nn.Sequential:
-    """(N, 3, 32, 32) -> (N, 10). Convolutions have no bias: the normalization that follows removes it."""
+    """Build a network (N, 3, 32, 32) -> (N, 10).
+
+    Convolutions have no bias: the normalization that follows removes it.
+    """
     layers: list[nn.Module] = []
     channels = IMAGE[0]
     for item in LAYERS:
@@ -51,7 +54,7 @@ def build_vgg(norm: NormFactory) -> nn.Sequential:
 
 
 def seeded_vgg(norm: NormFactory, seed: int = 0) -> nn.Sequential:
-    """The same convolution and linear weights for every norm: norm layers draw no random numbers."""
+    """Build the VGG, with the same weights for every norm: norm layers draw no random numbers."""
     torch.manual_seed(seed)
     return build_vgg(norm)
 

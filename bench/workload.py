@@ -87,7 +87,7 @@ class Provider:
     the bytes and GB/s of the report are this number times the bytes of x.
     check_samples: check the first so many samples only (for layers that treat samples one by one).
     channels_last: the memory layout that it runs in, where that is not the comparison's.
-    context: what it is checked and timed inside of, such as a choice of the backend.
+    context: it is checked and timed inside of this, such as a choice of the backend.
     graph: on a GPU, time replays of its CUDA graph.
     """
 
@@ -111,7 +111,7 @@ CONV_PASSES = {"forward": 2, "backward": 4, "full": 6, "inference": 2}
 
 
 def make_input(work: Workload, seed: int) -> Tensor:
-    """Samples with correlated channels, unequal variances and a mean, as a layer sees them; never zeros."""
+    """Draw samples with correlated channels, unequal variances and a mean, as a layer sees them; never zeros."""
     if work.covariance:
         z = torch.randn(*work.shape[:2], 2 * work.channels, generator=torch.Generator().manual_seed(seed))
         return (z @ z.mT / z.shape[2]).to(work.device, work.dtype)
@@ -130,7 +130,7 @@ def make_input(work: Workload, seed: int) -> Tensor:
 
 
 def match_layout(layer: nn.Module, work: Workload) -> nn.Module:
-    """Convolutions want their weight in the layout of the input."""
+    """Move a layer's weight to the layout of the input, as convolutions want it."""
     return layer.to(memory_format=torch.channels_last) if work.channels_last else layer  # type: ignore[call-overload]
 
 
@@ -169,7 +169,7 @@ class Inputs:
 
 
 def randomize_affine(layer: nn.Module, seed: int = 7) -> None:
-    """A weight away from one and a bias away from zero, so that the check sees both."""
+    """Draw a weight away from one and a bias away from zero, so that the check sees both."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -315,7 +315,7 @@ class GraphCall(Timed):
         self.current = self.captured[0]
 
     def capture(self, turn: int) -> tuple[torch.cuda.CUDAGraph, Tensor | None, Tensor | None]:
-        """The graph, y and dx, which keep their places in its memory."""
+        """Return the graph, y and dx, which keep their places in its memory."""
         self.call.prepare(turn)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

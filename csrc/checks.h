@@ -53,7 +53,7 @@ inline std::vector<int64_t> shape_of(const Tensor& t) {
   return {t.sizes().begin(), t.sizes().end()};
 }
 
-// `t` has this shape and type and lies on x's device.
+// Throws unless `t` has this shape and type and lies on x's device.
 inline void check_like(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& shape,
                        ScalarType type, const Tensor& x) {
   STD_TORCH_CHECK(shape_of(t) == shape, op, ": ", name, ": expected shape ", text(shape), ", got ", text(shape_of(t)));
@@ -63,7 +63,7 @@ inline void check_like(const char* op, const char* name, const Tensor& t, const 
                   x.get_device_index(), ", got one on device index ", t.get_device_index());
 }
 
-// `x` is (N, C, *) whose channels fall into groups of d.
+// Throws unless `x` is (N, C, *) and its channels fall into groups of d.
 inline void check_data(const char* op, const char* name, const Tensor& x, int64_t d) {
   STD_TORCH_CHECK(x.dim() >= 2, op, ": ", name, ": expected shape (N, C) or (N, C, *), got ", text(shape_of(x)));
   STD_TORCH_CHECK(d >= 1 && x.size(1) >= 1 && x.size(1) % d == 0, op, ": expected a group size that divides the ",

@@ -16,7 +16,7 @@ struct Columns {
   int64_t sample_stride = 0, channel_stride = 0, position_stride = 0;
   int width = 0;        // bytes of the widest access along what is contiguous: 16, 8, 4 or 2
   bool inner = false;   // the channels are next to each other, as in channels_last; otherwise the positions are
-  bool bfloat = false;  // of half types: bfloat16
+  bool bfloat = false;  // the half type is bfloat16
 
   __device__ __forceinline__ int64_t offset(int64_t column) const {
     if (positions == total) return column * position_stride;
@@ -39,9 +39,9 @@ struct Parameter {
   }
 };
 
-// ROWS channels of COLUMNS columns in shared memory, in the layout of the activations. The padding of a row, or of a
-// column, sees to it that the fragments of a product are read from 32 banks; which that is depends on the side of the
-// product: left (row, column), or right (column, row).
+// ROWS channels of COLUMNS columns in shared memory, in the layout of the activations. A row, or a column, is padded so
+// that the fragments of a product are read from 32 banks. The padding depends on the side of the product: left
+// (row, column), or right (column, row).
 template <class T, int ROWS, int COLUMNS, bool LEFT>
 struct Tile {
   static constexpr int NARROW = 16 / sizeof(T), WIDE = 8;
@@ -53,7 +53,7 @@ struct Tile {
 
   __device__ __forceinline__ explicit Tile(unsigned char* memory) : data(reinterpret_cast<T*>(memory)) {}
 
-  // INNER as in the columns that it was loaded from; known to the compiler, addresses are one register and constants.
+  // INNER as in the columns that it was loaded from; the compiler knows it: addresses are one register and constants.
   template <bool INNER>
   __device__ __forceinline__ T at(int row, int column) const {
     return data[INNER ? column * COLUMN_STEP + row : row * ROW_STEP + column];
@@ -114,27 +114,27 @@ struct Tile {
   }
 };
 
-// f(std::true_type()) or f(std::false_type()).
+// Calls f(std::true_type()) or f(std::false_type()).
 template <class F>
 __device__ __forceinline__ void with_constant(bool value, F f) {
   value ? f(std::true_type()) : f(std::false_type());
 }
 
-// How a pass over the columns is cut: `parts` blocks for each group with `chunk` columns each, the last with fewer.
+// The cut of a pass over the columns: `parts` blocks for each group with `chunk` columns each, the last with fewer.
 struct Split {
   int parts;
   int64_t chunk;
 };
 
-// Blocks that are on the device at once, by shared memory and by 168 registers a thread: what most kernels of up to 192
-// threads take; of wider ones there is one on a multiprocessor either way.
+// Returns how many blocks are on the device at once, by shared memory and by 168 registers a thread. Most kernels of up
+// to 192 threads take so many; wider ones have one block on a multiprocessor either way.
 inline int64_t resident(const Device& device, int threads, int64_t shared_bytes) {
   const int64_t by_registers = 65536 / (threads * 168),
                 by_shared = (device.shared_bytes + 1024) / (shared_bytes + 1024);
   return device.processors * std::max<int64_t>(std::min(by_registers, by_shared), 1);
 }
 
-// For about `blocks` blocks: one wave of them, none of which waits for the others to end.
+// Cuts the columns for about `blocks` blocks: one wave, in which no block waits for others to end.
 inline Split split(int64_t total, int64_t groups, int tile, int64_t blocks, int most) {
   const int64_t tiles = (total + tile - 1) / tile;
   const int64_t wanted = std::clamp<int64_t>(blocks / groups, 1, std::min<int64_t>(tiles, most));

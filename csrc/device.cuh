@@ -1,7 +1,7 @@
-// What the kernels use of a GPU, in one place: shared memory, asynchronous copies, tensor-core products, launching.
+// The kernels' interface to a GPU, in one place: shared memory, asynchronous copies, tensor-core products, launching.
 //
 // tests/simt compiles the same kernels as C++ for a CPU; there simt.h has everything that CUDA or this file has here.
-// A kernel therefore uses nothing but what is below and threadIdx, blockIdx, gridDim, __syncthreads, __shfl_xor_sync,
+// A kernel therefore uses only this file and threadIdx, blockIdx, gridDim, __syncthreads, __shfl_xor_sync,
 // __threadfence, atomicAdd(unsigned*), __ldcg, float2, float4, and C's mathematics.
 #pragma once
 
@@ -90,11 +90,11 @@ struct Launch {
   size_t most_shared;
 };
 
-// Runs a kernel; every launch of the extension is this one. `op` is named if that fails. Nothing waits for the GPU.
+// Runs a kernel; every launch of the extension goes through here. An error names `op`. Nothing waits for the GPU.
 template <class... Parameters, class... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), const Launch& how, Arguments... arguments) {
   if (how.shared_bytes > 48 * 1024) {
-    // Not shared_bytes: it is the kernel's, and another thread may be about to launch it with more.
+    // Not shared_bytes: the limit is the kernel's, and another thread may be about to launch it with more.
     check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.most_shared)));
   }

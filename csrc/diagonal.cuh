@@ -2,8 +2,8 @@
 // value read once, in place. Algebra: ops/pop_norm/DERIVATION.md.
 //
 // Where the positions are next to each other, a block has one channel and a part of its columns. Where the channels
-// are, it has a tile of them, whose rows are whole lines of the cache. What the blocks of a reduction leave of their
-// parts is merged in a fixed order by the block that comes last, in the same launch (merge.cuh).
+// are, it has a tile of them, whose rows are whole lines of the cache. In a reduction the block that comes last merges
+// the results of all parts in a fixed order, in the same launch (merge.cuh).
 #pragma once
 
 #include <initializer_list>
@@ -16,7 +16,7 @@ namespace nk {
 constexpr int SWEEP_THREADS = 256, SWEEP_WARPS = SWEEP_THREADS / WARP;
 constexpr int MOST_ACROSS = 8;   // accesses of 16 bytes side by side: 128 bytes, a line of the cache
 constexpr int MOST_WIDTH = 8;    // values of a thread along the channels
-constexpr int SWEEP_BLOCKS = 3;  // of a multiprocessor: up to 80 registers for a thread
+constexpr int SWEEP_BLOCKS = 3;  // blocks of a multiprocessor: up to 80 registers for a thread
 // Shared memory: a float for each warp and channel of a tile, or a double for each thread.
 constexpr int SWEEP_BYTES = SWEEP_THREADS * int(sizeof(double));
 static_assert(SWEEP_WARPS * MOST_ACROSS * MOST_WIDTH * int(sizeof(float)) <= SWEEP_BYTES);
@@ -25,16 +25,16 @@ static_assert(SWEEP_WARPS * MOST_ACROSS * MOST_WIDTH * int(sizeof(float)) <= SWE
 struct Sweep {
   int channels;
   int vector;   // values of an access, along what is next to each other
-  bool inner;   // that is the channels
+  bool inner;   // the channels are next to each other, otherwise the positions
   int across;   // threads of a block side by side along the channels: a power of two
-  int tiles;    // of channels
+  int tiles;    // tiles of channels
   int row;      // columns that all threads together take at a time
-  bool bfloat;  // as in Columns, all of them
+  bool bfloat;  // as in Columns, for all tensors
   int64_t total, positions;
   int64_t step;  // positions from one access of a thread to the next, beyond whole samples
-  Split cut;     // of the columns of a tile
+  Split cut;     // how the columns of a tile are cut
 
-  // The first tensor decides; it is the one that is written if there is one.
+  // The first tensor decides the order; it is the one that is written, if there is one.
   Sweep(const Device& device, int64_t channels, int element, std::initializer_list<const Columns*> tensors)
       : channels(int(channels)), vector(16 / element), across(1) {
     const Columns& main = **tensors.begin();
@@ -43,7 +43,7 @@ struct Sweep {
       vector = x->inner == inner ? std::min(vector, std::max(x->width / element, 1)) : 1;
       positions = std::min(positions, x->positions);
     }
-    const int64_t accesses = (channels + vector - 1) / vector;  // of a column
+    const int64_t accesses = (channels + vector - 1) / vector;  // for a column
     while (inner && across < MOST_ACROSS && across < accesses) across *= 2;
     tiles = int(inner ? (accesses + across - 1) / across : channels);
     row = SWEEP_THREADS / across * (inner ? 1 : vector);
@@ -70,8 +70,8 @@ struct Sweep {
   }
 };
 
-// A tensor in a sweep. From one access of a thread to the next it takes additions, where a division for each in a plane
-// of 7 x 7 would take longer than the memory.
+// A tensor in a sweep. A thread finds its next access by additions: with a division for each, a plane of 7 x 7 would
+// take longer than the memory.
 struct Source {
   unsigned char* data = nullptr;
   int64_t sample_stride, channel_stride, position_stride;
@@ -87,7 +87,7 @@ struct Source {
         wrap(sample_stride - sweep.positions * position_stride) {}
 };
 
-// Where a thread is: its first channel, and its first column, which is `ahead` of the block's.
+// The place of a thread: its first channel, and its first column, which is `ahead` of the block's.
 template <int V, bool INNER>
 struct Seat {
   static constexpr int WIDTH = INNER ? V : 1;  // channels
@@ -105,13 +105,14 @@ struct Seat {
     real = channel < sweep.channels;
   }
 
-  // Columns from the thread's access at `first` on, as many as matter for `count` accesses that are `row` apart.
+  // Returns how many columns there are from the thread's access at `first` on, up to those of `count` accesses that are
+  // `row` apart.
   __device__ __forceinline__ int left(int64_t first, int row, int count) const {
     return real ? int(min(stop - first, int64_t(row) * count)) - ahead : 0;
   }
 };
 
-// V values that are read or written at once. In words, not values: two halves in a register instead of one.
+// V values that are read or written at once. They are kept as words, so that a register has two halves instead of one.
 template <class T, int V>
 struct alignas(V * sizeof(T)) Access {
   using Word = std::conditional_t<V * sizeof(T) == 2, uint16_t, uint32_t>;
@@ -146,7 +147,7 @@ struct Cursor {
     }
   }
 
-  // To the next access; whether it is beyond the end of the sample.
+  // Goes to the next access, and returns whether that is beyond the end of the sample.
   __device__ __forceinline__ bool advance(const Sweep& sweep) {
     position += sweep.step;
     const bool wraps = position >= sweep.positions;
@@ -172,7 +173,7 @@ class Walk {
   T* here_;
 };
 
-// Accesses of a thread under way: 64 bytes over all tensors, but no more than 8.
+// The number of a thread's accesses under way: 64 bytes over all tensors, but no more than 8 accesses.
 template <class T, int V, int SOURCES>
 constexpr int ACCESSES = std::min(64 / (SOURCES * V * int(sizeof(T))), 8);
 
@@ -193,7 +194,7 @@ __device__ __forceinline__ void with_access(const Sweep& sweep, F f) {
   }
 }
 
-// The sums over the threads with the same channels, in all of them; the order is fixed.
+// Replaces values by their sums over the threads with the same channels; the order is fixed.
 template <int WIDTH>
 __device__ __forceinline__ void sum_over_block(float (&values)[WIDTH], int across) {
   float* const slots = reinterpret_cast<float*>(shared_memory());
@@ -225,7 +226,7 @@ struct Partials {
     return data + (int64_t(part) * 3 + number) * channels + channel;
   }
   __device__ __forceinline__ double read(int part, int number, int64_t channel) const {
-    return double(__ldcg((*this)(part, number, channel)));  // what other blocks have written is in the second level
+    return double(__ldcg((*this)(part, number, channel)));  // other blocks' results are in the second-level cache
   }
 };
 
@@ -261,7 +262,7 @@ struct Merger {
   }
 };
 
-// Whether this block goes on with its tile: it is the last of its parts, and sees what the others have left.
+// Returns whether this block goes on with its tile: it is the last one of the tile, and sees the other blocks' results.
 __device__ __forceinline__ bool goes_on(const Sweep& sweep, const Workspace& workspace, int tile) {
   if (sweep.cut.parts > 1) {
     return comes_last(workspace.tickets + tile, sweep.cut.parts, reinterpret_cast<float*>(shared_memory()));
@@ -270,8 +271,8 @@ __device__ __forceinline__ bool goes_on(const Sweep& sweep, const Workspace& wor
   return true;
 }
 
-// Moments of each channel: finish(channel, mean, variance) in the block that comes last, the mean exact. A part's sums
-// are shifted by the mean of its first columns, so that no large mean cancels.
+// Computes moments of each channel: calls finish(channel, mean, variance), with the exact mean, in the block that comes
+// last. A part's sums are shifted by the mean of its first columns, so that no large mean cancels.
 template <class T, class F>
 __device__ __forceinline__ void channel_moments(const Sweep& sweep, const Source& x, const Workspace& workspace,
                                                 F finish) {
@@ -321,7 +322,7 @@ __device__ __forceinline__ void channel_moments(const Sweep& sweep, const Source
         const float away = sum[i] / float(count), rest = squares[i] - sum[i] * away;
         *partials(here.part, 0, here.channel + i) = shift[i];
         *partials(here.part, 1, here.channel + i) = away;
-        *partials(here.part, 2, here.channel + i) = rest < 0 ? 0 : rest;  // of a constant, by rounding; NaN stays
+        *partials(here.part, 2, here.channel + i) = rest < 0 ? 0 : rest;  // < 0 only by rounding; NaN stays
       }
     }
   });
@@ -343,8 +344,8 @@ __device__ __forceinline__ void channel_moments(const Sweep& sweep, const Source
   if (real && merger.share == 0) finish(channel, mean, squares / double(total));
 }
 
-// Sums of each channel: finish(channel, sum y, sum (x - shift), sum y (x - shift)) in the block that comes last; shift
-// (C,) may be nullptr.
+// Computes sums of each channel: calls finish(channel, sum y, sum (x - shift), sum y (x - shift)) in the block that
+// comes last; shift (C,) may be nullptr.
 template <class T, class F>
 __device__ __forceinline__ void channel_sums(const Sweep& sweep, const Source& y, const Source& x, const float* shift,
                                              const Workspace& workspace, F finish) {
@@ -418,17 +419,17 @@ struct Factor {
 
 // --- host ----------------------------------------------------------------------------------------------------------
 
-// A reduction in a sweep, and what it needs.
+// A reduction in a sweep, and the workspace that it needs.
 struct ChannelReduction {
   Sweep sweep;
-  int64_t floats, counters;  // of the workspace
+  int64_t floats, counters;  // the size of the workspace
 
   ChannelReduction(const Device& device, int64_t channels, int element, std::initializer_list<const Columns*> tensors)
       : sweep(device, channels, element, tensors),
         floats(int64_t(sweep.cut.parts) * 3 * channels),
         counters(sweep.tiles) {}
 
-  // One part does not count.
+  // Blocks are not counted where there is only one part.
   void zero(const Run& run, const Workspace& workspace) const {
     if (sweep.cut.parts > 1) run.zero(workspace.tickets, counters);
   }

@@ -5,7 +5,7 @@
 
 namespace nk {
 
-// sum over j of f(j), j < count, the same in all lanes of the warp.
+// Returns the sum over j < count of f(j), the same in all lanes of the warp.
 template <class F>
 __device__ __forceinline__ float warp_sum(int count, F f) {
   float sum = 0;
@@ -14,7 +14,7 @@ __device__ __forceinline__ float warp_sum(int count, F f) {
   return sum;
 }
 
-// Mean, W with what its adjoint needs, and constant = bias + A (mean - exact mean) with A = diag(weight) W.
+// Computes mean, W with what its adjoint needs, and constant = bias + A (mean - exact mean) with A = diag(weight) W.
 template <class T, int D>
 __global__ __launch_bounds__(Warps<D, true>::THREADS,
                              D == 64 ? 2 : 1) void forward_kernel(Columns x, Split cut, Merging merging,
@@ -45,8 +45,8 @@ __global__ __launch_bounds__(Warps<D, true>::THREADS,
   }
 }
 
-// [A^T | B], the mean of dy and the constant of dx = A^T (dy - mean dy) + B (x - mean) + constant, and the gradients of
-// weight and bias. Centring dy spares the difference of two large numbers where it has a large mean.
+// Computes [A^T | B], the mean of dy and the constant of dx = A^T (dy - mean dy) + B (x - mean) + constant, and the
+// gradients of weight and bias. Centring dy avoids the difference of two large numbers where dy has a large mean.
 template <class T, int D>
 __global__ __launch_bounds__(Warps<D, false>::THREADS,
                              1) void backward_kernel(Columns grad, Columns x, Split cut, Merging merging,
@@ -66,7 +66,7 @@ __global__ __launch_bounds__(Warps<D, false>::THREADS,
   const float* const W = in.W + channel * d;
   const float m = float(x.total);
   const float *f = shared.first, *sum_x = shared.second;
-  // What the rounding of the mean left in x - mean is taken out of everything linear in it.
+  // The rounding of the mean leaves an offset in x - mean, which is taken out of everything linear in x - mean.
   for_entries<D, WARPS>([&](int i, int j) { cross(i, j) -= f[i] * (sum_x[j] / m); });
   __syncthreads();
   for (int i = warp(); i < d; i += WARPS) {

@@ -46,7 +46,7 @@ void launch_scale(const Run& run, const Columns& a, const Factor& of_a, const fl
                   const Factor& of_b, const Columns& y, int element, int64_t channels, const Parameter& weight,
                   const Parameter& bias);
 
-// What the reductions of POP-Norm leave for its maps, all (C,) in global memory.
+// The options of POP-Norm, and its reductions' results for its maps, all (C,) in global memory.
 struct PopOptions {
   float kappa, eps;
   bool center, scale;
@@ -73,7 +73,7 @@ void launch_inverse_sqrt(const Run& run, const float* cov, int64_t groups, const
 void launch_inverse_sqrt_backward(const Run& run, const float* grad, const float* W, const float* S, const float* scale,
                                   int64_t groups, const Newton& how, const Room& room, float* scratch, float* grad_cov);
 
-// What the reductions of the training op leave, all in global memory.
+// The results of the training op's reductions, and the inputs of the one backward, all in global memory.
 struct ForwardResults {
   float *mean, *W, *S, *scale, *constant;
 };
@@ -93,7 +93,7 @@ void launch_backward(const Run& run, const Columns& grad, const Columns& x, int 
                      const Parameter& weight, const BackwardInputs& in, const BackwardResults& out);
 
 constexpr int ROW_THREADS = 256, ROW_WARPS = ROW_THREADS / WARP;
-constexpr int LONG_ROW = 2048;  // values, from which on a block has it
+constexpr int LONG_ROW = 2048;  // values from which on a whole block has a row
 
 // A layer whose rows of weights are dense: channels of an output's group, and taps of a kernel, either innermost.
 struct GradientLayer {
@@ -102,13 +102,13 @@ struct GradientLayer {
   float q2;
   int rows, rows_of_group, channels, taps;
   bool inner;                       // the channels are next to each other, otherwise the taps
-  int first_block = 0, vector = 1;  // of the launch; values of an access
+  int first_block = 0, vector = 1;  // the layer's first block in the launch; values of an access
 
   __host__ __device__ __forceinline__ bool is_long() const { return int64_t(channels) * taps >= LONG_ROW; }
   __host__ __device__ __forceinline__ int rows_of_block() const { return is_long() ? 1 : ROW_WARPS; }
 };
 
-// What a launch takes: up to 4 KiB of a kernel's parameters.
+// The layers of one launch: a kernel's parameters are at most 4 KiB.
 constexpr int MOST_LAYERS = 56;
 struct GradientLayers {
   GradientLayer layer[MOST_LAYERS];
@@ -118,7 +118,7 @@ struct GradientLayers {
 };
 static_assert(sizeof(GradientLayers) + sizeof(void*) <= 4096);
 
-// left (layers,): how many rows of each layer are left as they are; zero before.
+// left (layers,): how many rows of each layer are left as they are; it must be zero before.
 void launch_precondition(const Run& run, GradientLayers all, int element, unsigned* left);
 
 // Where the values of a tensor (N, C, h, w) lie: on the H x W plane at start + step i, and in memory.

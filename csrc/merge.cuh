@@ -1,6 +1,6 @@
-// Merging what the blocks of a reduction leave of their parts of the columns, in the launch that made them: in two
-// levels, each by the block that arrives last at it, in a fixed order. One block for all would read them at the speed
-// of one multiprocessor. Algebra: ops/moments/DERIVATION.md.
+// Merges the results of a reduction's blocks for their parts of the columns, in the launch that made them and in a
+// fixed order. There are two levels, and at each the block that arrives last merges. One block for all would read the
+// results at the speed of one multiprocessor. Algebra: ops/moments/DERIVATION.md.
 #pragma once
 
 #include "columns.cuh"
@@ -20,7 +20,7 @@ struct Merging {
   }
 };
 
-// What the reductions leave of some columns, in global memory: two vectors and a matrix.
+// A reduction's result for some columns, in global memory: two vectors and a matrix.
 //   moments: the mean as the sum of two floats, and sum (x - mean)(x - mean)^T
 //   cross moments: sum y, sum (x - mean), and sum y (x - mean)^T
 template <int D>
@@ -52,7 +52,7 @@ struct Shared {
         rest(memory + VECTORS) {}
 };
 
-// Whether this block comes last of `expected`: then it sees what all of them have written.
+// Returns whether this block comes last of `expected`: then it sees what all of them have written.
 __device__ __forceinline__ bool comes_last(unsigned* ticket, int expected, float* slots) {
   __threadfence();
   __syncthreads();
@@ -64,7 +64,7 @@ __device__ __forceinline__ bool comes_last(unsigned* ticket, int expected, float
   return last;
 }
 
-// f(i, j, sum over `count` partial results of their matrices and of between(k, i, j)).
+// Calls f(i, j, sum over `count` partial results of their matrices and of between(k, i, j)).
 template <int D, int THREADS, class Between, class F>
 __device__ __forceinline__ void merge_matrices(const float* partials, int count, Between between, F f) {
 #pragma unroll 1
@@ -73,7 +73,7 @@ __device__ __forceinline__ void merge_matrices(const float* partials, int count,
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 4
     for (int k = 0; k < count; ++k) {
-      // .cg: what other blocks have written is in the second-level cache
+      // .cg: other blocks' results are in the second-level cache
       const float4 m = __ldcg(reinterpret_cast<const float4*>(partials + k * Partial<D>::SIZE + 2 * D + at));
       sum.x += m.x + between(k, i, j);
       sum.y += m.y + between(k, i, j + 1);
@@ -87,8 +87,8 @@ __device__ __forceinline__ void merge_matrices(const float* partials, int count,
   }
 }
 
-// Chan's formula: the mean of all to shared.exact, and f(i, j, sum (x - mean)(x - mean)^T). Partial result k has
-// `each` columns, the last one what is left of `columns`.
+// Merges moments by Chan's formula: writes the mean of all to shared.exact, and calls
+// f(i, j, sum (x - mean)(x - mean)^T). A partial result has `each` columns, the last one the rest of `columns`.
 template <int D, int THREADS, class F>
 __device__ __forceinline__ void merge_moments(const float* partials, int count, int64_t each, int64_t columns,
                                               const Shared<D>& shared, F f) {
@@ -116,7 +116,7 @@ __device__ __forceinline__ void merge_moments(const float* partials, int count, 
   __syncthreads();
 }
 
-// The sums of the vectors to shared.first and shared.second, and f(i, j, sum of the matrices).
+// Writes the sums of the vectors to shared.first and shared.second, and calls f(i, j, sum of the matrices).
 template <int D, int THREADS, class F>
 __device__ __forceinline__ void merge_cross(const float* partials, int count, const Shared<D>& shared, F f) {
   for (int c = threadIdx.x; c < 2 * D; c += THREADS) {
@@ -136,7 +136,7 @@ struct Workspace {
   unsigned* tickets;
 };
 
-// Where a block of a reduction is.
+// The place of a block in a reduction.
 template <int D>
 struct Place {
   int64_t group;
@@ -154,9 +154,9 @@ struct Place {
   }
 };
 
-// Merges the parts of a group in two levels, when this block has left its own; true in the group's last block, which
-// alone goes on. merge(partials, count, columns of each, columns of all, f) merges some and calls f(i, j, entry) for
-// their matrix; vectors(c, first, second) gives the vectors of what it has merged.
+// Merges the parts of a group in two levels, after this block has written its own; returns true in the group's last
+// block, which alone goes on. merge(partials, count, columns of each, columns of all, f) merges some parts and calls
+// f(i, j, entry) for their matrix; vectors(c, first, second) gives the vectors of the merged parts.
 template <int D, int THREADS, class Merge, class Vectors, class F>
 __device__ __forceinline__ bool merge_levels(const Place<D>& here, const Split& cut, const Merging& merging,
                                              int64_t total, float* slots, Merge merge, Vectors vectors, F f) {

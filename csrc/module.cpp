@@ -60,15 +60,15 @@ py::list launch_plan(const std::string& op, const std::vector<int64_t>& shape, c
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled CUDA kernels of normkernels: what was built, and what it would launch.";
   m.attr("build") = build();
-  m.def("architectures", &architectures, "As nvcc calls them: sm_80 for machine code, compute_80 for PTX.");
+  m.def("architectures", &architectures, "Return them as nvcc calls them: sm_80 for machine code, compute_80 for PTX.");
   m.def("refusal", &nk::refusal, py::arg("op"), py::arg("dtype"), py::arg("group_size"), py::arg("plane"),
-        py::arg("architecture"), R"(Why the kernels do not serve a call, "" if they do.
+        py::arg("architecture"), R"(Return why the kernels do not serve a call, "" if they do.
 
 group_size 0 and plane [] are unknown, and left out of the answer. architecture: 90 for sm_90.)");
   m.def("launch_plan", &launch_plan, py::arg("op"), py::arg("shape"), py::arg("dtype"), py::arg("group_size"),
         py::arg("plane"), py::arg("architecture"), py::arg("processors"), py::arg("shared_bytes"),
-        R"(What an op would launch: kernel, grid, threads, and bytes of shared memory and to move.
+        R"(Return the launches of an op: kernel, grid, threads, and bytes of shared memory and to move.
 
-Raises ValueError for what refusal() refuses.)");
-  m.def("set_error", &nk::set_error, py::arg("text"), "Why the Python implementation that C++ called has raised.");
+Raises ValueError for a call that refusal() refuses.)");
+  m.def("set_error", &nk::set_error, py::arg("text"), "Keep the error text of Python code that C++ called.");
 }

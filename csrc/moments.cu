@@ -1,4 +1,4 @@
-// moments and cross_moments: the reductions over all samples, one launch each. For d = 1 by diagonal.cuh.
+// moments and cross_moments: the reductions over all samples, one launch each. For d = 1 diagonal.cuh has them.
 #include "launches.h"
 #include "reduce.cuh"
 #include "tensors.h"
@@ -104,7 +104,7 @@ void launch_channel_sums(const Run& run, const Columns& y, const Columns& x, int
 std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& data, int64_t d, bool exact) {
   check_data("moments", "x", data, d);
   auto reason = not_served("moments", data, d);
-  if (!reason && exact) reason = "";  // for an eigendecomposition, which is the library's
+  if (!reason && exact) reason = "";  // it is for an eigendecomposition, which comes from a library
   if (reason) return next<Tensor, Tensor, Tensor>("moments", *reason, data, d, exact);
   const OnDevice on("moments", data);
   const Tensor x = collapsible(data);

@@ -1,4 +1,4 @@
-// What the kernels serve, the devices that they run on, and the launches of an op on data of a given shape.
+// The calls that the kernels serve, the devices that they run on, and the launches of an op on data of a given shape.
 #include "plans.h"
 
 #include <algorithm>
@@ -35,8 +35,8 @@ int compiled_ptx() {
   return NORMKERNELS_PTX;
 }
 
-// Machine code serves its own generation from its minor version on, but for 8.7, which has its own; PTX everything
-// newer.
+// Returns whether a GPU is served. Machine code serves its own generation from its minor version on, except for 8.7,
+// which needs its own; PTX serves everything newer.
 static bool compiled_for(int architecture) {
   static const std::vector<int> all = compiled_architectures();
   for (int known : all) {

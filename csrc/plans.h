@@ -1,5 +1,6 @@
-// What the extension was compiled for, what it would launch, and what it leaves to the next backend. No tensors, no
-// torch, no CUDA: module.cpp shows it to Python, the launchers ask it, and tests ask it without a GPU.
+// The GPUs that the extension was compiled for, its launches, and the calls that it leaves to the next backend. There
+// are no tensors, no torch, no CUDA here: module.cpp shows this to Python, the launchers ask it, and tests ask it
+// without a GPU.
 #pragma once
 
 #include <array>
@@ -9,7 +10,7 @@
 
 namespace nk {
 
-// What a plan depends on: compute capability, 90 for sm_90; multiprocessors; the most dynamic shared memory of a block.
+// A GPU, as plans see it: compute capability, 90 for sm_90; multiprocessors; the most dynamic shared memory of a block.
 struct Device {
   int architecture;
   int processors;
@@ -23,14 +24,14 @@ struct KernelPlan {
   int64_t threads, shared_bytes, read_bytes, written_bytes;
 };
 
-// The launches of `op`, in order, for an input of this shape and type ("float32", "float16", "bfloat16").
+// Returns the launches of `op`, in order, for an input of this shape and type ("float32", "float16", "bfloat16").
 // group_size: channels whitened together; 0 for ops without groups. plane: {H, W} of spectral_filter; empty for the
 // others. precondition: the shape is that of the weights of one layer, (O, I, *k).
-// Throws std::invalid_argument for what refusal() refuses.
+// Throws std::invalid_argument for a call that refusal() refuses.
 std::vector<KernelPlan> launch_plan(const std::string& op, const std::vector<int64_t>& shape, const std::string& dtype,
                                     int64_t group_size, const std::vector<int64_t>& plane, const Device& device);
 
-// Why the kernels do not serve a call, "" if they do. Unknown, and left out of the answer: group_size 0, plane {}.
+// Returns why the kernels do not serve a call, "" if they do. group_size 0 and plane {} are left out of the answer.
 std::string refusal(const std::string& op, const std::string& dtype, int64_t group_size,
                     const std::vector<int64_t>& plane, int architecture);
 
@@ -41,14 +42,14 @@ std::vector<int> compiled_architectures();
 // The architecture whose PTX is there for the driver to compile, on this one and all later ones; 0 if there is none.
 int compiled_ptx();
 
-// Keeps the message of an exception in this thread's Python implementation for the C++ that called it: through the
-// stable ABI comes only that there was one.
+// Keeps the message of an exception in this thread's Python implementation for the C++ code that called it: the stable
+// ABI only says that there was one.
 void set_error(std::string text);
 
 // The text of the error that the next backend raised for `op`.
 std::string take_error(const char* op);
 
-// Of the GPU with this index, asked once.
+// Returns the GPU with this index; it is asked once.
 Device device_of(int index);
 
 }  // namespace nk

@@ -16,7 +16,8 @@ struct Root {
   }
 };
 
-// Mean and variance, and y = factor (x - mean) + constant; of x alone where it is not centred.
+// Computes mean and variance, and the factor and constant of y = factor (x - mean) + constant, of factor x if not
+// centred.
 template <class T>
 __global__ __launch_bounds__(SWEEP_THREADS, SWEEP_BLOCKS) void pop_forward_kernel(Sweep sweep, Source x,
                                                                                   Workspace workspace, PopOptions how,
@@ -29,12 +30,13 @@ __global__ __launch_bounds__(SWEEP_THREADS, SWEEP_BLOCKS) void pop_forward_kerne
     out.mean[channel] = mean;
     out.var[channel] = var;
     out.factor[channel] = factor;
-    // What the rounding of the mean leaves in x - mean is taken out again.
+    // The constant takes out the offset that the rounding of the mean leaves in x - mean.
     out.constant[channel] = how.center ? factor * float(double(root.beta) + (double(mean) - exact)) : 0.f;
   });
 }
 
-// dx = of_grad dy + of_x (x - mean) + constant, and the gradients of weight and bias.
+// Computes the factors and constant of dx = of_grad dy + of_x (x - mean) + constant, and the gradients of weight and
+// bias.
 template <class T>
 __global__ __launch_bounds__(SWEEP_THREADS, SWEEP_BLOCKS) void pop_backward_kernel(Sweep sweep, Source grad, Source x,
                                                                                    Workspace workspace, PopOptions how,
@@ -53,7 +55,7 @@ __global__ __launch_bounds__(SWEEP_THREADS, SWEEP_BLOCKS) void pop_backward_kern
     out.of_x[channel] = float(of_x);
     out.constant[channel] = how.center ? float(-factor * f / m - of_x * offset) : 0.f;
     out.grad_weight[channel] = how.scale ? float(e / (double(how.kappa) * r)) : 0.f;
-    // Not f - beta e / r^2, which loses (beta / sigma)^2 of its digits.
+    // Rejected: f - beta e / r^2, which loses (beta / sigma)^2 of its digits.
     const double inner = how.scale ? (f * (double(var[channel]) + double(how.eps)) - root.beta * D) / (r * r) : f;
     out.grad_bias[channel] = how.center ? float(factor * inner) : 0.f;
   });

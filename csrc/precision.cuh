@@ -4,8 +4,8 @@
 //
 // TF32 has 11 significant bits; without the last term float32 data come out as from float32 products: 2^-22. bfloat16
 // has 8, at twice the speed, for data which themselves have 8 (bfloat16) or 11 (float16), and little more when they are
-// centred: then nothing but the last term, 2^-18, is missing, which results in half types do not show, but statistics.
-// Rejected: half-type data as they are, one product. They must be centred first, and the difference is no half number.
+// centred: then only the last term, 2^-18, is missing. Results in half types do not show that, but statistics do.
+// Rejected: one product of half-type data as they are. They must be centred first, and differences are no half numbers.
 #pragma once
 
 #include <torch/headeronly/util/Half.h>
@@ -54,11 +54,11 @@ struct Operand {
   uint32_t hi[N], lo[N];
 };
 
-// Operands of a product, in both parts. f(row, column) gives the entries of a (16 x K) or b (K x 8); which of them
-// a thread has is described in device.cuh.
+// Operands of a product, in both parts. f(row, column) gives the entries of a (16 x K) or b (K x 8); device.cuh says
+// which of them a thread has.
 struct TF32x3 {
   static constexpr int K = 8;
-  static constexpr bool ALL = false;  // four products
+  static constexpr bool ALL = false;  // whether there are all four products
 
   template <class F>
   static __device__ __forceinline__ Operand<4> left(F f) {
@@ -71,7 +71,7 @@ struct TF32x3 {
     return a;
   }
 
-  // The sum of this thread's entries of a in a row.
+  // Returns the sum of this thread's entries of a in a row.
   template <class F>
   static __device__ __forceinline__ float sum(F f, int row) {
     const int column = lane() % 4;
@@ -92,7 +92,7 @@ struct TF32x3 {
   }
 
  private:
-  // hi is rounded; of lo the hardware reads the upper bits. A NaN may be lost in hi, never in lo.
+  // hi is rounded; the hardware reads the upper bits of lo. A NaN may be lost in hi, never in lo.
   static __device__ __forceinline__ void split(uint32_t& hi, uint32_t& lo, float value) {
     hi = (__float_as_uint(value) + 0x1000) & 0xffffe000;
     lo = __float_as_uint(value - __uint_as_float(hi));
@@ -147,28 +147,28 @@ struct BF16x4 : BF16x3 {
   static constexpr bool ALL = true;
 };
 
-// A number near `value` from which data of type T differ by what the parts of their products can hold. Half numbers
+// Returns a number near `value` whose difference to data of type T fits into the parts of their products. Half numbers
 // minus a bfloat16 have few bits, and most differences are exact; minus any other number all would be rounded.
 template <class T>
 __device__ __forceinline__ float simple_near(float value) {
   return sizeof(T) == 4 ? value : __uint_as_float(__float_as_uint(value) & 0xffff0000);
 }
 
-// The shift for data of this mean and mean square. A mean of less than two standard deviations costs little when it
-// is left in, and half numbers as they are need no more bits than they have.
+// Returns the shift for data of this mean and mean square. A mean of less than two standard deviations costs little
+// when it is left in, and half numbers without a shift need no more bits than they have.
 template <class T>
 __device__ __forceinline__ float shift_for(float mean, float square) {
   return sizeof(T) == 4 || 5 * (mean * mean) > 4 * square ? simple_near<T>(mean) : 0.f;
 }
 
-// For statistics of data of type T, and for maps of them to the same type.
+// The precisions for statistics of data of type T, and for maps of them to the same type.
 template <class T>
 using StatisticsPrecision = std::conditional_t<sizeof(T) == 4, TF32x3, BF16x4>;
 template <class T>
 using MapPrecision = std::conditional_t<sizeof(T) == 4, TF32x3, BF16x3>;
 
-// c += a b. The products in an accumulator of their own, the small ones first: where tensor cores add they
-// truncate, and what they leave out of thousands of additions to c would show.
+// c += a b. The products have an accumulator of their own, the small ones first: tensor cores truncate where they add,
+// which would show after thousands of additions to c.
 template <class Precision>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const Operand<4>& a, const Operand<2>& b) {
   float product[4] = {};
@@ -222,7 +222,7 @@ struct Fragment {
   }
 };
 
-// Sums of 16 MT rows of a left factor, beside the product: exact in float32, where those of its parts are not.
+// Sums of 16 MT rows of a left factor, beside the product. They are exact in float32, where sums of its parts are not.
 template <class Precision, int MT>
 struct RowSums {
   float value[MT][2] = {};

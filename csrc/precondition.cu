@@ -10,7 +10,7 @@
 
 namespace nk {
 
-// A value of a whole team, a warp or a block, from those of its threads; the order is fixed.
+// Returns the value of a whole team, a warp or a block, from those of its threads; the order is fixed.
 template <class F>
 __device__ __forceinline__ float over_team(bool block, float value, F f) {
   for (int other = WARP / 2; other; other /= 2) value = f(value, __shfl_xor_sync(~0u, value, other));
@@ -24,7 +24,7 @@ __device__ __forceinline__ float over_team(bool block, float value, F f) {
   return value;
 }
 
-// f(place, values, their channels) for a thread's accesses to a row; 64 bytes of them are under way.
+// Calls f(place, values, their channels) for a thread's accesses to a row; 64 bytes of them are under way.
 template <class T, int V, class F>
 __device__ __forceinline__ void for_row(const GradientLayer& layer, T* row, int thread, int threads, F f) {
   constexpr int AT_ONCE = ACCESSES<T, V, 1>;
@@ -70,7 +70,7 @@ __device__ __forceinline__ void precondition_row(const GradientLayers& all, cons
   const auto changed = [&](float value, int j) {
     return (value - mean[j] * of_bias) * (1.f / (layer.q2 * (variance[j] + added)));
   };
-  const float largest = sizeof(T) == 4 ? FLT_MAX : all.bfloat ? 3.3895314e38f : 65504.f;  // of the type
+  const float largest = sizeof(T) == 4 ? FLT_MAX : all.bfloat ? 3.3895314e38f : 65504.f;  // the largest T
   float sum = 0;
   for_row<T, V>(layer, weights, thread, threads, [&](const auto&, const auto& values, const int (&channel)[V]) {
 #pragma unroll
@@ -80,7 +80,7 @@ __device__ __forceinline__ void precondition_row(const GradientLayers& all, cons
     }
   });
   sum = over_team(block, sum, [](float a, float b) { return a + b; });
-  const float result = layer.bias == nullptr ? sum : of_bias / layer.q2 - sum;  // step 5, of what step 4 has changed
+  const float result = layer.bias == nullptr ? sum : of_bias / layer.q2 - sum;  // step 5, with the results of step 4
   if (!(fabsf(result) <= (layer.bias == nullptr ? FLT_MAX : largest))) {
     if (thread == 0) atomicAdd(left, 1u);
     return;
@@ -124,7 +124,7 @@ void launch_precondition(const Run& run, GradientLayers all, int element, unsign
 
 // --- op ------------------------------------------------------------------------------------------------------------
 
-// Whether a row's values are dense, in an order in which the channels come last, or the taps; rows follow each other.
+// Returns whether rows follow each other and their values are dense, the channels (`inner`) or the taps innermost.
 static bool dense_rows(const Tensor& weight, bool inner) {
   int64_t expected = 1;
   const auto as_expected = [&](int64_t dim) {

@@ -1,14 +1,14 @@
 // The reductions over all columns in one launch: moments of x, or cross moments of y and x.
 //
-// A block reduces its part of the columns, tile by tile; what the blocks leave is merged (merge.cuh), and the last
-// block of a group goes on to what follows, the small matrix function. Algebra: ops/moments/DERIVATION.md.
+// A block reduces its part of the columns, tile by tile; the blocks' results are merged (merge.cuh), and a group's last
+// block goes on to the next step, as to the small matrix function. Algebra: ops/moments/DERIVATION.md.
 #pragma once
 
 #include "merge.cuh"
 
 namespace nk {
 
-// How a D x D product is shared by warps: blocks of HEIGHT x WIDTH, all or those on and above the diagonal. Where these
+// The warps' shares of a D x D product: blocks of HEIGHT x WIDTH, all or those on and above the diagonal. Where these
 // are few, SPLITS warps have one block, and sum different columns of a tile.
 template <int D, bool SYMMETRIC>
 struct Warps {
@@ -32,7 +32,7 @@ struct Warps {
   }
 };
 
-// Columns of a tile and tiles under way, for 1 (moments) or 2 tensors (cross moments): about 18 KiB a stage.
+// The columns of a tile, and the tiles under way, for 1 (moments) or 2 tensors (cross moments): about 18 KiB a stage.
 template <int D, int SOURCES>
 struct Stages {
   static constexpr int COLUMNS = D == 16 ? 128 : D == 32 ? 128 / SOURCES : D == 64 ? 64 / SOURCES : 32;
@@ -44,7 +44,7 @@ constexpr int tile_bytes() {
   return SOURCES * Stages<D, SOURCES>::COUNT * Tile<T, D, Stages<D, SOURCES>::COLUMNS, true>::BYTES;
 }
 
-// The sum over the shares of warps of a product, into a matrix in shared memory; the order is fixed.
+// Sums the warps' shares of a product into a matrix in shared memory; the order is fixed.
 template <int D, bool SYMMETRIC, class F>
 __device__ __forceinline__ void gather(const F& fragment, Matrix<D> to) {
   using Blocks = Warps<D, SYMMETRIC>;
@@ -59,7 +59,7 @@ __device__ __forceinline__ void gather(const F& fragment, Matrix<D> to) {
   }
 }
 
-// The same for sums of rows, those of the warps for which they are `mine`.
+// Does the same for sums of rows, from the warps for which `mine` is true.
 template <int SPLITS, class Sums>
 __device__ __forceinline__ void gather_sums(const Sums& sums, int share, bool mine, float* to) {
   for (int turn = 0; turn < SPLITS; ++turn) {
@@ -68,7 +68,7 @@ __device__ __forceinline__ void gather_sums(const Sums& sums, int share, bool mi
   }
 }
 
-// Moments of columns start..stop - 1 of a group, to `out`.
+// Computes the moments of columns start..stop - 1 of a group, into `out`.
 template <class T, int D>
 __device__ __forceinline__ void partial_moments(const Columns& x, int64_t channel, int d, int64_t start, int64_t stop,
                                                 const Shared<D>& shared, const Partial<D>& out) {
@@ -90,7 +90,7 @@ __device__ __forceinline__ void partial_moments(const Columns& x, int64_t channe
   Fragment<Precision, Blocks::MT, Blocks::NT> gram;
   RowSums<Precision, Blocks::MT> sums;
   const int tiles = int((stop - start + Pipeline::COLUMNS - 1) / Pipeline::COLUMNS);
-  // From negative numbers on, for which nothing is there yet: so there is one place that loads.
+  // Numbers start below 0, where no tile is there yet, so that there is one place that loads.
   for (int number = 1 - Pipeline::COUNT; number < tiles; ++number) {
     if (number >= 0) {
       wait_for_copies<Pipeline::COUNT - 2>();
@@ -101,7 +101,7 @@ __device__ __forceinline__ void partial_moments(const Columns& x, int64_t channe
     const Activations tile = tile_at(number % Pipeline::COUNT);
     const int valid = int(min(stop - start - int64_t(number) * Pipeline::COLUMNS, int64_t(Pipeline::COLUMNS)));
     if (number == 0) {
-      // Shifted by a mean of a few columns, so that no large mean cancels; which one matters little.
+      // Values are shifted by a mean of a few columns, so that no large mean cancels; the exact shift matters little.
       const int few = min(valid, 32);
       with_constant(x.inner, [&](auto inner) {
         for (int i = threadIdx.x; i < D; i += Blocks::THREADS) {
@@ -142,12 +142,12 @@ __device__ __forceinline__ void partial_moments(const Columns& x, int64_t channe
     out.second()[i] = shared.second[i] / count;
   }
   for_entries<D, Blocks::COUNT>([&](int i, int j) {
-    // symmetric bit by bit; the sums as they are would overflow when they are multiplied
+    // symmetric bit by bit; without the division by the root, products of the sums would overflow
     out.matrix()[i * D + j] = total(min(i, j), max(i, j)) - shared.second[i] / root * (shared.second[j] / root);
   });
 }
 
-// Cross moments of columns start..stop - 1 of a group, to `out`; y has x's layout.
+// Computes the cross moments of columns start..stop - 1 of a group, into `out`; y has x's layout.
 template <class T, int D>
 __device__ __forceinline__ void partial_cross(const Columns& y, const Columns& x, const float* mean, int64_t channel,
                                               int d, int64_t start, int64_t stop, const Shared<D>& shared,
@@ -172,8 +172,8 @@ __device__ __forceinline__ void partial_cross(const Columns& y, const Columns& x
   for (int i = threadIdx.x; i < D; i += Blocks::THREADS)
     shared.center[i] = i < d ? simple_near<T>(mean[channel + i]) : 0.f;
   Fragment<Precision, Blocks::MT, Blocks::NT> cross;
-  // One warp has the sums of both where there is but one block; otherwise those of the first column have y's, those of
-  // the last x's.
+  // A warp sums both tensors where there is only one column of blocks; otherwise warps of the first column of blocks
+  // sum y, warps of the last one x.
   constexpr int LAST = D - Blocks::WIDTH;
   RowSums<Precision, Blocks::MT> y_sums, x_sums;
   const int tiles = int((stop - start + Pipeline::COLUMNS - 1) / Pipeline::COLUMNS);
@@ -216,7 +216,7 @@ __device__ __forceinline__ void partial_cross(const Columns& y, const Columns& x
   gather<D, false>(cross, total);
   gather_sums<Blocks::SPLITS>(y_sums, Blocks::share(), column == 0, shared.first + row);
   gather_sums<Blocks::SPLITS>(LAST == 0 ? x_sums : y_sums, Blocks::share(), column == LAST, shared.second + row);
-  // From the center to the mean, which differ for half types.
+  // Sums about the center become sums about the mean; the two differ for half types.
   for (int i = threadIdx.x; i < D; i += Blocks::THREADS) {
     const float away = i < d ? shared.center[i] - mean[channel + i] : 0.f;
     out.first()[i] = shared.first[i];
@@ -228,8 +228,8 @@ __device__ __forceinline__ void partial_cross(const Columns& y, const Columns& x
       [&](int i, int j) { out.matrix()[i * D + j] = total(i, j) + shared.first[i] * shared.center[j]; });
 }
 
-// Moments of all columns of a group, in its last block, which alone goes on after it: the exact mean is in
-// shared.exact, and f(i, j, m cov) has been called for all entries.
+// Computes the moments of all columns of a group. It returns true only in the group's last block, which goes on: there
+// the exact mean is in shared.exact, and f(i, j, m cov) has been called for all entries.
 template <class T, int D, class F>
 __device__ __forceinline__ bool reduce_moments(const Columns& x, int d, const Split& cut, const Merging& merging,
                                                const Workspace& workspace, const Shared<D>& shared, F f) {
@@ -249,7 +249,7 @@ __device__ __forceinline__ bool reduce_moments(const Columns& x, int d, const Sp
       f);
 }
 
-// The same for cross moments: sum y is in shared.first, sum (x - mean) in shared.second.
+// Does the same for cross moments: sum y is in shared.first, sum (x - mean) in shared.second.
 template <class T, int D, class F>
 __device__ __forceinline__ bool reduce_cross(const Columns& y, const Columns& x, const float* mean, int d,
                                              const Split& cut, const Merging& merging, const Workspace& workspace,
@@ -277,12 +277,12 @@ void with_kernel(int element, int64_t d, F f) {
   });
 }
 
-// How a reduction of `sources` tensors is cut, and what it needs, also for the matrices of what follows it.
+// The cut of a reduction of `sources` tensors, and the memory that it needs, also for the matrices of the next step.
 struct Reduction {
   Room room;
   Split cut{};
   Merging merging{1};
-  int64_t floats = 0, counters = 0;  // of the workspace
+  int64_t floats = 0, counters = 0;  // the size of the workspace
 
   Reduction(const Device& device, const Columns& x, int element, int64_t groups, int64_t d, int sources, int matrices) {
     with_kernel(element, d, [&]<class T, int D>() {

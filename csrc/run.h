@@ -1,5 +1,5 @@
-// One call of an op on its way to the GPU: the device, the stream, and every launch. Without a device, for a plan, the
-// launches are written down instead: what is shown is what is run.
+// One call of an op on its way to the GPU: the device, the stream, and every launch. For a plan, without a device, the
+// launches are written down instead, so that a plan shows the launches that are run.
 #pragma once
 
 #include "checks.h"
@@ -14,7 +14,7 @@ struct Run {
   cudaStream_t stream = nullptr;
   std::vector<KernelPlan>* plan = nullptr;
 
-  // read, written: bytes of activations and matrices that the kernel needs, and gives.
+  // read, written: bytes of activations and matrices that the kernel has to read and to write.
   struct Traffic {
     int64_t read, written;
   };

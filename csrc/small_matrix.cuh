@@ -13,8 +13,8 @@
 
 namespace nk {
 
-// A D x D matrix in shared memory, or in global memory where that is too small. 4 more floats in a row: the 32 entries
-// that a warp reads at once are in 32 banks.
+// A D x D matrix in shared memory, or in global memory where that is too small. A row has 4 more floats, so that the 32
+// entries that a warp reads at once are in 32 banks.
 template <int D>
 struct Matrix {
   static constexpr int STRIDE = D + 4, SIZE = D * STRIDE;
@@ -22,7 +22,7 @@ struct Matrix {
 
   __device__ __forceinline__ float& operator()(int i, int j) const { return data[i * STRIDE + j]; }
 
-  // The entries of a symmetric matrix as right factor, in the order that the banks like.
+  // The entries of a symmetric matrix as right factor, in an order without bank conflicts.
   __device__ __forceinline__ float mirrored(int i, int j) const { return data[j * STRIDE + i]; }
 };
 
@@ -39,7 +39,7 @@ struct Matrices {
 
 constexpr int FORWARD_MATRICES = 3, BACKWARD_MATRICES = 5;
 
-// Sum over all threads of the block, the same in all of them. slots: one float for each warp.
+// Returns the sum over all threads of the block, the same in all of them. slots: one float for each warp.
 template <int WARPS>
 __device__ __forceinline__ float block_sum(float value, float* slots) {
   for (int other = WARP / 2; other; other /= 2) value += __shfl_xor_sync(~0u, value, other);
@@ -62,7 +62,7 @@ __device__ __forceinline__ float block_max(float value, float* slots) {
   return largest;
 }
 
-// f(i, j) for all entries, spread over the block.
+// Calls f(i, j) for all entries, spread over the block.
 template <int D, int WARPS, class F>
 __device__ __forceinline__ void for_entries(F f) {
 #pragma unroll 2
@@ -80,8 +80,8 @@ struct Product {
   template <class Left, class Right>
   __device__ __forceinline__ void add(Left left, Right right) {
     for_tiles([&](int row, int column, float (&tile)[2][4]) {
-      // The large terms are added in float32: where tensor cores add they truncate, and in a converged iteration P Q is
-      // P but for that. The small ones have sums of their own, in which it does not matter.
+      // The large terms are added in float32: tensor cores truncate where they add, and in a converged iteration P Q
+      // differs from P by nothing else. The small terms have sums of their own, in which that does not matter.
       float first[2][4] = {}, second[2][4] = {};
 #pragma unroll 1
       for (int k = 0; k < D; k += TF32x3::K) {
@@ -105,7 +105,7 @@ struct Product {
     });
   }
 
-  // f(i, j, entry) for all entries.
+  // Calls f(i, j, entry) for all entries.
   template <class F>
   __device__ __forceinline__ void store(F f) {
     for_tiles([&](int row, int column, float (&tile)[2][4]) {
@@ -163,8 +163,8 @@ __device__ __forceinline__ void next_root(Matrix<D> P, Matrix<D> M) {
   __syncthreads();
 }
 
-// Whether a channel's variance inflation factor S_ii (P^2)_ii ends the iteration, the same in all threads. S is (d, d),
-// in global memory. In fewer iterations than FIRST_CHECKED no factor can be that large.
+// stopped returns whether a channel's variance inflation factor S_ii (P^2)_ii ends the iteration, the same in all
+// threads. S is (d, d), in global memory. In fewer iterations than FIRST_CHECKED no factor can be that large.
 constexpr float MOST_INFLATED = 1 / (64 * FLT_EPSILON);
 constexpr int FIRST_CHECKED = 15;  // 2.25^15 > MOST_INFLATED > 2.25^14
 
@@ -181,7 +181,7 @@ __device__ __forceinline__ bool stopped(Matrix<D> P, const float* S, int d, int 
   return block_max<WARPS>(most, slots) > MOST_INFLATED;
 }
 
-// P = P_T of eq. 17 for S = M, which is overwritten; S is the same in global memory. Ends with a barrier.
+// Computes P = P_T of eq. 17 for S = M, which is overwritten; S is the same in global memory. Ends with a barrier.
 template <int D, int WARPS>
 __device__ __forceinline__ void newton(Matrix<D> M, Matrix<D> P, Matrix<D> T, const float* S, int d, int iterations,
                                        float* slots) {
@@ -196,8 +196,8 @@ __device__ __forceinline__ void newton(Matrix<D> M, Matrix<D> P, Matrix<D> T, co
   }
 }
 
-// dP = sym dL/dS for dM = sym dL/dP_T and M = S; both are overwritten; S is the same in global memory. Ends with a
-// barrier.
+// Computes dP = sym dL/dS for dM = sym dL/dP_T and M = S; both are overwritten; S is the same in global memory. Ends
+// with a barrier.
 template <int D, int WARPS>
 __device__ __forceinline__ void newton_adjoint(Matrix<D> M, Matrix<D> dM, Matrix<D> P, Matrix<D> dP, Matrix<D> T,
                                                const float* S, int d, int iterations, float* slots) {
@@ -217,7 +217,7 @@ __device__ __forceinline__ void newton_adjoint(Matrix<D> M, Matrix<D> dM, Matrix
       Product<D, WARPS, false> U;
       U.add(M, [&](int i, int j) { return .5f * T(i, j) + T(j, i); });
       __syncthreads();
-      U.store([&](int i, int j, float entry) { T(i, j) = .25f * entry - 1.5f * T(i, j); });  // Z; each its own
+      U.store([&](int i, int j, float entry) { T(i, j) = .25f * entry - 1.5f * T(i, j); });  // Z, in place
     }
     __syncthreads();
     for_entries<D, WARPS>([&](int i, int j) { dM(i, j) = 2.25f * dM(i, j) + (T(i, j) + T(j, i)); });
@@ -235,14 +235,14 @@ __device__ __forceinline__ void newton_adjoint(Matrix<D> M, Matrix<D> dM, Matrix
   }
 }
 
-// What the small matrix function is asked for.
+// The options of the small matrix function.
 struct Newton {
   int d, iterations;
   bool frobenius;
   float eps;
 };
 
-// The upper bound of the largest eigenvalue that eq. 14 divides by: trace or Frobenius norm. NaN stays NaN.
+// Returns the upper bound of the largest eigenvalue that eq. 14 divides by: trace or Frobenius norm. NaN stays NaN.
 template <int D, int WARPS>
 __device__ __forceinline__ float scale_of(Matrix<D> cov, bool frobenius, float* slots) {
   float scale = 0;
@@ -262,7 +262,8 @@ __device__ __forceinline__ float scale_of(Matrix<D> cov, bool frobenius, float* 
   return scale < FLT_MIN ? FLT_MIN : scale;  // eps = 0 and a constant batch: W stays finite
 }
 
-// W, S and scale of a group from its covariance in `of[0]` (zero beyond d), all to global memory; W stays in `of[1]`.
+// Computes W, S and scale of a group from its covariance in `of[0]` (zero beyond d), into global memory; W stays in
+// `of[1]`.
 template <int D, int WARPS>
 __device__ void whitening_matrix(const Matrices<D>& of, const Newton& how, float* slots, float* W_out, float* S_out,
                                  float* scale_out) {
@@ -287,7 +288,8 @@ __device__ void whitening_matrix(const Matrices<D>& of, const Newton& how, float
   __syncthreads();
 }
 
-// factor sym dL/dcov in `of[2]`, from sym dL/dW in `of[1]` (zero beyond d): eq. 6, both S and W depend on the scale.
+// Computes factor sym dL/dcov in `of[2]`, from sym dL/dW in `of[1]` (zero beyond d): eq. 6, where both S and W depend
+// on the scale.
 template <int D, int WARPS>
 __device__ void covariance_adjoint(const Matrices<D>& of, const Newton& how, float factor, float* slots, const float* W,
                                    const float* S, float scale) {
@@ -334,7 +336,7 @@ struct Room {
   int64_t bytes = 0, outside = 0;
 };
 
-// For `matrices` after `before` bytes, in the place of `tiles` bytes.
+// Makes room for `matrices` after `before` bytes, in the place of `tiles` bytes.
 template <int D>
 Room make_room(const Device& device, int matrices, int64_t before, int64_t tiles) {
   constexpr int64_t matrix = Matrix<D>::SIZE * int64_t(sizeof(float));

@@ -1,10 +1,10 @@
 // spectral_filter: the circular filter of planes by a real spectrum, in shared memory from the load to the store.
 //
-// The real DFT as products (ops/spectral/DERIVATION.md): along each side a line is folded about its middle into a sum
-// and a difference, of which the one has cosines only and the other sines. So four blocks of a quarter of the plane are
-// multiplied by K x K matrices, K = (n + 1) / 2: cc, ss, cs and sc, cosines or sines of rows, then of columns.
-// In float32 without tensor cores: their tiles of 16 would double the work at the sizes that are normal here (34: K is
-// 17), and nothing is rounded twice. Rejected: an FFT, whose radices would be 17 and 29 here.
+// The real DFT is computed by products (ops/spectral/DERIVATION.md): along each side a line is folded about its middle
+// into a sum, which has only cosines, and a difference, which has only sines. So four blocks of a quarter of the plane
+// are multiplied by K x K matrices, K = (n + 1) / 2: cc, ss, cs and sc, cosines or sines of rows, then of columns.
+// Products are in float32 without tensor cores: their tiles of 16 would double the work at the sizes that are normal
+// here (34: K is 17), and so nothing is rounded twice. Rejected: an FFT, whose radices would be 17 and 29 here.
 #include "launches.h"
 #include "tensors.h"
 
@@ -29,7 +29,7 @@ struct Side {
       : n(n), half((n + 1) / 2), size((half + MICRO - 1) / MICRO * MICRO) {}
 };
 
-// A block's shared memory, in floats: waves of both sides, twice the planes' blocks, cosines that waves are made of.
+// A block's shared memory, in floats: twice the planes' blocks, then the waves of both sides.
 struct SpectralLayout {
   Side h, w;
   int planes, block;  // planes at a time; floats of one of their four blocks
@@ -42,12 +42,13 @@ struct SpectralLayout {
   __host__ __device__ __forceinline__ int floats() const { return w_waves() + 4 * w.size * w.size; }
 };
 
-// The frequency whose cosine, or sine, is in a slot. The sine of frequency 0 is no wave: its slot has that of n / 2.
+// Returns the frequency of a slot's cosine, or sine. The sine of frequency 0 is no wave: its slot has that of n / 2.
 __device__ __forceinline__ int frequency(int slot, bool sine, int n) {
   return sine && slot == 0 ? n / 2 : slot;
 }
 
-// Waves of a side, in rows of `size`: cosines (frequency, position), sines, and both transposed. Zero beyond half.
+// Makes the waves of a side, in rows of `size`: cosines (frequency, position), sines, and both transposed. They are
+// zero beyond half.
 __device__ __forceinline__ void make_waves(float* waves, const Side& side) {
   const int n = side.n, size = side.size;
   for (int at = threadIdx.x; at < 2 * size * size; at += SPECTRAL_THREADS) {
@@ -64,8 +65,8 @@ __device__ __forceinline__ void make_waves(float* waves, const Side& side) {
   }
 }
 
-// For every plane and block: out = in^T waves over `terms` rows of both, m x n entries; transposed, out is n x m. The
-// waves (terms, m) are cosines or, `size` squared behind them, sines.
+// For every plane and block: out = waves^T in, m x n, summed over `terms` rows of both; TRANSPOSED, out is n x m. The
+// waves (terms, m) are cosines or, m squared behind them, sines.
 template <bool TRANSPOSED, class Sine>
 __device__ __forceinline__ void transform(const float* in, float* out, const float* waves, int terms, int m, int n,
                                           int planes, Sine sine) {
@@ -96,7 +97,7 @@ __device__ __forceinline__ void transform(const float* in, float* out, const flo
   }
 }
 
-// f(plane, row, column) over a quarter of the planes, in the order in which they are in memory.
+// Calls f(plane, row, column) over a quarter of the planes, in the order in which they are in memory.
 template <class F>
 __device__ __forceinline__ void for_quarter(bool inner, int planes, int rows, int columns, F f) {
   for (int at = threadIdx.x; at < planes * rows * columns; at += SPECTRAL_THREADS) {
@@ -108,7 +109,7 @@ __device__ __forceinline__ void for_quarter(bool inner, int planes, int rows, in
   }
 }
 
-// y = the planes z filtered. The coefficients of a channel are A of each block, then B: (C, 5, w.size, h.size).
+// Filters the planes z into y. The coefficients of a channel are A of each block, then B: (C, 5, w.size, h.size).
 template <class T>
 __global__ __launch_bounds__(SPECTRAL_THREADS) void filter_kernel(Planes z, Planes y, const float* coefficients, int H,
                                                                   int W, int channels, int64_t total, int at_once) {
@@ -130,7 +131,7 @@ __global__ __launch_bounds__(SPECTRAL_THREADS) void filter_kernel(Planes z, Plan
       if (row < h.half && column < w.half) {
         const int64_t from = z.plane(start + plane, channels);
         const int down = H - 1 - row, right = W - 1 - column;
-        a = z.template load<T>(from, row, column);  // what is its own mirror image counts once
+        a = z.template load<T>(from, row, column);  // a value that is its own mirror image counts once
         if (right != column) b = z.template load<T>(from, row, right);
         if (down != row) c = z.template load<T>(from, down, column);
         if (down != row && right != column) d = z.template load<T>(from, down, right);
@@ -173,7 +174,8 @@ __global__ __launch_bounds__(SPECTRAL_THREADS) void filter_kernel(Planes z, Plan
   }
 }
 
-// A and B of each frequency, from the mean of v(f) and v(-f). B is zero where a frequency lacks its cosine or its sine.
+// Computes A and B of each frequency from the mean of v(f) and v(-f). B is zero where a frequency lacks its cosine or
+// its sine.
 __global__ __launch_bounds__(SPECTRAL_THREADS) void coefficients_kernel(const float* v, int64_t channel_stride,
                                                                         int64_t row_stride, int64_t column_stride,
                                                                         int H, int W, float* out) {
@@ -196,7 +198,7 @@ __global__ __launch_bounds__(SPECTRAL_THREADS) void coefficients_kernel(const fl
   }
 }
 
-// Planes at a time: as many as fit and keep the threads of a block busy.
+// Returns the number of planes at a time: as many as fit and keep the threads of a block busy.
 static int planes_at_once(const Device& device, int H, int W) {
   int best = 1;
   double best_use = 0;

@@ -27,8 +27,8 @@
 
 namespace nk {
 
-// A string argument. Not std::string: torch 2.11 to 2.13 leak one at each conversion, which is why strings go back to
-// Python as numbers, too.
+// A string argument. It is no std::string, because torch 2.11 to 2.13 leak one at each conversion; so strings go back
+// to Python as numbers, too.
 struct Text {
   std::string value;
 };
@@ -61,16 +61,16 @@ HIDDEN_NAMESPACE_END(torch, stable, detail)
 
 namespace nk {
 
-// The next backend's results: normkernels_next::op warns with the reason, unless that is empty, and calls it.
+// Returns the next backend's results: normkernels_next::op warns with the reason, unless that is empty, and calls it.
 template <class... Results, class... Arguments>
 std::tuple<Results...> next(const char* op, const std::string& reason, const Arguments&... arguments) {
   namespace stable = torch::stable::detail;
   constexpr size_t size = sizeof...(Arguments) + 1 > sizeof...(Results) ? sizeof...(Arguments) + 1 : sizeof...(Results);
-  set_error("");  // of another call
+  set_error("");  // drops that of another call
   std::array<StableIValue, size> stack{stable::from(arguments)..., stable::from(Text{reason})};
   const std::string name = std::string("normkernels_next::") + op;
   if (torch_call_dispatcher(name.c_str(), "", stack.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
-    throw std::runtime_error(take_error(op));  // the stable ABI drops what was raised; Python has left its text
+    throw std::runtime_error(take_error(op));  // the stable ABI drops the exception; Python has left its text
   }
   return [&]<size_t... i>(std::index_sequence<i...>) {
     return std::tuple<Results...>(stable::to<Results>(stack[i])...);
@@ -93,7 +93,7 @@ struct OnDevice {
 #endif
 };
 
-// Why a call on data like x is left to the next backend ("": without a word), or nothing.
+// Returns why a call on data like x is left to the next backend ("": silently), or nothing where it is served.
 inline std::optional<std::string> not_served(const char* op, const Tensor& x, int64_t group_size,
                                              const std::vector<int64_t>& plane = {}) {
   if (x.numel() == 0) return "";
@@ -126,7 +126,7 @@ inline bool channels_innermost(const Tensor& x) {
   return x.dim() > 2 && x.size(1) > 1 && x.stride(1) == 1;
 }
 
-// Uninitialized, of x's type, with its channels innermost or its positions.
+// Returns an uninitialized tensor of x's type, with its channels innermost or its positions.
 inline Tensor empty_output(const Tensor& x, const std::vector<int64_t>& spatial, bool inner) {
   std::vector<int64_t> shape{x.size(0), x.size(1)};
   shape.insert(shape.end(), spatial.begin(), spatial.end());
@@ -172,8 +172,8 @@ inline std::optional<Tensor> packed(const std::optional<Tensor>& t) {
   return t ? std::optional(packed(*t)) : t;
 }
 
-// x whose spatial dimensions collapse into one; of a single position, whose channels are next to each other. A copy
-// only where that is not so.
+// Returns x such that its spatial dimensions collapse into one and, if there is a single position, its channels are
+// next to each other. It is copied only where that is not so.
 inline Tensor collapsible(const Tensor& x) {
   if (x.numel() == x.size(0) * x.size(1) && x.size(1) > 1 && x.stride(1) != 1) return packed(x);
   int64_t expected = -1;
@@ -185,7 +185,7 @@ inline Tensor collapsible(const Tensor& x) {
   return x;
 }
 
-// A collapsible x as columns; d is the size of its groups of channels.
+// Returns a collapsible x as columns; d is the size of its groups of channels.
 inline Columns columns_of(const Tensor& x, int64_t d) {
   Columns seen;
   const int64_t samples = x.size(0), channels = x.size(1), bytes = int64_t(x.element_size());
@@ -222,7 +222,7 @@ inline Columns columns_of(const Tensor& x, int64_t d) {
   return seen;
 }
 
-// y in x's layout, as far as the reductions care: what is next to each other in memory.
+// Returns y in x's layout, as far as the reductions need it: the same dimension is next to each other in memory.
 inline Tensor in_layout_of(const Tensor& x, const Tensor& y, int64_t d) {
   const bool inner = columns_of(x, d).inner;
   const Tensor same = collapsible(y);
@@ -251,7 +251,7 @@ inline Newton newton_of(const char* op, int64_t d, int64_t iterations, const std
   return {int(d), int(std::min<int64_t>(iterations, INT32_MAX)), scaling == "frobenius", float(eps)};
 }
 
-// The matrices of the groups that shared memory has no room for.
+// Returns memory for the groups' matrices that shared memory has no room for.
 inline Tensor scratch_for(const Room& room, const Tensor& x, int64_t groups) {
   return empty({groups * room.outside}, ScalarType::Float, x);
 }

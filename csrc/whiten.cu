@@ -1,8 +1,8 @@
 // whiten: y = diag(weight) W (x - mean) + bias, and with two stacked sources the last pass of the backward.
 //
-// A block keeps its rows of the matrix in shared memory and passes over a part of the columns: for each tile of them a
-// product with 32 channels after the other, which are on their way while the ones before are multiplied. Channels on
-// their own, d = 1, are scaled one by one (diagonal.cuh).
+// A block keeps its rows of the matrix in shared memory and passes over a part of the columns. For each tile of columns
+// it multiplies 32 channels after the other; the next ones are on their way while the ones before are multiplied.
+// Channels on their own, d = 1, are scaled one by one (diagonal.cuh).
 #include "launches.h"
 #include "tensors.h"
 
@@ -10,12 +10,12 @@ namespace nk {
 
 template <int D, int SOURCES>
 struct MixShape {
-  static constexpr int ROWS = D < 64 ? D : 64;      // of the result, of one block
-  static constexpr int CHANNELS = D < 32 ? D : 32;  // of a source, at a time
+  static constexpr int ROWS = D < 64 ? D : 64;      // rows of the result of one block
+  static constexpr int CHANNELS = D < 32 ? D : 32;  // channels of a source at a time
   static constexpr int COLUMNS = 64, STAGES = 3, WARPS = 4, THREADS = WARPS * WARP;
   static constexpr int HEIGHT = ROWS < 32 ? ROWS : 32, WARPS_DOWN = ROWS / HEIGHT, WIDTH = COLUMNS * WARPS_DOWN / WARPS;
   static constexpr int MT = HEIGHT / 16, NT = WIDTH / 8;
-  static constexpr int STRIDE = SOURCES * D + 4;  // of the matrix in shared memory: no bank conflicts
+  static constexpr int STRIDE = SOURCES * D + 4;  // a row of the matrix in shared memory: no bank conflicts
   static constexpr int MATRIX_BYTES = (ROWS * STRIDE + SOURCES * D + ROWS) * int(sizeof(float));
 };
 
@@ -258,7 +258,7 @@ Tensor whiten(const Tensor& data, const Tensor& mean, const Tensor& W, const std
   return y;
 }
 
-// matrix [grad - grad_mean; x - mean] + constant.
+// Returns matrix [grad - grad_mean; x - mean] + constant.
 Tensor stacked_mix(const Tensor& gradient, const Tensor& data, const Tensor& gradient_mean, const Tensor& mean,
                    const Tensor& matrix, const Tensor& constant) {
   const char* op = "stacked_mix";
@@ -267,7 +267,7 @@ Tensor stacked_mix(const Tensor& gradient, const Tensor& data, const Tensor& gra
   const int64_t groups = matrix.size(0), d = matrix.size(1);
   check_data(op, "x", data, d);
   auto reason = not_served(op, data, d);
-  if (d == 1) reason = "";  // without a word: Triton's is as good
+  if (d == 1) reason = "";  // silently: Triton's is as good
   if (reason) {
     return std::get<0>(next<Tensor>(op, *reason, gradient, data, gradient_mean, mean, matrix, constant));
   }

@@ -1,7 +1,7 @@
-"""Whether the CUDA extension can be compiled here, and the record of what the build did.
+"""Decide whether the CUDA extension can be compiled here, and read the record of what the build did.
 
-Shared by setup.py, which loads this file by its path because importing the package would import torch, and by
-``python -m normkernels.info``. Only the standard library is imported; torch is probed inside a function.
+setup.py and ``python -m normkernels.info`` share this file. setup.py loads it by its path, because importing the
+package would import torch: only the standard library is imported here, and torch is probed inside a function.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ MINIMUM_CAPABILITY = (8, 0)  # the kernels copy asynchronously and multiply bflo
 PTX = "compute_{}{}".format(*MINIMUM_CAPABILITY)
 RECORD_NAME = "_build_record.json"
 GIB = 1 << 30
-BYTES_PER_JOB = 4 * GIB  # what one nvcc process compiling torch's headers for several architectures may take
+BYTES_PER_JOB = 4 * GIB  # memory that one nvcc process may need for torch's headers and several architectures
 
 
 class BuildError(Exception):
-    """The build that was demanded is impossible; the message is all that the user needs to see."""
+    """The build that the user demanded is impossible; the message is all that the user needs to see."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Nvcc:
 
 @dataclass(frozen=True)
 class Cudart:
-    """The CUDA runtime: the folders of its headers and of its library, and what the linker calls that."""
+    """The CUDA runtime: the folders of its headers and of its library, and the library's name for the linker."""
 
     include: str
     folder: str
@@ -52,9 +52,9 @@ class Cudart:
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What a machine offers for compiling the extension; None and False mean absent.
+    """The tools for compiling the extension that a machine offers; None and False mean absent.
 
-    codes: what nvcc is to make, as in sm_80 and compute_90.
+    codes: the code that nvcc is to generate, as in sm_80 and compute_90.
     """
 
     platform: str = "linux"
@@ -70,9 +70,9 @@ class Toolchain:
 
 
 def check_setuptools(version: str) -> None:
-    """Raises BuildError for a setuptools that pyproject.toml would fail in, with a far less clear message.
+    """Raise BuildError for a setuptools that cannot read pyproject.toml; its own message is far less clear.
 
-    Without build isolation pip uses the environment's own, and a fresh venv of Python 3.10 or 3.11 has 65.
+    Without build isolation pip uses the environment's setuptools, which in a fresh venv of Python 3.10 or 3.11 is 65.
     """
     if parse_version(version) < MINIMUM_SETUPTOOLS:
         raise BuildError(
@@ -82,7 +82,7 @@ def check_setuptools(version: str) -> None:
 
 
 def build_mode(environment: Mapping[str, str] = os.environ) -> str:
-    """NORMKERNELS_BUILD, checked. Raises BuildError for an unknown value."""
+    """Return NORMKERNELS_BUILD, "auto" where it is unset or empty. Raises BuildError for an unknown value."""
     mode = environment.get("NORMKERNELS_BUILD") or "auto"
     if mode not in MODES:
         raise BuildError(f"NORMKERNELS_BUILD: expected one of {', '.join(MODES)}, got {mode!r}")
@@ -90,7 +90,7 @@ def build_mode(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def decide(mode: str, cuda_sources: Sequence[object], probe: Callable[[], Toolchain]) -> tuple[bool, str]:
-    """(compile?, reason) for a build mode; ``probe`` is asked only when the answer depends on it.
+    """Return (compile?, reason) for a build mode; ``probe`` is called only when the answer depends on it.
 
     Raises BuildError when the extension is demanded (mode "cuda") and cannot be compiled.
     """
@@ -109,7 +109,7 @@ def decide(mode: str, cuda_sources: Sequence[object], probe: Callable[[], Toolch
 
 
 def _obstacle(tools: Toolchain) -> str | None:
-    """The first reason why the extension cannot be compiled, None when nothing stands in the way."""
+    """Return the first reason why the extension cannot be compiled, None when nothing stands in the way."""
     if tools.platform != "linux":
         return f"the extension is for Linux (under Windows in WSL), got {tools.platform}"
     if tools.torch is None:
@@ -138,7 +138,7 @@ def _obstacle(tools: Toolchain) -> str | None:
 
 
 def probe_toolchain(known: Sequence[Mapping[str, str]]) -> Toolchain:
-    """Look for everything that the extension needs, for ``known`` architectures. Imports torch."""
+    """Look for everything that the extension needs, for ``known`` architectures. This imports torch."""
     import importlib.util
 
     nvcc = find_nvcc()
@@ -176,7 +176,7 @@ def probe_toolchain(known: Sequence[Mapping[str, str]]) -> Toolchain:
 
 
 def find_nvcc(environment: Mapping[str, str] = os.environ) -> Nvcc | None:
-    """The nvcc that a build here would use, in torch's order: CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda."""
+    """Return the nvcc that a build here would use, in torch's order: CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda."""
     homes = [environment[name] for name in ("CUDA_HOME", "CUDA_PATH") if environment.get(name)]
     if homes:
         path = shutil.which(os.path.join(homes[0], "bin", "nvcc"))
@@ -187,7 +187,7 @@ def find_nvcc(environment: Mapping[str, str] = os.environ) -> Nvcc | None:
     release = re.search(r"release (\d+)\.(\d+)", _output([path, "--version"]))
     if release is None:
         return None
-    # The command on PATH may be a wrapper far from the toolkit, so nvcc itself is asked where that is.
+    # The command on PATH may be a wrapper far from the toolkit, so nvcc itself is asked where the toolkit is.
     plan = _output([path, "--dryrun", "-c", "-x", "cu", os.devnull])
     top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
     home = os.path.realpath(top[1].strip()) if top else str(Path(path).resolve().parent.parent)
@@ -195,7 +195,10 @@ def find_nvcc(environment: Mapping[str, str] = os.environ) -> Nvcc | None:
 
 
 def find_cudart(nvcc: Nvcc) -> Cudart | None:
-    """The runtime in nvcc's toolkit, or of NVIDIA's wheels, which have no libcudart.so without a version."""
+    """Return the runtime of nvcc's toolkit or of NVIDIA's wheels, None where headers or library are missing.
+
+    The wheels have no libcudart.so without a version in its name.
+    """
     wheels = Path(sysconfig.get_path("purelib")) / "nvidia"
     roots = [Path(nvcc.home), *sorted(Path(nvcc.home).glob("targets/*"))]
     roots += [wheels / f"cu{nvcc.version[0]}", wheels / "cuda_runtime"]
@@ -213,9 +216,10 @@ def find_cudart(nvcc: Nvcc) -> Cudart | None:
 def default_architectures(
     known: Sequence[Mapping[str, str]], nvcc_version: tuple[int, int], gpus: Sequence[tuple[int, int]] = ()
 ) -> str:
-    """TORCH_CUDA_ARCH_LIST where it is not set: what the GPUs here need, without one all that this nvcc knows.
+    """Return the TORCH_CUDA_ARCH_LIST to use where it is not set.
 
-    A GPU newer than all of these gets the newest older one, which PTX makes run on it.
+    It names what the GPUs here need; without a GPU, all ``known`` architectures that this nvcc can compile for. A GPU
+    newer than these gets the newest older one, whose PTX runs on it.
     """
     usable = [
         parse_version(entry["capability"]) for entry in known if parse_version(entry["since_nvcc"]) <= nvcc_version
@@ -225,11 +229,11 @@ def default_architectures(
 
 
 def architecture_codes(architectures: str) -> list[str]:
-    """What nvcc is to make for a TORCH_CUDA_ARCH_LIST: sm_80, sm_90, compute_80 of "8.0;9.0+PTX".
+    """Return the codes that nvcc is to generate for a TORCH_CUDA_ARCH_LIST: sm_80, sm_90, compute_80 for "8.0;9.0+PTX".
 
-    What is older than the kernels support is left out: the list may be one that is used for other packages, too. The
-    kernels have nothing that PTX of the minimum lacks, so there is one PTX, and 9.0a is 9.0.
-    Raises BuildError for anything but versions, and where nothing is left.
+    Architectures that are too old for the kernels are left out, because the list may be meant for other packages, too.
+    The kernels use nothing that PTX of the minimum lacks, so there is only that PTX, and 9.0a counts as 9.0.
+    Raises BuildError for an entry that is no version, and where no architecture is left.
     """
     capabilities: set[tuple[int, int]] = set()
     ptx = False
@@ -249,23 +253,23 @@ def architecture_codes(architectures: str) -> list[str]:
 
 
 def architecture_flags(codes: Sequence[str]) -> list[str]:
-    """nvcc's flags for these, and what our code is to know of them.
+    """Return nvcc's flags for these codes, and the macros that tell our code of them.
 
-    All are made from the same PTX: nvcc runs its front end once instead of for each, which is half of the time.
+    All codes are made from the same PTX: nvcc runs its front end once instead of once for each, in half of the time.
     """
-    known = "".join(code.removeprefix("sm") for code in codes if code != PTX)  # nvcc splits what is defined at commas
+    known = "".join(code.removeprefix("sm") for code in codes if code != PTX)  # no commas: nvcc splits macros at them
     ptx = PTX.removeprefix("compute_") if PTX in codes else "0"
     generated = [f"-gencode=arch={PTX},code={code}" for code in codes]
     return [*generated, f"-DNORMKERNELS_ARCHITECTURES={known}", f"-DNORMKERNELS_PTX={ptx}"]
 
 
 def default_jobs(cores: int, memory: int) -> int:
-    """MAX_JOBS: one per core, as far as ``memory`` (bytes) goes, at least one."""
+    """Return MAX_JOBS: one job per core, as far as ``memory`` (bytes) goes, at least one."""
     return max(1, min(cores, memory // BYTES_PER_JOB))
 
 
 def build_record(folder: Path = Path(__file__).parent) -> dict[str, Any]:
-    """What the build of the package in ``folder`` recorded: keys "built", "reason" and more."""
+    """Return the record of the package's build in ``folder``: keys "built", "reason" and more."""
     try:
         record: dict[str, Any] = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -279,7 +283,7 @@ def build_record(folder: Path = Path(__file__).parent) -> dict[str, Any]:
 
 
 def parse_version(text: str) -> tuple[int, int]:
-    """(major, minor) of a version such as "2.13.0+cpu"."""
+    """Return (major, minor) of a version such as "2.13.0+cpu"."""
     match = re.match(r"(\d+)\.(\d+)", text)
     if match is None:
         raise BuildError(f"version: expected MAJOR.MINOR..., got {text!r}")
@@ -291,7 +295,7 @@ def _dotted(version: tuple[int, int]) -> str:
 
 
 def _output(command: list[str]) -> str:
-    """Both streams of a command (nvcc --dryrun writes to stderr), "" when it cannot be run."""
+    """Return both output streams of a command (nvcc --dryrun writes to stderr), "" when it cannot be run."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):

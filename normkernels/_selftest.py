@@ -1,6 +1,6 @@
 """Self-test of ``python -m normkernels.info``: every op against the papers' equations, evaluated in float64.
 
-Independent of the eager kernels and of the test suite: this is what an installation can check by itself.
+It needs neither the eager kernels nor the test suite, so that every installation can check itself.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ Result = tuple[Sequence[Tensor], Sequence[Tensor], float]  # got, expected, tole
 class _Problem:
     """Inputs in float64 on the CPU, the equations evaluated on them, and the tolerances that follow.
 
-    A float32 sum of n products is off by at most n roundoffs of the sum of their magnitudes, and a relative
-    error of the covariance is amplified by at most its condition number on the way to the inverse square
-    root. Hence: m roundoffs for a reduction; for a mix d and four more (mean, scale, shift, result) of the
-    largest sum of magnitudes; 3 T d for Newton's iteration, three products of length d in each step, times
-    the condition number, as for all that passes through the small matrix; a gradient twice that, because
-    every factor in it has been rounded once before.
+    A float32 sum of n products is off by at most n roundoffs of the sum of their magnitudes. A relative error of the
+    covariance grows by at most its condition number on the way to the inverse square root. So the tolerances are, in
+    roundoffs:
+
+    * of a reduction: m;
+    * of a mix: d + 4 (mean, scale, shift, result) of the largest sum of magnitudes;
+    * of all that passes through the small matrix: the condition number times 3 T d, because each of Newton's T steps
+      has three products of length d;
+    * of a gradient: twice as many, because every factor in it has been rounded once before.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -57,24 +60,24 @@ class _Problem:
         self.whole = self.small / (3 * T * D) * (M + 3 * T * D + D)
 
     def here(self, *values: Tensor, requires_grad: bool = False) -> list[Tensor]:
-        """The same values in float32 on the device under test."""
+        """Return the values in float32 on the device under test."""
         return [value.to(self.device, torch.float32).requires_grad_(requires_grad) for value in values]
 
 
 def _samples(x: Tensor) -> Tensor:
-    """(N, C, *) -> (G, d, m)."""
+    """Reshape (N, C, *) -> (G, d, m)."""
     return x.transpose(0, 1).reshape(GROUPS, D, -1)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """IterNorm, eq. 11 to 13, without eps I."""
+    """Compute mean and covariance: IterNorm, eq. 11 to 13, without eps I."""
     rows = _samples(x)
     centred = rows - rows.mean(2, keepdim=True)
     return rows.mean(2).flatten(), centred @ centred.mT / M
 
 
 def _newton(cov: Tensor) -> Tensor:
-    """IterNorm, eq. 14, 15 and 17, as the paper writes them."""
+    """Compute the whitening matrix: IterNorm, eq. 14, 15 and 17, as the paper writes them."""
     eye = torch.eye(D, dtype=cov.dtype)
     sigma = cov + EPS * eye
     trace = sigma.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1)
@@ -85,13 +88,13 @@ def _newton(cov: Tensor) -> Tensor:
 
 
 def _eigh(cov: Tensor) -> Tensor:
-    """DBN: IterNorm's eq. 2."""
+    """Compute the whitening matrix of DBN: IterNorm's eq. 2."""
     values, vectors = torch.linalg.eigh(cov)
     return vectors @ torch.diag_embed((values + EPS).rsqrt()) @ vectors.mT
 
 
 def _whiten(x: Tensor, mean: Tensor, W: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """IterNorm, eq. 16, with the scale and shift of section 3.3."""
+    """Whiten: IterNorm, eq. 16, with the scale and shift of section 3.3."""
     columns = (W @ (_samples(x) - mean.view(GROUPS, D, 1))).flatten(0, 1)
     y = weight.view(-1, 1) * columns + bias.view(-1, 1)
     return y.view(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)
@@ -163,14 +166,14 @@ PLANE = (7, 34)  # a prime length and twice a prime
 
 
 def _planes(p: _Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernels (8, 2, 3, 3), planes (3, 8, 7, 34), and the spectrum of the kernels on them."""
+    """Return kernels (8, 2, 3, 3), planes (3, 8, 7, 34), and the spectrum of the kernels on them."""
     weight = p.x.reshape(-1)[:144].view(8, 2, 3, 3)
     z = torch.linspace(-3, 3, 3 * 8 * 7 * 34, dtype=torch.float64).sin().float().double().view(3, 8, *PLANE)
     return weight, z, _spectrum(weight).float().double()
 
 
 def _spectrum(weight: Tensor) -> Tensor:
-    """ConvNorm, Algorithm 1, with eps relative to the mean power."""
+    """Compute the spectrum of ConvNorm, Algorithm 1, with eps relative to the mean power."""
     power = torch.fft.fft2(weight, s=PLANE).abs().square().sum(1)
     return (power + EPS * power.mean((1, 2), keepdim=True)).rsqrt()
 
@@ -179,13 +182,16 @@ def _filtered(z: Tensor, v: Tensor) -> Tensor:
     return torch.fft.ifft2(torch.fft.fft2(z) * v).real
 
 
-# A transform is at most sums of the length of a row and of a column, and there are two: 2 (7 + 34) roundoffs of the
-# largest v, and as much for the products between them.
+# A transform adds up at most a row and a column, and there are two transforms: 2 (7 + 34) roundoffs of the largest v,
+# and as many for the products between them.
 FILTER = 4 * sum(PLANE) * ROUNDOFF
 
 
 def _of_spectrum(p: _Problem) -> float:
-    """Accumulated in float64 and rounded once. Without float64 its inverse root is taken in float32: 3.5 more."""
+    """Return the tolerance of a spectrum, which is accumulated in float64 and rounded once.
+
+    Without float64 the inverse root is taken in float32, which costs 3.5 roundoffs more.
+    """
     return (2 if has_float64(p.device) else 5.5) * ROUNDOFF
 
 
@@ -222,7 +228,7 @@ KAPPA, EPS1, EPS2, Q2 = 4.0, 1e-2, 1e-4, 1.5
 
 
 def _pop_norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """POP-Norm, eq. 11 and 12."""
+    """Compute POP-Norm, eq. 11 and 12."""
     rows = x.transpose(0, 1).flatten(1)
     mean = rows.mean(1)
     centred = rows - mean.view(-1, 1)
@@ -244,7 +250,7 @@ def _check_pop_norm_backward(p: _Problem) -> Result:
 
 
 def _check_precondition(p: _Problem) -> Result:
-    """BNP, Algorithm 3, for a layer of 8 inputs, 5 outputs and 6 taps."""
+    """Check BNP, Algorithm 3, for a layer of 8 inputs, 5 outputs and 6 taps."""
     channels = GROUPS * D
     Gw, Gb = p.y.reshape(-1)[: 5 * channels * 6].view(5, channels, 2, 3), p.x.reshape(-1)[:5]
     mean, var = p.mean, p.cov.diagonal(dim1=1, dim2=2).flatten()
@@ -277,7 +283,7 @@ CHECKS: dict[str, Callable[[_Problem], Result]] = {
 
 
 def run(device: torch.device) -> Iterator[dict[str, Any]]:
-    """One row for each op and backend usable here: its error relative to float64, and the tolerance."""
+    """Yield one row for each op and backend usable here: its error relative to float64, and the tolerance."""
     problem = _Problem(device)
     for backend in _library.BACKENDS:
         if _library.availability(backend)[0]:

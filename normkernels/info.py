@@ -1,4 +1,4 @@
-"""What is installed here, which backend serves which op and why: ``python -m normkernels.info``.
+"""Show what is installed here, which backend serves which op and why: ``python -m normkernels.info``.
 
 --json prints the same as one JSON object. --selftest runs every op on every device and backend that can be
 used here, against the papers' equations in float64, and exits with 1 when one of them is wrong.
@@ -26,7 +26,7 @@ Report = dict[str, Any]
 
 
 def collect(selftest: bool = False) -> Report:
-    """Everything that this command shows, as plain data."""
+    """Return everything that this command shows, as plain data."""
     nvcc = _build.find_nvcc()
     types = _device_types()
     report: Report = {
@@ -66,7 +66,7 @@ def _installed_version(package: str) -> str | None:
 
 
 def _device_types() -> list[str]:
-    """ "cpu", and the type of the accelerator that torch sees, if there is one."""
+    """Return "cpu", and the type of the accelerator that torch sees, if there is one."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
 
@@ -86,7 +86,7 @@ def _devices(type: str) -> Iterator[Report]:
 
 
 def _extension() -> Report:
-    """Whether the extension is loaded, and what it says of itself: the build record may be another one's."""
+    """Return whether the extension is loaded, and what it says of itself: the record may be that of another build."""
     module, reason = _cuda.load()
     if module is None:
         return {"loaded": False, "reason": reason}
@@ -97,7 +97,7 @@ PLANNED_SHAPE = (64, 64, 32, 32)
 
 
 def _launches() -> Report:
-    """What a training step of IterNorm2d launches, for an example; empty where the build does not serve this GPU."""
+    """Return the launches of a training step of IterNorm2d, as an example; none if the build does not serve the GPU."""
     try:
         return {
             op: _cuda.launch_plan(op, PLANNED_SHAPE, torch.float32, group_size=64)
@@ -113,7 +113,7 @@ def _backend(name: str) -> Report:
 
 
 def _op_rows(op: str, device: str) -> Iterator[Report]:
-    """One row for each backend: does it serve the op on this type of device, and why (not)?"""
+    """Yield one row for each backend: whether it serves the op on this type of device, and why (not)."""
     serving, why = _library.explain(op, torch.empty(0, device=device))
     for name in _library.BACKENDS:
         available, reason = _library.availability(name)
@@ -128,7 +128,7 @@ def _op_rows(op: str, device: str) -> Iterator[Report]:
 
 
 def render(report: Report) -> str:
-    """The report as text for a terminal."""
+    """Return the report as text for a terminal."""
     build, cpu, nvcc, extension = report["build"], report["cpu"], report["nvcc"], report["extension"]
     lines = [
         f"normkernels  {report['normkernels']}",
@@ -183,7 +183,7 @@ def _loaded(extension: Report) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; the exit status is 1 when a self-test failed."""
+    """Run the command line; the exit status is 1 when a self-test failed."""
     parser = argparse.ArgumentParser(prog="python -m normkernels.info", description="What is installed, and why.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--selftest", action="store_true", help="run every op against float64 equations")

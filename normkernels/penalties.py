@@ -16,7 +16,7 @@ _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
 def orthogonality(conv: nn.Module) -> Tensor:
-    r"""How far a layer is from preserving lengths (OCNN; Wang et al., 2020), to be added to the loss.
+    r"""Return how far a layer is from preserving lengths (OCNN; Wang et al., 2020), to be added to the loss.
 
     With A the layer as a matrix from inputs to outputs, in the interior of a large plane and for one output position,
 
@@ -25,11 +25,11 @@ def orthogonality(conv: nn.Module) -> Tensor:
             \lVert \mathrm{Conv}(K, K, \text{padding} = \lfloor (k - 1) / s \rfloor s, \text{stride} = s)
             - I_{r0} \rVert_F^2
 
-    where s is the stride and S the product of its strides: rows, the responses to all inputs of one output, are
-    orthonormal. Where C_O > C_I S they cannot be, and it is columns, :math:`\lVert A^\top A - I \rVert_F^2`: for s = 1
-    the same on K transposed. The two differ by the constant C_O - C_I S, so they have the same
-    gradient, but only the one that is taken here can be zero. Inputs that a stride greater than the kernel leaves
-    unread do not count: S is the product of min(s, k).
+    where s is the stride and S the product of its strides. It is zero where rows, the responses of one output to all
+    inputs, are orthonormal. Where C_O > C_I S they cannot be, and columns are taken,
+    :math:`\lVert A^\top A - I \rVert_F^2`: for s = 1 the same on K transposed. The two differ by the constant
+    C_O - C_I S, so they have the same gradient, but only the one that is taken here can be zero. Inputs that a stride
+    greater than the kernel leaves unread do not count: S is the product of min(s, k).
 
     Args:
         conv: a convolution of any rank, kernel, stride, dilation and groups (blocks are summed), its transpose (the
@@ -51,7 +51,7 @@ def orthogonality(conv: nn.Module) -> Tensor:
 
 
 def _geometry(conv: nn.Module) -> tuple[Tensor, tuple[int, ...], tuple[int, ...], int]:
-    """Weight, stride, dilation and groups of the layer. ConvTranspose's weight is that of the layer it transposes."""
+    """Return weight, stride, dilation and groups of a layer; a ConvTranspose has the weight of what it transposes."""
     if not isinstance(conv, nn.Module):
         raise TypeError(f"conv: expected an nn.Module, got {type(conv).__name__}")
     weight = getattr(conv, "weight", None)
@@ -75,10 +75,11 @@ def _geometry(conv: nn.Module) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]
 
 
 def _polyphase(weight: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
-    """The same layer without a stride: (g, O, I, *k) -> (g, O, I S, *ceil(k / s)), inputs of each phase a channel.
+    """Return the same layer without a stride: (g, O, I, *k) -> (g, O, I S, *ceil(k / s)).
 
-    A strided convolution is an unstrided one of the inputs taken s at a time. Its taps at dilation * j meet those of
-    another output only where s divides dilation * (j' - j), so dilation only takes its common factor out of s.
+    The inputs of each phase become a channel: a strided convolution is an unstrided one of the inputs taken s at a
+    time. Its taps at dilation * j meet those of another output only where s divides dilation * (j' - j), so dilation
+    only takes its common factor out of s.
     """
     rank = len(stride)
     for i, (s, dilated) in enumerate(zip(stride, dilation, strict=True)):
@@ -93,9 +94,10 @@ def _polyphase(weight: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...
 
 @traceable_full_precision
 def _gram_error(K: Tensor) -> Tensor:
-    """sum over groups and lags of |sum_j K[j] K[j + lag]^T - I delta(lag)|_F^2, on the smaller side of K (g, O, I, *k).
+    """Return the sum over groups and lags of |sum_j K[j] K[j + lag]^T - I delta(lag)|_F^2 for K (g, O, I, *k).
 
-    The Gram matrix at -lag is the transpose of that at lag, so of the first dimension half the lags are formed.
+    It is taken on the smaller side of K. The Gram matrix at -lag is the transpose of that at lag, so only half of the
+    lags of the first dimension are formed.
     """
     if K.shape[1] > K.shape[2]:
         K = K.transpose(1, 2)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-# float64, and the second derivatives' products of it, they leave to another backend, and say so.
+# The kernels leave float64, and the second derivatives' products in it, to another backend, and say so.
 _handed_on = pytest.mark.filterwarnings("ignore:.*instead of the CUDA kernels")
 
 SIMT = pytest.param("simt", marks=[pytest.mark.simt, _handed_on])

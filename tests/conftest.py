@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 
 try:
     import hypothesis
-except ImportError:  # as on a machine that is there for the GPU tests only: property tests are skipped, nothing else
+except ImportError:  # without hypothesis, as on a machine for the GPU tests only, property tests alone are skipped
     hypothesis = sys.modules["hypothesis"] = MagicMock(__spec__=ModuleSpec("hypothesis", None))
     hypothesis.given = lambda *_, **__: pytest.mark.skip(reason="needs hypothesis")
     hypothesis.settings = MagicMock(return_value=lambda test: test)
@@ -46,11 +46,11 @@ if INTERPRETED:
 
 
 def cannot_run(item: pytest.Item) -> bool:
-    """Tests marked gpu where there is no CUDA device, and Triton kernels where there is a device but no interpreter.
+    """Return whether a test cannot run here.
 
-    And float64 for the kernels: they do not serve it, and a test of the fallback has nothing to add; nor have tiles of
-    other sizes, which are the eager backend's. With --simt, what
-    runs on the SIMT runtime and nothing else; without, everything else.
+    Tests marked gpu need a CUDA device, and Triton kernels on a CPU need the interpreter. The kernels do not serve
+    float64, and a test of the fallback has nothing to add; tiles of other sizes are the eager backend's. With --simt,
+    only what runs on the SIMT runtime is run; without it, everything else.
     """
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     backend = str(parameters.get("backend", ""))
@@ -77,7 +77,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """With --simt: sanitizers in the process, and the kernels built, once for all workers."""
+    """Prepare --simt: put sanitizers into the process, and build the kernels, once for all workers."""
     from tests.simt import build
 
     mode = config.getoption("--simt")
@@ -95,7 +95,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of the Triton backend run on the GPU where there is one, and are marked so."""
+    """Mark tests of the Triton backend as gpu where there is one; deselect what cannot run or is in another part."""
     for item in items:
         if torch.cuda.is_available() and item.path.name.startswith("test_triton"):
             item.add_marker(pytest.mark.gpu)
@@ -108,7 +108,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(params=backends.ALL)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Runs a test once for every backend, on a CPU (Triton's kernels interpreted, CUDA's as C++) and on a GPU."""
+    """Run a test once for every backend, on a CPU (Triton's kernels interpreted, CUDA's as C++) and on a GPU."""
     from normkernels import use_backend
     from normkernels.ops import _library
     from tests.oracles import run
@@ -134,7 +134,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _poisoned_allocations() -> Iterator[None]:
-    """torch.empty gives NaN (the largest integer for integers): reading uninitialized memory shows in the result."""
+    """Make torch.empty give NaN (or the largest integer): reading uninitialized memory shows in the result."""
     before = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -146,7 +146,7 @@ def _poisoned_allocations() -> Iterator[None]:
 
 @pytest.fixture(params=[72, 480], ids=["positions-cut", "samples-cut"])
 def tiny_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tile budgets so small that the inputs of oracles/inputs.py are cut, and unevenly.
+    """Set tile budgets so small that the inputs of oracles/inputs.py are cut, and unevenly.
 
     With 8 channels, 72 elements are 9 columns: 15 positions become 8 + 7. 480 elements are four samples of 15
     positions: 6 samples become 4 + 2. The budget is per thread, so there is one.

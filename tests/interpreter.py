@@ -11,14 +11,17 @@ import torch
 
 
 def behave_as_gpus_do() -> None:
-    """All repairs."""
+    """Make all repairs."""
     round_bfloat16_as_gpus_do()
     drop_nan_as_gpus_do()
     skip_work_without_effect()
 
 
 def drop_nan_as_gpus_do() -> None:
-    """The interpreter's maximum and minimum are NaN where one operand is, also where the kernel does not ask for it."""
+    """Make maximum and minimum drop NaN.
+
+    The interpreter's are NaN where one operand is, also where the kernel does not ask for it.
+    """
     from triton.runtime.interpreter import InterpreterBuilder
 
     InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
@@ -26,9 +29,10 @@ def drop_nan_as_gpus_do() -> None:
 
 
 def round_bfloat16_as_gpus_do() -> None:
-    """The interpreter cuts float32 off to bfloat16, and adds without carry where it rounds; a GPU rounds to nearest.
+    """Make float32 round to the nearest bfloat16, as a GPU does.
 
-    Without this, every bfloat16 output of a kernel would be wrong by up to a whole unit in the last place.
+    The interpreter cuts it off, and adds without carry where it rounds. Without this repair, every bfloat16 output of a
+    kernel would be wrong by up to a whole unit in the last place.
     """
     from triton.language import bfloat16, float32
     from triton.runtime import interpreter

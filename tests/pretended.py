@@ -23,7 +23,7 @@ from normkernels.ops import _library
 DEVICE = torch.device("mps", 0)
 LACKING = (torch.float64, torch.complex128)
 UNSUPPORTED = ("_linalg_eigh", "_linalg_svd", "linalg_qr", "frexp")
-# They take tensors of other devices: copies, and indices, which are moved.
+# Operators that take tensors of other devices: copies, and indices, which are moved.
 CROSSING = ("_to_copy", "copy_", "index", "index_put_", "_index_put_impl_")
 
 
@@ -58,7 +58,7 @@ class PretendedTensor(Tensor):
 
 
 def _literal(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
-    """torch.tensor, which moves its result to a device where no mode sees it."""
+    """Make a tensor as torch.tensor does, which moves its result to a device where no mode sees it."""
     made = _tensor(*args, device="cpu", **kwargs)
     return made if device is None else made.to(device)
 
@@ -78,7 +78,7 @@ class _Device(TorchDispatchMode):
         if func.namespace == "normkernels":
             with self:
                 return _library._IMPLEMENTATIONS[func._schema.name.partition("::")[2]]["eager"](*args, **kwargs)
-        with self:  # what is made of other operators comes whole, where autograd is done
+        with self:  # where autograd is done, an operator made of others comes whole
             if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
                 return result
         name, given = func._schema.name.partition("::")[2], tree_flatten((args, kwargs))[0]

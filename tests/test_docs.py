@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# Those of docs/distributed.md need processes: tests/layers/test_sync_training.py.
+# The blocks of docs/distributed.md need processes: tests/layers/test_sync_training.py.
 PAGES = sorted(
     page for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
     if page.name != "distributed.md" and BLOCK.search(page.read_text(encoding="utf-8"))

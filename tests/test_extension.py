@@ -118,7 +118,7 @@ def test_a_layer_takes_two_launches_in_each_direction(op):
 
 @pytest.mark.parametrize("shape", [(256, 64, 56, 56), (256, 512, 7, 7), (16384, 96)])
 def test_pop_norm_moves_the_bytes_of_batch_norm(shape):
-    """Two launches in each direction, 2 reads and 1 write forward, 4 and 1 backward, and a thousandth for vectors."""
+    """Two launches in each direction do 2 reads and 1 write forward, 4 and 1 backward, and a thousandth for vectors."""
     nbytes = math.prod(shape) * 4
     for op, reads in (("pop_norm", 2), ("pop_norm_backward", 4)):
         launches = plan(op, shape)
@@ -213,7 +213,7 @@ def test_without_a_gpu_the_backend_is_refused_with_the_reason():
 
 
 def registered(op: str) -> str:
-    """Where the kernel that serves CUDA tensors was registered."""
+    """Return where the kernel that serves CUDA tensors was registered."""
     found = re.search(r"^CUDA: registered at (\S+)", torch._C._dispatch_dump(f"normkernels::{op}"), re.MULTILINE)
     assert found is not None
     return found[1]
@@ -239,7 +239,7 @@ with nk.use_backend("eager"), nk.use_backend("auto"):
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_covering_a_kernel_is_no_warning(backend, monkeypatch):
-    """PyTorch warns of it, once for each process."""
+    """PyTorch would warn of it, once for each process."""
     monkeypatch.setenv("NORMKERNELS_BACKEND", backend)
     command = [sys.executable, "-P", "-W", "error", "-c", PROGRAM]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -247,7 +247,7 @@ def test_covering_a_kernel_is_no_warning(backend, monkeypatch):
 
 
 def handed_on(x, group_size):
-    """Straight to the compiled function, which leaves data that is not there to the next backend."""
+    """Call the compiled function itself, which leaves data that is not there to the next backend."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     return torch.ops.normkernels.moments.default.redispatch(keys, x, group_size, False)
 
@@ -259,7 +259,7 @@ def test_a_call_is_handed_on_through_the_dispatcher():
 
 
 def test_data_on_a_cpu_is_refused():
-    """As where only another argument is on a GPU, which is enough to bring the call here."""
+    """It comes here where only another argument is on a GPU, which is enough for the dispatcher."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     with pytest.raises(RuntimeError, match="moments: expected data on a CUDA device, got data on a CPU"):
         torch.ops.normkernels.moments.default.redispatch(keys, torch.ones(2, 8, 3, 3), 4, False)

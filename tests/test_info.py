@@ -19,7 +19,7 @@ BACKENDS = [name for name in _library.BACKENDS if _library.availability(name)[0]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command as a user runs it, without Triton's interpreter, whose kernels a test below covers."""
+    """Run the command as a user does, without Triton's interpreter, whose kernels a test below covers."""
     command = [sys.executable, "-m", "normkernels.info", *arguments]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -125,7 +125,7 @@ def test_a_wrong_kernel_fails_the_selftest(op, factor, monkeypatch, capsys):
 
 @pytest.fixture
 def eager_alone(monkeypatch):
-    """Triton's kernels in the interpreter are slow, and what fails here is the report."""
+    """Switch off Triton's interpreter, whose kernels are slow: what fails here is the report."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 

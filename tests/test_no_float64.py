@@ -34,7 +34,7 @@ def leaf(device: torch.device, *shape: int, **options: Any) -> Tensor:
 
 
 def with_gradients(result: Tensor | Sequence[Tensor], *leaves: Tensor) -> Results:
-    """The results, and the gradients of the first one; twice where it has second derivatives."""
+    """Return the results, and the gradients of the first one."""
     results = [result] if isinstance(result, Tensor) else [*result]
     # Flipped, because unflipped it may be x itself, to which a normalization is blind: all of dx would cancel.
     gradient = data(results[0].device, *results[0].shape, dtype=results[0].dtype, mean=0.0).flip(0)
@@ -49,7 +49,7 @@ def twice(function: Callable[..., Tensor], *leaves: Tensor) -> Results:
 
 
 def trained(make: Callable[[], nn.Module], *shape: int, dtype: torch.dtype = torch.float32) -> Case:
-    """A layer in training, its gradients and buffers, and what it gives in evaluation."""
+    """Return a case with a layer in training, its gradients and buffers, and what it gives in evaluation."""
 
     def case(device: torch.device) -> Results:
         torch.manual_seed(0)
@@ -84,7 +84,7 @@ def orthogonality(device: torch.device) -> Results:
 
 
 def classifier(device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
-    """A network, samples in [0, 1] and their classes."""
+    """Return a network, samples in [0, 1] and their classes."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 16, 3)).to(device)
     x = data(CPU, 5, 2, 6, 6).sigmoid().to(device)
@@ -177,7 +177,7 @@ def filtered(z: Tensor, v: Tensor) -> Tensor:
 
 
 def spectrum_near_zero(weight: Tensor) -> Tensor:
-    """Of a kernel whose power vanishes at frequency 0, where float32 alone has no digit."""
+    """Return the spectrum of a kernel whose power vanishes at frequency 0, where float32 alone has no digit."""
     return nk.ops.kernel_spectrum(weight - weight.detach().mean((2, 3), keepdim=True), (9, 8))
 
 
@@ -239,8 +239,8 @@ CASES: dict[str, Case] = {
         torch.tensor(norm) for norm in nk.analysis.weight_norms(classifier(d)[0]).values()
     ],
 }
-# Results of measures, not of something that is computed with: named tuples of numbers and what lies beside them.
-# And torch's own parametrization under our name.
+# Results of measures, named tuples of numbers and of what lies beside them, which nothing computes with; and torch's
+# own parametrization under our name.
 RESULTS = {"orthogonal", "BatchNormGap", "Decomposition", "HessianCondition", "PruningCandidate", "SimBAResult"}
 
 
@@ -305,7 +305,10 @@ class Watch(TorchDispatchMode):
 
 
 def trains_without_the_host(name: str) -> bool:
-    """What runs in a training step, where to wait for the CPU would show. Eigendecompositions do wait for it."""
+    """Return whether a case is part of a training step that does not wait for the CPU.
+
+    Eigendecompositions do wait for it.
+    """
     return not name.startswith("analysis.") and "eigh" not in name and "DBN" not in name and name != WAITS
 
 

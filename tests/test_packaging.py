@@ -37,7 +37,7 @@ def changed(**fields):
 
 @pytest.fixture(scope="module")
 def setup_module_():
-    """setup.py, imported without being run."""
+    """Import setup.py without running it."""
     spec = importlib.util.spec_from_file_location("normkernels_setup", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -65,7 +65,7 @@ def test_py_typed_is_part_of_the_package():
 
 
 def requirements(name):
-    """The lines of a requirements file: package, version."""
+    """Return the packages and versions of a requirements file."""
     lines = [line.partition("#")[0].partition(";")[0].strip() for line in (ROOT / name).read_text().splitlines()]
     found = [re.fullmatch(r"([a-z0-9-]+)={2,3}([0-9.]+)", line) for line in lines if line]
     assert all(found), lines
@@ -197,9 +197,9 @@ def test_default_architectures(setup_module_):
     [
         ([(9, 0), (9, 0)], "9.0+PTX"),
         ([(12, 0), (8, 0)], "8.0;12.0+PTX"),
-        ([(8, 7)], "8.6+PTX"),  # whose machine code runs there
+        ([(8, 7)], "8.6+PTX"),  # its machine code runs there
         ([(10, 3)], "10.0+PTX"),
-        ([(11, 0)], "10.0+PTX"),  # whose machine code does not, but the PTX
+        ([(11, 0)], "10.0+PTX"),  # its machine code does not run there, but the PTX does
         ([(7, 5)], "7.5+PTX"),  # refused, with its number in the message
     ],
 )
@@ -247,7 +247,7 @@ def test_flags_for_the_architectures():
 
 
 def test_objects_of_the_extension_have_names_of_their_own(setup_module_):
-    """a.cpp and a.cu would both become a.o."""
+    """Without them a.cpp and a.cu would both become a.o."""
     stems = [Path(source).stem for source in setup_module_.source_files(setup_module_.build_configuration())]
     assert len(set(stems)) == len(stems) > 1
 
@@ -260,7 +260,7 @@ def test_default_jobs(cores, gibibytes, jobs):
 
 
 def fake_nvcc(folder: Path, version: str, home: str = "") -> Path:
-    """A command that answers as nvcc does; ``home`` is a toolkit that lies elsewhere, as for a wrapper."""
+    """Write a command that answers as nvcc does; ``home`` is a toolkit that lies elsewhere, as for a wrapper."""
     command = folder / "bin" / "nvcc"
     command.parent.mkdir(parents=True)
     top = f"echo '#$ TOP={home}' >&2" if home else ":"
@@ -353,7 +353,7 @@ def test_a_missing_or_damaged_record_means_not_built(tmp_path):
 
 
 def test_a_build_writes_record_types_and_derivations(tmp_path):
-    """What `pip install` copies; build_lib and egg_base keep it out of the source tree."""
+    """The build has what `pip install` copies; build_lib and egg_base keep it out of the source tree."""
     environment = os.environ | {"NORMKERNELS_BUILD": "none"}
     arguments = ["egg_info", "--egg-base", str(tmp_path), "build", "--build-base", str(tmp_path / "build")]
     subprocess.run(

@@ -20,7 +20,7 @@ BOTH = pytest.mark.parametrize("layer_type", [nk.IterNorm2d, nk.DBN2d], ids=["It
 
 
 def check(config: Config, x: Tensor, *, stable: bool = False) -> None:
-    """Output and gradients of iter_norm under the rule of tolerances.py."""
+    """Check output and gradients of iter_norm by the rule of tolerances.py."""
     dy = incoming_gradient(x)
     got = run(nk.ops.iter_norm, config, x, dy)
     assert_iter_norm(got, oracle(config, x, dy, stable=stable), plain_path(config, x, dy), x, dy, None, config)
@@ -39,7 +39,7 @@ def test_several_groups_train_on_a_cpu(layer_type: type) -> None:
 
 @BOTH
 def test_backward_in_evaluation(layer_type: type) -> None:
-    """IterNorm-pytorch: IndexError. solo-learn: the gradient of the input is silently None."""
+    """IterNorm-pytorch: it raises IndexError. solo-learn: the gradient of the input is silently None."""
     layer = layer_type(8, group_size=4)
     x = torch.randn(5, 8, 3, 3, requires_grad=True)
     layer(x)
@@ -66,7 +66,7 @@ def test_2d_input_is_not_reshaped(layer_type: type) -> None:
 
 @BOTH
 def test_empty_batch(layer_type: type) -> None:
-    """IterNorm-pytorch: ZeroDivisionError."""
+    """IterNorm-pytorch: an empty batch raises ZeroDivisionError."""
     assert layer_type(8)(torch.empty(0, 8, 3, 3)).shape == (0, 8, 3, 3)
 
 
@@ -81,7 +81,7 @@ def test_one_nan_batch_does_not_poison_the_statistics(layer_type: type) -> None:
 
 
 def test_memory_saved_for_backward() -> None:
-    """IterNorm-pytorch: twice the input, as the centered copy is kept beside it."""
+    """IterNorm-pytorch: it saves twice the input, as the centered copy is kept beside it."""
     x = torch.randn(16, 32, 16, 16, requires_grad=True)
     saved: dict[int, int] = {}
 
@@ -96,14 +96,14 @@ def test_memory_saved_for_backward() -> None:
 
 @pytest.mark.parametrize("num_iterations", [10, 15])
 def test_many_iterations_at_a_condition_number_of_1e4(num_iterations: int) -> None:
-    """IterNorm-pytorch: 30 % error at T=10, NaN at T=15, as eq. 17 as written diverges in float32."""
+    """IterNorm-pytorch: the error is 30 % at T=10, and NaN at T=15, as eq. 17 as written diverges in float32."""
     config = Config(num_iterations=num_iterations, eps=1e-9)
     check(config, inputs.gaussian((64, 8, 4, 4), dtype=torch.float32, condition=1e4), stable=True)
 
 
 @pytest.mark.parametrize("scale", [1.0, 40.0, 1000.0])
 def test_float16(scale: float) -> None:
-    """IterNorm-pytorch: zeros or NaN from a standard deviation of 40 on, as the covariance overflows float16."""
+    """IterNorm-pytorch: y is zeros or NaN from a standard deviation of 40 on, as the covariance overflows float16."""
     layer = nk.IterNorm2d(8).half()
     x = inputs.gaussian((32, 8, 4, 4), dtype=torch.float16, scale=scale, mean=scale)
     y = layer(x)
@@ -131,7 +131,7 @@ def test_the_default_whitens_at_64_features() -> None:
 
 @BOTH
 def test_second_backward(layer_type: type) -> None:
-    """solo-learn: raises."""
+    """solo-learn: the second backward raises."""
     x = torch.randn(5, 8, 3, 3, requires_grad=True)
     y = layer_type(8)(x)
     first, second = (torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0] for _ in range(2))
@@ -139,7 +139,10 @@ def test_second_backward(layer_type: type) -> None:
 
 
 def test_double_backward() -> None:
-    """solo-learn: raises. (DBN refuses it by name; test_iter_norm_guarantees.py checks the values.)"""
+    """solo-learn: double backward raises.
+
+    DBN refuses it by name; test_iter_norm_guarantees.py checks the values.
+    """
     x = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
     layer = nk.IterNorm1d(4, dtype=torch.float64)
     (grad,) = torch.autograd.grad(layer(x).sin().sum(), x, create_graph=True)
@@ -161,7 +164,7 @@ def test_channels_last(layer_type: type) -> None:
 
 @BOTH
 def test_autocast(layer_type: type) -> None:
-    """solo-learn: leaves autocast through custom_fwd(float32), so activations come back twice as large."""
+    """solo-learn: it leaves autocast through custom_fwd(float32), so activations come back twice as large."""
     with torch.autocast("cpu", torch.bfloat16):
         h = nn.Conv2d(3, 8, 3)(torch.randn(4, 3, 9, 9))
         assert layer_type(8)(h).dtype == h.dtype == torch.bfloat16
@@ -194,7 +197,7 @@ EQUAL: dict[str, Tensor] = {
 @pytest.mark.parametrize("what", EQUAL)
 @pytest.mark.parametrize("method", ["newton", "eigh"])
 def test_gradients_are_finite(what: str, method: str) -> None:
-    """StochasticityBW's DBN (SVD): NaN gradients at equal eigenvalues, for zero input and for m = 1."""
+    """StochasticityBW's DBN (SVD): gradients are NaN at equal eigenvalues, for zero input and for m = 1."""
     check(Config(method=method, eps=1e-3), EQUAL[what], stable=True)
 
 
@@ -217,20 +220,20 @@ def test_running_covariance_of_unequal_batches() -> None:
 
 
 def test_the_input_is_centered() -> None:
-    """Network Deconvolution: whitens the uncentred second moment, so a constant offset changes the result."""
+    """Network Deconvolution: it whitens the uncentred second moment, so a constant offset changes the result."""
     x = inputs.gaussian((60, 8), mean=0.0)
     assert_agree(nk.ops.iter_norm(x + 5, 8)[0], nk.ops.iter_norm(x, 8)[0])
 
 
 @BOTH
 def test_evaluation_before_training(layer_type: type) -> None:
-    """Network Deconvolution: crashes."""
+    """Network Deconvolution: it crashes."""
     x = torch.randn(5, 8, 3, 3)
     assert torch.equal(layer_type(8).eval()(x), x)
 
 
 def test_gradient_is_that_of_the_truncated_iteration() -> None:
-    """FastDifferentiableMatSqrt: the Lyapunov gradient of the exact root, which is wrong for T = 2."""
+    """FastDifferentiableMatSqrt: it has the Lyapunov gradient of the exact root, which is wrong for T = 2."""
     x = inputs.gaussian((40, 8), condition=50.0)
     check(Config(num_iterations=2), x)
 

@@ -14,12 +14,12 @@ from normkernels.parametrizations import oni
 from normkernels.penalties import orthogonality
 
 D = torch.float64
-# torch.compile's own, about torch's own.
+# torch.compile's own warnings, about torch's own code.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
 
 
 def operator(conv: Any, size: tuple[int, ...]) -> Tensor:
-    """The layer on a torus as a matrix (C_O * outputs, C_I * inputs), tap by tap. Strides divide the sizes."""
+    """Return the layer on a torus as a matrix (C_O * outputs, C_I * inputs), tap by tap; strides divide the sizes."""
     weight, groups = conv.weight.detach(), conv.groups
     c_out, c_in = weight.shape[:2]
     outputs = tuple(n // s for n, s in zip(size, conv.stride, strict=True))
@@ -37,7 +37,7 @@ def operator(conv: Any, size: tuple[int, ...]) -> Tensor:
 
 
 def dense_penalty(conv: Any, size: tuple[int, ...], *, columns: bool) -> Tensor:
-    """|A A^T - I|_F^2 or |A^T A - I|_F^2 for one output position, columns without inputs that are never read."""
+    """Return |A A^T - I|_F^2 or |A^T A - I|_F^2 for one output position, without inputs that are never read."""
     A = operator(conv, size)
     A = A[:, A.abs().sum(0) > 0]
     gram = A.T @ A if columns else A @ A.T
@@ -90,7 +90,7 @@ def test_sides_differ_by_a_constant(channels: tuple[int, int], stride: int) -> N
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (2, 1), ((3, 2), (1, 2)), (3, 2), (4, 3), (2, 3)])
 @pytest.mark.parametrize("channels", [(3, 2), (2, 2), (2, 3)])
 def test_is_the_papers_equation(kernel: Any, stride: Any, channels: tuple[int, int]) -> None:
-    """Eq. 7 as it is written, for rows: Conv(K, K, padding = floor((k - 1) / S) S, stride = S) - I_r0."""
+    """It is eq. 7 as written, for rows: Conv(K, K, padding = floor((k - 1) / S) S, stride = S) - I_r0."""
     conv = nn.Conv2d(*channels, kernel, stride=stride, dtype=D)
     K, S = conv.weight.detach(), conv.stride
     P = tuple((k - 1) // s * s for k, s in zip(conv.kernel_size, S, strict=True))
@@ -103,7 +103,7 @@ def test_is_the_papers_equation(kernel: Any, stride: Any, channels: tuple[int, i
 
 
 def test_off_diagonal_entries_are_those_of_the_gram_matrix() -> None:
-    """One pair of overlapping rows: 2 a^2 b^2 for the lags +1 and -1, (a^2 + b^2 - 1)^2 on the diagonal."""
+    """One pair of overlapping rows has 2 a^2 b^2 for the lags +1 and -1, (a^2 + b^2 - 1)^2 on the diagonal."""
     conv = nn.Conv1d(1, 1, 2, dtype=D)
     a, b = conv.weight.data[0, 0] = torch.tensor([0.5, -0.25], dtype=D)
     expected = 2 * (a * b) ** 2 + (a**2 + b**2 - 1) ** 2
@@ -131,7 +131,7 @@ def test_zero_for_a_delta_of_an_orthogonal_matrix(n: int, d: int, kernel: int) -
 
 @pytest.mark.parametrize("c_out", [3, 8, 11])
 def test_zero_for_orthogonal_patches(c_out: int) -> None:
-    """A stride of the kernel's size: patches do not overlap, and an orthogonal matrix of patches is orthogonal."""
+    """With a stride of the kernel's size patches do not overlap, and an orthogonal matrix of them is orthogonal."""
     conv = nn.Conv2d(2, c_out, 2, stride=2, dtype=D)
     conv.weight.data.copy_(orthogonal_matrix(c_out, 8).view(c_out, 2, 2, 2))
     assert orthogonality(conv) < 1e-24
@@ -219,7 +219,7 @@ def test_autocast_does_not_reach_it() -> None:
 
 
 def test_device() -> None:
-    """OCNN's code calls .cuda(): the meta device stands for any other than the default one."""
+    """OCNN's code calls .cuda(); here the meta device stands for any other than the default one."""
     penalty = orthogonality(nn.Conv2d(5, 4, 3, stride=2, device="meta"))
     assert penalty.device.type == "meta" and penalty.shape == ()
 

@@ -61,12 +61,12 @@ LOST = 0.05  # relative error above which a path has no digits left to compare w
 
 
 def unit(dtype: torch.dtype) -> float:
-    """Unit roundoff: half the distance from 1 to the next number."""
+    """Return the unit roundoff: half the distance from 1 to the next number."""
     return torch.finfo(dtype).eps / 2
 
 
 def amplification(cov: Tensor, config: Config) -> float:
-    """k of the derivation: the worst group's condition number, or what T Newton steps can make of it."""
+    """Return k of the derivation: the worst group's condition number, or what T Newton steps can make of it."""
     sigma = iternorm.add_eps(cov.double(), config.eps)
     eigenvalues = torch.linalg.eigvalsh(sigma)
     floor = torch.finfo(torch.float64).eps * eigenvalues[:, -1]
@@ -79,12 +79,12 @@ def largest(t: Tensor) -> float:
 
 
 def row_sum(w: Tensor) -> float:
-    """The infinity norm of W (G, d, d), the worst group's."""
+    """Return the infinity norm of W (G, d, d), the worst group's."""
     return w.abs().sum(-1).max().item()
 
 
 def assert_within(name: str, got: Tensor, oracle: Tensor, plain: Tensor | None, floor: float, scale: float) -> None:
-    """The rule. scale is the size of the quantity, to tell when the plain path is lost."""
+    """Check the rule; scale: the size of the quantity, to tell when the plain path is lost."""
     assert got.shape == oracle.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(oracle.shape)}"
     assert got.isfinite().all(), f"{name}: not finite"
     error = largest(got.double() - oracle)
@@ -110,26 +110,28 @@ class Floors:
 
 
 def mean_floor(x: Tensor) -> float:
-    """Pairwise summation, the division and the rounding of the result: u (2 + log2 m) |x|_max."""
+    """Return u (2 + log2 m) |x|_max: pairwise summation, the division and the rounding of the result."""
     m = x.numel() // x.shape[1]
     return unit(stat_dtype(x.dtype)) * (2 + torch.tensor(float(max(m, 1))).log2().item()) * largest(x.double())
 
 
 def cov_floor(x: Tensor, cov: Tensor) -> Tensor:
-    """Entry by entry, (G, d, d)."""
+    """Return the floor of cov entry by entry, (G, d, d)."""
     u, m = unit(stat_dtype(x.dtype)), x.numel() // x.shape[1]
     std = cov.diagonal(dim1=-2, dim2=-1).sqrt()
     return u * (4 + m**0.5) * std[..., :, None] * std[..., None, :] + (2 * u * largest(x.double())) ** 2
 
 
 def w_floor(cov: Tensor, w: Tensor, config: Config) -> float:
-    """inverse_sqrt of a given covariance."""
+    """Return the floor of inverse_sqrt of a given covariance."""
     d = cov.shape[-1]
     return unit(stat_dtype(cov.dtype)) * (1 + amplification(cov, config) / 2) * (4 + d**0.5) * row_sum(w)
 
 
 def dcov_floor(cov: Tensor, w: Tensor, grad: Tensor, config: Config) -> float:
-    """Gradient of inverse_sqrt: three times the relative error of W, on a gradient of size |W|^3 |dL/dW| / 2.
+    """Return the floor of inverse_sqrt's gradient.
+
+    It is three times the relative error of W, on a gradient of size |W|^3 |dL/dW| / 2.
 
     With an eps or a truncated T, |W| bounds l^{-1/2}. The trace terms are sums over d^2 entries: d sqrt(d) at worst.
     """
@@ -139,7 +141,7 @@ def dcov_floor(cov: Tensor, w: Tensor, grad: Tensor, config: Config) -> float:
 
 
 def relative_error_of_w(x: Tensor, w: Tensor, config: Config) -> float:
-    """r of the derivation, for W (G, d, d) estimated from x."""
+    """Return r of the derivation, for W (G, d, d) estimated from x."""
     u, m, d = unit(stat_dtype(x.dtype)), x.numel() // x.shape[1], w.shape[-1]
     _, cov = iternorm.moments(x.double(), config.group_size)
     k = amplification(cov, config)
@@ -148,7 +150,7 @@ def relative_error_of_w(x: Tensor, w: Tensor, config: Config) -> float:
 
 
 def exactly_centered(x: Tensor, dy: Tensor, oracle: Result, config: Config) -> Floors:
-    """floors() for a path that removes the mean exactly: they are those of x - mean, in the same type.
+    """Return floors() for a path that removes the mean exactly: those of x - mean, in the same type.
 
     |x - mean| takes the place of |x|, so no term grows with the mean any more.
     """
@@ -157,7 +159,7 @@ def exactly_centered(x: Tensor, dy: Tensor, oracle: Result, config: Config) -> F
 
 
 def floors(x: Tensor, dy: Tensor, weight: Tensor | None, oracle: Result, config: Config) -> Floors:
-    """Everything iter_norm returns."""
+    """Return the floors of everything that iter_norm returns."""
     u, u_out = unit(stat_dtype(x.dtype)), unit(x.dtype)
     rounding_of_mean, relative = mean_floor(x), relative_error_of_w(x, oracle.w, config)
     x, dy = x.double(), dy.double()
@@ -184,7 +186,7 @@ def floors(x: Tensor, dy: Tensor, weight: Tensor | None, oracle: Result, config:
 def assert_iter_norm(
     got: Result, oracle: Result, plain: Result, x: Tensor, dy: Tensor, weight: Tensor | None, config: Config
 ) -> None:
-    """The rule for every output and gradient of iter_norm."""
+    """Check the rule for every output and gradient of iter_norm."""
     floor = floors(x, dy, weight, oracle, config)
     gamma = 1.0 if weight is None else largest(weight.double())
     w = row_sum(oracle.w)
@@ -200,7 +202,10 @@ def assert_iter_norm(
 
 
 def moments_gradient_floor(x: Tensor, dmean: Tensor, dcov: Tensor) -> float:
-    """dx = dmean / m + (dcov + dcov^T) x_c / m: a product over d terms of x_c, which is good to e = 2 u |x|_max."""
+    """Return the floor of dx = dmean / m + (dcov + dcov^T) x_c / m.
+
+    It is a product over d terms of x_c, which is good to e = 2 u |x|_max.
+    """
     u, m, d = unit(stat_dtype(x.dtype)), x.numel() // x.shape[1], dcov.shape[-1]
     centered = largest(x.double() - x.double().movedim(1, -1).flatten(0, -2).mean(0).view(-1, *[1] * (x.ndim - 2)))
     row = row_sum((dcov + dcov.mT).double())
@@ -209,7 +214,10 @@ def moments_gradient_floor(x: Tensor, dmean: Tensor, dcov: Tensor) -> float:
 
 
 def cross_floor(y: Tensor, x: Tensor, mean: Tensor) -> tuple[float, float]:
-    """sum y (x - mean)^T and sum y: sqrt(m) u of the sum of absolute values, and 2 u |x| for each x - mean."""
+    """Return the floors of sum y (x - mean)^T and sum y.
+
+    They are sqrt(m) u of the sum of absolute values, and 2 u |x| for each x - mean.
+    """
     u, m = unit(stat_dtype(x.dtype)), x.numel() // x.shape[1]
     sum_y = y.double().abs().movedim(1, 0).flatten(1).sum(1).max().item()
     size = largest(x.double()) + largest(mean)
@@ -219,7 +227,9 @@ def cross_floor(y: Tensor, x: Tensor, mean: Tensor) -> tuple[float, float]:
 def whiten_floors(
     arguments: list[Tensor | None], dy: Tensor, y: Tensor, grads: list[Tensor | None]
 ) -> dict[str, float]:
-    """y = A (x - mean) + beta with A = diag(gamma) W: products of d terms of x - mean, sums of m terms backward.
+    """Return the floors of y = A (x - mean) + beta, A = diag(gamma) W, and of its gradients.
+
+    Forward there are products of d terms of x - mean, backward sums of m terms.
 
     Each x - mean is good to e = 2 u |x|_max, each product of d terms to u (4 + sqrt(d)); every result is rounded once
     to its type.
@@ -256,7 +266,10 @@ SAVED_FOR_BACKWARD = 1.1
 
 
 def largest_stretch(eps: float, dtype: torch.dtype, d: int) -> float:
-    """|W|_2 <= 1 / sqrt(eps), as Sigma >= eps I; forming W costs u (4 + sqrt(d)) in each of d rows."""
+    """Return the bound of |W|_2 <= 1 / sqrt(eps), as Sigma >= eps I.
+
+    Forming W costs u (4 + sqrt(d)) in each of d rows.
+    """
     return (1 + d * unit(dtype) * (4 + d**0.5)) / eps**0.5
 
 
@@ -272,7 +285,7 @@ LARGER_THAN_FLOAT64 = 3
 
 
 def assert_within_remainder(mean: Tensor, remainder: Tensor, exact: Tensor, x: Tensor) -> None:
-    """mean + remainder: a mean is the first tile's, plus one of differences to it, which float32 rounds.
+    """Check mean + remainder: a mean is the first tile's, plus one of differences to it, which float32 rounds.
 
     m differences, of no more than the range of x, are off by sqrt(m) u of it at most (Higham and Mary, 2019).
     """
@@ -282,7 +295,7 @@ def assert_within_remainder(mean: Tensor, remainder: Tensor, exact: Tensor, x: T
 
 
 def assert_agree(got: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]) -> None:
-    """Two careful paths in one type, on a well-conditioned input of the size used in these tests.
+    """Check that two careful paths in one type agree, on a well-conditioned input of the size used in these tests.
 
     Each is within r of the exact result, so they are within 2 r of each other, relative to the largest entry; with
     T = 5 (k = 2.25^5), d = 8 and m = 1000, 2 r = 2400 u: 1.4e-4 in float32, 2.7e-13 in float64.
@@ -301,7 +314,7 @@ def assert_agree(got: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Ten
         assert_within(f"{i}", a, b.double(), None, bound, largest(b.double()))
 
 
-# What the synchronized layers promise of float32, relative to the largest entry, whatever the mean: with d = 8, m = 144
+# The bound of the synchronized layers in float32, relative to the largest entry, whatever the mean: with d = 8, m = 144
 # and a condition number k = 3, r without the rounding of the mean is 41 u = 2.4e-6; dx has three times that.
 SYNCHRONIZED = 1e-5
 
@@ -328,7 +341,9 @@ def pop_norm_floors(
     x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, kappa: float, eps: float, center: bool,
     scale: bool, oracle: Sequence[Tensor | None], running: tuple[Tensor, Tensor] | None = None,
 ) -> list[float]:  # fmt: skip
-    """Of y and the gradients of x, weight and bias; ``oracle`` has their values. x is in the type of the test.
+    """Return the floors of y and the gradients of x, weight and bias, whose values ``oracle`` has.
+
+    x is in the type of the test.
 
     running: mean and variance, in evaluation.
     """
@@ -363,7 +378,9 @@ def pop_norm_floors(
 
 
 def dbeta_error(x: Tensor, beta: float) -> float:
-    """Relative to dbeta for a constant dy: f sigma^2 - beta D, where D is zero but for its rounding.
+    """Return the error of dbeta relative to it, for a constant dy.
+
+    dbeta has f sigma^2 - beta D, where D is zero but for its rounding.
 
     D is a sum of m terms of size sigma, off by u (4 + sqrt(m)) m sigma; relative to f sigma^2 = m sigma^2 that is
     beta / sigma times u (4 + sqrt(m)), of the deviation of the channel that has the smallest. The variance has u
@@ -387,7 +404,7 @@ def precondition_floors(
     Gw: Tensor, Gb: Tensor | None, mean: Tensor, var: Tensor, q2: float, exact_w: Tensor, exact_b: Tensor | None,
     eps1: float = 1e-2, eps2: float = 1e-4,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Entry by entry; Gw and Gb in the type of the test, exact_w and exact_b the oracle's results."""
+    """Return the floors entry by entry; Gw, Gb are in the type of the test, exact_w, exact_b the oracle's results."""
     u, n, groups = unit(stat_dtype(Gw.dtype)), Gw[0].numel(), len(mean) // Gw.shape[1]
     var, mean = (value.double().view(groups, -1) for value in (var, mean))
     factor = 1 / (q2 * (var + eps1 * var.amax(1, keepdim=True) + eps2))
@@ -407,7 +424,9 @@ def precondition_floors(
 
 
 def merged_floors(x: Tensor, var: Tensor, merges: int) -> tuple[float, Tensor]:
-    """Mean, and variance of each channel, of x in the type of the test, merged so often by Chan's formula.
+    """Return the floors of mean, and variance of each channel, of x merged so often by Chan's formula.
+
+    x is in the type of the test.
 
     Each merge rounds the mean, e = 2 u |x|_max. Two means that are off by e make their difference delta off by 2 e, and
     t (1 - t) delta^2, which is at most the variance, by 4 e sqrt(t (1 - t) var) <= 2 e sqrt(var).
@@ -449,48 +468,48 @@ def merged_floors(x: Tensor, var: Tensor, merges: int) -> tuple[float, Tensor]:
 
 
 def noise(count: int) -> float:
-    """S: the largest of count independent errors, in root mean squares."""
+    """Return S: the largest of count independent errors, in root mean squares."""
     return max(1.0, (2 * torch.tensor(float(max(count, 2))).log().item()) ** 0.5)
 
 
 def plane_rms(t: Tensor) -> Tensor:
-    """(N, C, *size) -> (C,): the worst sample of each channel."""
+    """Return the root mean square of each channel's worst sample: (N, C, *size) -> (C,)."""
     if not t.numel():
         return torch.zeros(t.shape[1], dtype=torch.float64)
     return t.double().flatten(2).square().mean(2).sqrt().amax(0)
 
 
 def spectrum_terms(weight: Tensor, size: Sequence[int]) -> float:
-    """t of the derivation of v."""
+    """Return t of the derivation of v."""
     lags = torch.Size([2 * k - 1 for k in weight.shape[2:]]).numel()
     return 4 + weight[0].numel() ** 0.5 + lags**0.5 + torch.tensor(float(torch.Size(size).numel())).log2().item()
 
 
 def peak_power(weight: Tensor) -> Tensor:
-    """(C_O, 1...): the bound of every p(f)."""
+    """Return the bound of every p(f), (C_O, 1...)."""
     return weight.double().abs().flatten(2).sum(2).square().sum(1).view(-1, *[1] * (weight.ndim - 2))
 
 
 def inverse_root_error(weight: Tensor) -> float:
-    """What the way from p to v costs, relative to v."""
+    """Return the error of the way from p to v, relative to v."""
     exact = stat_dtype(weight.dtype) == torch.float64 or has_float64(weight.device)
     return 4 * unit(torch.float64) if exact else 3.5 * unit(torch.float32)
 
 
 def spectrum_floor(weight: Tensor, v: Tensor) -> Tensor:
-    """Entry by entry, for the oracle's v (C_O, *size)."""
+    """Return the floor of v entry by entry, for the oracle's v (C_O, *size)."""
     error = unit(torch.float64) * spectrum_terms(weight, v.shape[1:]) * peak_power(weight) * v.square() / 2
     return v * (error + inverse_root_error(weight) + unit(stat_dtype(weight.dtype)))
 
 
 def spectrum_gain(v: Tensor, power: Tensor, eps: float) -> Tensor:
-    """|d v(f) / d a|, for each frequency: v^2 (r + sqrt(eps (1 - r^2)))."""
+    """Return |d v(f) / d a| for each frequency: v^2 (r + sqrt(eps (1 - r^2)))."""
     r = (v * power.sqrt()).clamp(max=1)
     return v.square() * (r + (eps * (1 - r.square())).sqrt())
 
 
 def spectrum_gradient_floor(weight: Tensor, v: Tensor, dv: Tensor, dweight: Tensor, power: Tensor, eps: float) -> float:
-    """The worst channel's, for the oracle's v, power and gradient of weight."""
+    """Return the worst channel's floor, for the oracle's v, power and gradient of weight."""
     t, peak, gain = spectrum_terms(weight, v.shape[1:]), peak_power(weight), spectrum_gain(v, power, eps)
     of_a_and_v = unit(torch.float64) * t * (v**3 * peak.sqrt() + 1.5 * peak * v.square() * gain)
     saved = 3 * (inverse_root_error(weight) + unit(stat_dtype(weight.dtype))) * gain
@@ -499,12 +518,15 @@ def spectrum_gradient_floor(weight: Tensor, v: Tensor, dv: Tensor, dweight: Tens
 
 
 def filter_terms(size: Sequence[int]) -> float:
-    """One product with an orthogonal matrix along each axis."""
+    """Return t of the derivation of filter: one product with an orthogonal matrix along each axis."""
     return 4 + sum(n**0.5 for n in size)
 
 
 def filter_floor(z: Tensor, v: Tensor, y: Tensor) -> Tensor:
-    """(C,): y of spectral_filter, or dz of y's gradient. z is in the type of the test, y the oracle's."""
+    """Return the floors (C,) of y of spectral_filter, or of dz for y's gradient.
+
+    z is in the type of the test, y the oracle's.
+    """
     u, rms_v = unit(stat_dtype(z.dtype)), v.double().flatten(1).square().mean(1).sqrt()
     white = noise(z.numel()) * u * filter_terms(v.shape[1:]) * (plane_rms(z) * rms_v + plane_rms(y))
     largest_y = y.double().abs().movedim(1, 0).flatten(1).amax(1) if y.numel() else torch.zeros_like(white)
@@ -512,7 +534,7 @@ def filter_floor(z: Tensor, v: Tensor, y: Tensor) -> Tensor:
 
 
 def filter_spectrum_floor(z: Tensor, v: Tensor, dy: Tensor, dv: Tensor) -> float:
-    """dv: two factors, each with its own error, and a sum over N samples."""
+    """Return the floor of dv: two factors, each with its own error, and a sum over N samples."""
     u, t = unit(stat_dtype(z.dtype)), 2 * filter_terms(v.shape[1:]) + z.shape[0] ** 0.5
     size = (plane_rms(z) * plane_rms(dy)).max().item() * z.shape[0]
     return noise(v.numel()) ** 2 * u * t * size + unit(v.dtype) * largest(dv)
@@ -533,7 +555,10 @@ def conv_norm_floors(
     x: Tensor, parameters: Sequence[Tensor | None], config: convnorm.Config, dy: Tensor,
     y: Tensor, grads: Sequence[Tensor | None] = (None,) * 4,
 ) -> ConvNormFloors:  # fmt: skip
-    """x, dy, parameters (weight, bias, affine_weight) in the type of the test; y and grads (x's first) the oracle's."""
+    """Return the floors for x, dy, parameters in the type of the test, and the oracle's y and grads.
+
+    parameters: weight, bias, affine_weight; grads: x's first.
+    """
     weight, _, affine_weight = parameters
     assert weight is not None
     u, rounding = unit(stat_dtype(x.dtype)), unit(x.dtype)
@@ -594,7 +619,7 @@ def conv_norm_floors(
 def assert_conv_norm(
     got: Sequence[Tensor | None], oracle: Sequence[Tensor | None], plain: Sequence[Tensor | None], floor: ConvNormFloors
 ) -> None:
-    """The rule for y and the gradients of x, weight, bias and affine_weight."""
+    """Check the rule for y and the gradients of x, weight, bias and affine_weight."""
     for name, value, exact, other in zip(("y", "dx", "dweight", "dbias", "daffine"), got, oracle, plain, strict=True):
         assert (value is None) == (exact is None), name
         if value is not None and exact is not None:
@@ -627,20 +652,23 @@ INVARIANCE_GAP = 1e-12
 
 
 def assert_identity(got: Tensor | float, expected: Tensor | float) -> None:
-    """Equal but for float64's rounding, relative to the largest entry."""
+    """Check that values are equal but for float64's rounding, relative to the largest entry."""
     got, expected = (torch.as_tensor(t, dtype=torch.float64) for t in (got, expected))
     torch.testing.assert_close(got, expected, rtol=0, atol=IDENTITY * largest(expected), equal_nan=True)
 
 
 def condition_error(H: Tensor, P: Tensor, rank: int, terms: int, dtype: torch.dtype = torch.float64) -> float:
-    """Relative error of kappa(P^T H P), for H of this rank, each entry a sum of so many terms in this type."""
+    """Return the relative error of kappa(P^T H P).
+
+    H has this rank, and each entry is a sum of so many terms in this type.
+    """
     a = P.abs().mT @ H.diagonal().abs().sqrt()
     values = torch.linalg.svdvals(P.mT @ H @ P)
     return 4 * unit(dtype) * (4 + terms**0.5 + len(H) ** 0.5) * (a.square().sum() / values[rank - 1]).item()
 
 
 def covariance_condition_error(values: Sequence[float], n: int, mean: float = 0.0) -> float:
-    """Relative error of kappa for n samples with these singular values once centered."""
+    """Return the relative error of kappa for n samples with these singular values once centered."""
     entries = (n * len(values)) ** 0.5
     return 2 * unit(torch.float64) * ((4 + n**0.5) * max(values) + 2 * entries * mean) / min(values)
 
@@ -679,7 +707,7 @@ def assert_folded(
     x: Tensor,
     weights: torch.dtype | None = None,
 ) -> None:
-    """The function of the layer and the norm behind it, float64; weights: the type that the merged ones are of."""
+    """Check the function of the layer and the norm behind it, float64; weights: the type of the merged ones."""
     absolute = [copy.deepcopy(module) for module in (layer, norm)]
     for name, value in (item for module in absolute for item in module.state_dict().items()):
         if name != "num_batches_tracked":
@@ -694,6 +722,9 @@ def assert_folded(
 
 
 def assert_folded_network(got: Tensor, expected: Tensor, layers: int, terms: int, d: int) -> None:
-    """layers: those with a norm; terms, d: at most so many products in a sum, channels in a whitening group."""
+    """Check the function of a folded network.
+
+    layers: those with a norm; terms, d: at most so many products in a sum, channels in a whitening group.
+    """
     relative = 10 * layers * 2 * unit(torch.float64) * (6 + terms**0.5 + d**0.5)
     assert_within("folded", got, expected, None, relative * largest(expected), largest(expected))

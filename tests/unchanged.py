@@ -54,7 +54,7 @@ def images() -> Iterator[tuple[str, Tensor]]:
 
 
 def differentiated(outputs: Any, **inputs: Tensor | None) -> Values:
-    """The floating-point outputs and the gradients of a fixed combination of them."""
+    """Return the tensors among the outputs, and the gradients of a fixed combination of them."""
     found = (outputs,) if isinstance(outputs, Tensor) else outputs
     tensors = [value for value in found if isinstance(value, Tensor)]
     result = {f"output {i}": value.detach() for i, value in enumerate(tensors)}
@@ -161,7 +161,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def trained(make: Callable[[], nn.Module], shape: tuple[int, ...], dtype: torch.dtype) -> Values:
-    """Two training steps, then evaluation."""
+    """Run two training steps, then evaluation."""
     torch.manual_seed(0)
     layer = make().to(dtype)
     result: Values = {}
@@ -186,7 +186,7 @@ def layers() -> Iterator[tuple[str, Callable[[], Values]]]:
 
 
 def preconditioned() -> Values:
-    """Three steps of a small network."""
+    """Run three steps of a small network."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, groups=1), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5), nn.ReLU(), nn.Linear(5, 2)
@@ -205,7 +205,7 @@ def preconditioned() -> Values:
 
 
 def digest(value: Tensor) -> str:
-    """Of type, shape, strides and bits; all NaNs are alike."""
+    """Return a hash of a tensor's type, shape, strides and bits, with all NaNs alike."""
     values = value.detach().contiguous()
     if values.is_complex():
         values = torch.view_as_real(values)
@@ -232,7 +232,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message=".*instead of the")  # what a backend leaves to plain PyTorch
+    warnings.filterwarnings("ignore", message=".*instead of the")  # a backend warns of what it leaves to plain PyTorch
     behave_as_gpus_do()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     found: dict[str, str] = {}

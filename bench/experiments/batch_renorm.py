@@ -67,7 +67,7 @@ class _BatchRenorm(BatchStatisticsLayer):
         self.d_max = d_max
 
     def reset_running_stats(self) -> None:
-        """Mean 0, standard deviation 1, no batch seen."""
+        """Reset the statistics to mean 0, standard deviation 1 and no batch seen."""
         super().reset_running_stats()
         self.running_std.fill_(1)
 

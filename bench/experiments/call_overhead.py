@@ -1,4 +1,4 @@
-"""What a call costs the host on its way to the GPU, by backend, measured where there is none.
+"""The time that a call costs the host on its way to the GPU, by backend, measured without a GPU.
 
     TRITON_INTERPRET=0 python -m bench.experiments.call_overhead
 
@@ -65,7 +65,7 @@ def on_cuda(call: Callable[[], None]) -> float:
         return microseconds(call)
 
 
-# Of Triton's driver what a launch asks for.
+# The part of Triton's driver that a launch uses.
 NO_GPU = SimpleNamespace(
     get_current_device=lambda: 0,
     get_current_stream=lambda device: 0,
@@ -86,13 +86,13 @@ def launch(
 
 def on_triton(call: Callable[[], None]) -> float:
     with on_cpu_tensors("triton"), _triton.recording(90, launch):
-        call()  # entering it clears the table of configurations
+        call()  # a first call, because entering `recording` clears the table of configurations
         return microseconds(call)
 
 
 @contextmanager
 def on_cpu_tensors(backend: str) -> Any:
-    """use_backend without asking whether it can run here."""
+    """Choose a backend as use_backend does, without asking whether it can run here."""
     _library._choose(backend)
     try:
         yield

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from normkernels.analysis import channel_condition, layer_spectral_norm
 
-EPS = 1e-8  # nk.ConvNorm2d's
+EPS = 1e-8  # the default of nk.ConvNorm2d
 SKIP = "shortcut|downsample"
 
 
@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 
 def resnet18(width: int = 64) -> nn.Sequential:
-    """ResNet-18 for small images: a 3x3 stem, no pooling before the blocks."""
+    """Build ResNet-18 for small images: a 3x3 stem, no pooling before the blocks."""
     layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     channels = width
     for stage in range(4):
@@ -77,7 +77,7 @@ class Layer:
 
 
 def convolutions(model: nn.Module, size: int) -> list[tuple[str, nn.Conv2d, tuple[int, int]]]:
-    """Every Conv2d that runs, in the order in which they first do, with its input plane."""
+    """Return every Conv2d that runs, in the order in which they first do, with its name and its input plane."""
     found: dict[str, tuple[nn.Conv2d, tuple[int, int]]] = {}
     handles = []
     for name, module in model.named_modules():
@@ -103,7 +103,7 @@ def convolutions(model: nn.Module, size: int) -> list[tuple[str, nn.Conv2d, tupl
 
 
 def convnorm_spectrum(weight: Tensor, plane: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
-    """v (C_O, H, W), in float64. Filter by filter, as the padded spectra of a whole layer are gigabytes."""
+    """Return v (C_O, H, W) in float64, filter by filter: the padded spectra of a whole layer are gigabytes."""
     rows, columns = (slice(0, (k - 1) * d + 1, d) for k, d in zip(weight.shape[2:], dilation, strict=True))
     spread = weight.new_zeros(weight.shape[1], *plane, dtype=torch.float64)
     powers = []
@@ -116,7 +116,7 @@ def convnorm_spectrum(weight: Tensor, plane: tuple[int, int], dilation: tuple[in
 
 
 def analyse(model: nn.Module, size: int = 32, skip: str = SKIP) -> list[Layer]:
-    """One row for each convolution whose name does not match ``skip``."""
+    """Return one row for each convolution whose name does not match ``skip``."""
     rows = []
     for name, conv, plane in convolutions(model, size):
         if re.search(skip, name):
@@ -134,7 +134,7 @@ def analyse(model: nn.Module, size: int = 32, skip: str = SKIP) -> list[Layer]:
 
 
 def write(rows: Sequence[Layer], out: Path) -> tuple[Path, Path]:
-    """The table and the figure."""
+    """Write the table and the figure, and return their paths."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display needed
@@ -169,7 +169,7 @@ def write(rows: Sequence[Layer], out: Path) -> tuple[Path, Path]:
 
 
 def build(model: str | None) -> nn.Module:
-    """The network that ``module:factory`` makes, ResNet-18 for None."""
+    """Build the network that ``module:factory`` makes, ResNet-18 for None."""
     if model is None:
         return resnet18()
     module, colon, factory = model.partition(":")

@@ -40,7 +40,7 @@ class Split:
 
 
 def digits_split(test_fraction: float = TEST_FRACTION, seed: int = SPLIT_SEED) -> Split:
-    """The same stratified split at every call. Nothing of the test images enters the standardization."""
+    """Return the same stratified split at every call. Nothing of the test images enters the standardization."""
     data = load_digits()
     images = torch.from_numpy(data.images.astype(np.float32)).unsqueeze(1)
     labels = torch.from_numpy(data.target.astype(np.int64))
@@ -61,7 +61,7 @@ def digits_split(test_fraction: float = TEST_FRACTION, seed: int = SPLIT_SEED) -
 
 
 def build_network(norm: NormFactory, seed: int, widths: tuple[int, ...] = (16, 32, 32, 64)) -> nn.Sequential:
-    """(n, 1, 8, 8) -> (n, 10): conv-norm-ReLU for each width, pooled in the middle and at the end.
+    """Build a network (n, 1, 8, 8) -> (n, 10): conv-norm-ReLU for each width, pooled in the middle and at the end.
 
     Norm layers draw no random numbers, so one seed gives the same weights whatever the norm.
     """
@@ -77,7 +77,7 @@ def build_network(norm: NormFactory, seed: int, widths: tuple[int, ...] = (16, 3
 
 
 def batches(count: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
-    """Index batches of one epoch, the same for every norm.
+    """Yield index batches of one epoch, the same for every norm.
 
     The last, smaller batch is left out: with few samples its statistics would be the noisiest of the epoch.
     """
@@ -88,7 +88,7 @@ def batches(count: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tens
 
 @dataclass(frozen=True)
 class Epoch:
-    """What is recorded after one epoch of one network."""
+    """The record of one epoch of one network."""
 
     norm: str
     seed: int
@@ -107,7 +107,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 def train_epoch(
     model: nn.Module, optimizer: torch.optim.Optimizer, split: Split, batch_size: int, seed: int, epoch: int
 ) -> float:
-    """One pass over the training images; returns the mean loss."""
+    """Make one pass over the training images, and return the mean loss."""
     model.train()
     losses = []
     for index in batches(len(split.train_y), batch_size, seed, epoch):

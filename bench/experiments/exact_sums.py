@@ -33,7 +33,7 @@ class Count(TorchDispatchMode):
 
 
 def measure(call: Callable[[], Tensor]) -> tuple[int, float]:
-    call()  # tables
+    call()  # the first call makes tables
     start = time.process_time()
     call()
     seconds = time.process_time() - start

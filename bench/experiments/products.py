@@ -1,4 +1,4 @@
-"""What torch can multiply tiles of activations with on a CPU: the comparison behind the eager backend's choices.
+"""Ways in which torch can multiply tiles of activations on a CPU: the comparison behind the eager backend's choices.
 
     python -m bench.experiments.products [--channels 64 128] [--group-size 64] [--positions 1024] [--samples 16]
 
@@ -24,7 +24,10 @@ ROUNDS = 25
 
 
 def candidates(x: Tensor, d: int) -> dict[str, Callable[[], object]]:
-    """x: (n, C, l). Each candidate starts from the layout it wants; only the product is timed."""
+    """Return the ways to multiply x (n, C, l).
+
+    Each candidate starts from the layout it wants; only the product is timed.
+    """
     n, c, positions = x.shape
     g = c // d
     matrix = torch.randn(g, d, d)

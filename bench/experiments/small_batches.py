@@ -51,10 +51,10 @@ from bench.plots import BLUE, DARK, LIGHT, MID, ORANGE, STYLE, save
 from bench.report import table
 
 GROUPS = (
-    4  # of GroupNorm. Groups of 4 channels, how one may read the paper, leave 4 values to normalize in a dense layer
+    4  # in GroupNorm. Groups of 4 channels, as one may read the paper, leave 4 values to normalize in a dense layer
 )
 DENSE, CONVOLUTIONAL = "fully connected", "convolutional"
-WIDTHS = {DENSE: ((), (100, 100, 100)), CONVOLUTIONAL: ((16, 32, 16), (64,))}  # of convolutions, of dense layers
+WIDTHS = {DENSE: ((), (100, 100, 100)), CONVOLUTIONAL: ((16, 32, 16), (64,))}  # convolutions, dense layers
 
 # For each method: channels and momentum -> the layer on (N, C), the layer on (N, C, H, W).
 Factory = Callable[[int, float], nn.Module]
@@ -117,7 +117,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Trial:
-    """``train_loss``: mean over all steps of the tuning run, infinite where it was not finite."""
+    """One rate of the search; ``train_loss``: mean over all steps of its run, infinite where it was not finite."""
 
     network: str
     method: str
@@ -144,7 +144,10 @@ class Summary:
 
 
 def build(network: str, method: str, momentum: float, seed: int) -> nn.Sequential:
-    """(n, 1, 8, 8) -> (n, 10). Norms draw no random numbers: one seed gives the same weights whatever the method."""
+    """Build a network (n, 1, 8, 8) -> (n, 10).
+
+    Norms draw no random numbers: one seed gives the same weights whatever the method.
+    """
     torch.manual_seed(seed)
     on_vectors, on_images = METHODS[method]
     convolutions, dense = WIDTHS[network]
@@ -177,7 +180,7 @@ def data(images: int) -> Split:
 
 
 def relax(model: nn.Module, epoch: int) -> None:
-    """Batch renormalization's limits: BatchNorm in the first epoch, Ioffe's 3 and 5 from the fourth on."""
+    """Set batch renormalization's limits: BatchNorm in the first epoch, Ioffe's 3 and 5 from the fourth on."""
     t = min(epoch / 3, 1)
     for module in model.modules():
         if isinstance(module, _BatchRenorm):
@@ -202,7 +205,10 @@ def train(run: Run) -> Iterator[Epoch]:
 
 
 def attempt(run: Run) -> list[Epoch] | str:
-    """The epochs, or what the method raises at this mini-batch. On one thread: more slow down such small tensors."""
+    """Return the epochs, or what the method raises at this mini-batch.
+
+    It runs on one thread: more slow down such small tensors.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -214,7 +220,10 @@ def attempt(run: Run) -> list[Epoch] | str:
 
 
 def execute(runs: Sequence[Run], pool: ProcessPoolExecutor | None, title: str) -> dict[Run, list[Epoch] | str]:
-    """In this process without a pool. Longest first, so that none is left with a long one at the end."""
+    """Attempt all runs, in this process if there is no pool.
+
+    The longest run comes first, so that no process is left with a long one at the end.
+    """
     results = {}
     runs = sorted(runs, key=lambda run: -run.steps)
     if pool is None:
@@ -234,7 +243,7 @@ Cell = tuple[str, str, int]  # network, method, mini-batch
 
 
 def search(sizes: Sizes, pool: ProcessPoolExecutor | None) -> tuple[list[Trial], dict[Cell, float], dict[Cell, str]]:
-    """All trials, the best learning rates, and what was raised where a method cannot train."""
+    """Return all trials, the best learning rates, and what was raised where a method cannot train."""
     cells = list(product(sizes.networks, METHODS, sizes.epochs))
     runs = {
         (cell, rate): Run(*cell, rate, seed=0, epochs=sizes.tuning[cell[2]], images=sizes.images)
@@ -273,7 +282,7 @@ def summarize(history: Sequence[Epoch], errors: dict[Cell, str], sizes: Sizes) -
 
 
 def summary_table(rows: Sequence[Summary], network: str) -> str:
-    """Test accuracy in %, mean [range], and the learning rate."""
+    """Return a table of the test accuracy in %, mean [range], and the learning rate."""
     mine = {(row.method, row.batch_size): row for row in rows if row.network == network}
     batches = list(dict.fromkeys(batch for _, batch in mine))
 
@@ -288,7 +297,7 @@ def summary_table(rows: Sequence[Summary], network: str) -> str:
 
 
 def draw(history: Sequence[Epoch], errors: dict[Cell, str], sizes: Sizes, losses: bool, path: Path) -> Path:
-    """A panel for each network and mini-batch: training loss or test error, mean over the seeds and range."""
+    """Draw a panel for each network and mini-batch: training loss or test error, mean over the seeds and range."""
     columns = list(sizes.epochs)
     figure, panels = plt.subplots(
         len(sizes.networks), len(columns), figsize=(3.6 * len(columns), 3.2 * len(sizes.networks) + 0.5),

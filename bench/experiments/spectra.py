@@ -44,7 +44,7 @@ def correlated(m: int, d: int, seed: int) -> Tensor:
 
 
 def whitened(x: Tensor, mean: Tensor, cov: Tensor, decomposed: torch.dtype) -> Tensor:
-    """y in x's type, from a decomposition in another one."""
+    """Return y in x's type, from a decomposition in another type."""
     eigenvalues, U = torch.linalg.eigh(cov.to(decomposed))
     W = (U / (eigenvalues.clamp(min=0) + EPS).sqrt()) @ U.mT
     return (x - mean) @ W.to(x.dtype)
@@ -75,7 +75,7 @@ def errors() -> None:
 
 
 def interleaved(calls: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
-    """Median times in ms."""
+    """Return median times in ms of calls that take turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():

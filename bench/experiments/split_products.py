@@ -20,12 +20,12 @@ SIZE, SAMPLES = 64, 4096
 
 
 def tf32(a: Tensor) -> Tensor:
-    """The upper 19 bits, which are all that the tensor cores look at."""
+    """Return the upper 19 bits, which are all that the tensor cores look at."""
     return (a.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
 def rounded_tf32(a: Tensor) -> Tensor:
-    """To nearest, as Triton rounds the big part (cvt.rna.tf32)."""
+    """Round to nearest, as Triton rounds the big part (cvt.rna.tf32)."""
     return tf32((a.view(torch.int32) + 0x1000).view(torch.float32))
 
 
@@ -56,7 +56,7 @@ PRODUCTS: dict[str, Product] = {
 
 
 def newton(S: Tensor, multiply: Product, steps: int = 5) -> Tensor:
-    """The recursion of inverse_sqrt/DERIVATION.md."""
+    """Return P by the recursion of inverse_sqrt/DERIVATION.md."""
     identity = torch.eye(len(S), dtype=S.dtype)
     M, P = S, 1.5 * identity - 0.5 * S
     for _ in range(steps - 1):
@@ -67,7 +67,7 @@ def newton(S: Tensor, multiply: Product, steps: int = 5) -> Tensor:
 
 
 def filtered(z: Tensor, v: Tensor, multiply: Product) -> Tensor:
-    """ConvNorm's filter by products with the real DFT matrix, spectral/DERIVATION.md."""
+    """Apply ConvNorm's filter by products with the real DFT matrix, spectral/DERIVATION.md."""
     n = z.shape[-1]
     R = eager.dft(n, (0, 1, n), z.dtype, z.device)
     Z = multiply(multiply(R, z), R.T.contiguous())
@@ -80,7 +80,7 @@ def relative(got: Tensor, exact: Tensor) -> float:
 
 
 def errors() -> dict[str, dict[str, float]]:
-    """Product -> (what is computed -> error)."""
+    """Return product -> (what is computed -> error)."""
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(SIZE, SIZE, dtype=torch.float64, generator=generator) / SIZE**0.5
     x = (mix @ torch.randn(SIZE, SAMPLES, dtype=torch.float64, generator=generator)).float()

@@ -1,4 +1,4 @@
-"""What synchronized whitening costs on 8 to 1,024 ranks: a model, and what gloo does on this machine.
+"""The cost of synchronized whitening on 8 to 1,024 ranks: a model, and measurements of gloo on this machine.
 
     python -m bench.experiments.sync_cost [--quick] [--link NAME:LATENCY_US:GB_PER_S ...] [--out DIR]
 
@@ -70,7 +70,7 @@ STEP = "ResNet-18, width 1/4"
 class Sizes:
     all_reduces: tuple[int, ...]  # bytes
     layers: tuple[tuple[int, int, tuple[int, ...]], ...]  # C, d, (N, *positions) of one rank
-    batch: int  # of a rank, in the step
+    batch: int  # samples of a rank, in the step
     rounds: int
 
 
@@ -99,7 +99,7 @@ class Fitted:
     name: str
     latency_us: float
     gbytes_per_s: float
-    worst_ratio: float  # of fitted and measured times
+    worst_ratio: float  # between fitted and measured times
     device: str
     versions: str
     commit: str
@@ -107,7 +107,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Layer:
-    """On 2 processes, forward and backward; medians in milliseconds. ``ratio``: median of the rounds' ratios.
+    """A layer on 2 processes, forward and backward: medians in ms. ``ratio``: median of the rounds' ratios.
 
     collectives_ms: with a barrier before each; with_waiting_ms: as they are, with the time for the slower rank.
     """
@@ -151,11 +151,11 @@ def parse_link(text: str) -> tuple[str, Link]:
     return name, link
 
 
-# On the ranks.
+# This part runs on the ranks.
 
 
 def timed(call: Callable[[], object]) -> float:
-    """From when all ranks are there until this one is done."""
+    """Return the seconds from when all ranks are there until this one is done."""
     dist.barrier()
     start = time.perf_counter()
     call()
@@ -169,7 +169,7 @@ def slowest(seconds: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 def all_reduces(sizes: Sizes, rank: int) -> list[float]:
-    """Seconds for each size, called as in a layer: after a pass over activations, which leaves nothing in the cache."""
+    """Return the seconds of each size, called as in a layer: after a pass over activations, which empties the cache."""
     activations = torch.zeros(4 << 20)
     tensors = [torch.ones(size // 8, dtype=torch.float64) for size in sizes.all_reduces]
     calls = [partial(sync._all_reduce, t, dist.group.WORLD) for t in tensors]
@@ -185,7 +185,10 @@ def all_reduces(sizes: Sizes, rank: int) -> list[float]:
 
 @contextmanager
 def watched(aligned: bool = False) -> Any:
-    """Seconds and bytes of each collective of a layer; aligned: without the time that one rank waits for another."""
+    """Record the seconds and bytes of each collective of a layer.
+
+    aligned: without the time that one rank waits for another.
+    """
     found: list[tuple[float, int]] = []
     plain = sync._all_reduce
 
@@ -205,7 +208,7 @@ def watched(aligned: bool = False) -> Any:
 
 
 def compared(make: Callable[[], nn.Module], x: Tensor, sizes: Sizes, rank: int) -> dict[str, Any]:
-    """Synchronized against not, each on its own half of the batch at the same time, interleaved."""
+    """Time synchronized layers against plain ones, interleaved, each rank on its own half of the batch."""
     half = x.chunk(2)[rank].clone().requires_grad_()
     plain, synchronized = make(), nk.SyncIterNorm.convert_sync_iternorm(make())
     dy = torch.randn_like(check(make(), synchronized, x, half, rank))
@@ -234,12 +237,12 @@ def compared(make: Callable[[], nn.Module], x: Tensor, sizes: Sizes, rank: int) 
 
 
 def check(alone: nn.Module, synchronized: nn.Module, x: Tensor, half: Tensor, rank: int) -> Tensor:
-    """Nothing is timed that is wrong. The synchronized result."""
+    """Return the synchronized result; raise if it is wrong, so that nothing wrong is timed."""
     with torch.no_grad():
         expected = alone(x).chunk(2)[rank]
         y = synchronized(half)
         error = (y - expected).abs().max() / expected.abs().max()
-    if not error < 1e-3:  # of a whole network; tests/layers/test_sync.py has the bound of a layer
+    if not error < 1e-3:  # for a whole network; tests/layers/test_sync.py has the bound of a layer
         raise RuntimeError(
             f"expected what one process computes with the whole batch, got a relative error of {error:.1e}"
         )
@@ -247,7 +250,7 @@ def check(alone: nn.Module, synchronized: nn.Module, x: Tensor, half: Tensor, ra
 
 
 def network() -> nn.Module:
-    """A small ResNet of IterNorm layers."""
+    """Build a small ResNet of IterNorm layers."""
     torch.manual_seed(0)
     model = resnet18("1/4")
     for name, module in list(model.named_modules()):
@@ -275,19 +278,19 @@ def on_a_rank(rank: int, ranks: int, sizes: Sizes, folder: str) -> None:
     dist.destroy_process_group()
 
 
-# Here.
+# This part runs in the process that was started.
 
 
 def measure(ranks: int, sizes: Sizes) -> dict[Any, Any]:
     with TemporaryDirectory() as folder:
-        # From one process that has imported what takes long.
+        # The processes are forked from one that has imported what takes long.
         multiprocessing.set_forkserver_preload(["normkernels", "bench.plots"])
         start_processes(on_a_rank, (ranks, sizes, folder), nprocs=ranks, start_method="forkserver")
         return torch.load(Path(folder) / "found.pt", weights_only=False)
 
 
 def layer_row(name: str, shape: str, channels: Sequence[tuple[int, int]], found: dict[str, Any], link: Link) -> Layer:
-    """channels: C and d of every layer."""
+    """Return the row of a layer or network; channels: C and d of every layer."""
     sizes = [size for c, d in channels for size in (forward_bytes(c, d), backward_bytes(c, d))]
     predicted = sum(ring(size, 2, link) for size in sizes) * 1e3
     sync_ms, plain_ms, waiting, sending = (1e3 * median(times) for times in zip(*found["rounds"], strict=True))
@@ -299,7 +302,7 @@ def layer_row(name: str, shape: str, channels: Sequence[tuple[int, int]], found:
 
 
 def simulated_step(channels: Sequence[int], group_size: int, ranks: int, cluster: Cluster) -> float:
-    """All layers' collectives with the faster algorithm, message by message."""
+    """Return the seconds of all layers' collectives with the faster algorithm, message by message."""
     seconds: dict[int, float] = {}
     total = 0.0
     for c in channels:

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def write_table(path: Path, rows: Sequence[Any]) -> Path:
-    """One line per dataclass, columns in the order of its fields, six digits."""
+    """Write one line per dataclass, columns in the order of its fields, six digits."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(asdict(rows[0])), lineterminator="\n")
         writer.writeheader()

@@ -21,7 +21,7 @@ from bench.figures import gaussian, hessian, weight_growth
 from bench.plots import STYLE
 from normkernels.analysis import stochasticity
 
-# What each takes is the folder and whether the run is quick; it returns the files that it has written.
+# Each takes the folder and whether the run is quick; it returns the files that it has written.
 FIGURES: dict[str, Callable[[Path, bool], list[Path]]] = {
     "iternorm_4": lambda out, quick: gaussian.figures_4_and_a2(out, gaussian.QUICK if quick else gaussian.FULL),
     "iternorm_5": lambda out, quick: gaussian.figure_5(out, gaussian.QUICK if quick else gaussian.FULL),

@@ -27,7 +27,7 @@ from normkernels.analysis import covariance_condition, snd
 EPS = 1e-5
 ISOTROPIC, DECAYING = "isotropic", "decaying"
 BN, DBN, ITERNORM = "BN", "DBN", "IterNorm T=5"
-ITERATIONS = (1, 3, 5, 7, 9)  # Figure A1's
+ITERATIONS = (1, 3, 5, 7, 9)  # as in Figure A1
 SHADES = {1: "#a9cbe8", 3: "#6ba5d6", 5: BLUE, 7: "#154c7d", 9: "#0a2a47"}
 COLOURS = {BN: DARK, DBN: ORANGE} | {f"IterNorm T={T}": shade for T, shade in SHADES.items()}
 MARKERS = {BN: "^", DBN: "s"}
@@ -46,7 +46,7 @@ class Sizes:
     population: int
 
     def few(self, batch_size: int, d: int) -> int:
-        """Samples for Figure 5: at least 32 batches, fewer samples in large dimensions.
+        """Return the number of samples for Figure 5: at least 32 batches, fewer samples in large dimensions.
 
         The paper names no number. 60,000 samples in pairs are 30,000 whitenings a draw, hours at d = 512; SND is a mean
         over samples, and the more dimensions they have the less they differ.
@@ -79,7 +79,7 @@ class Point:
 
 
 def normalization(name: str, d: int) -> nn.Module:
-    """The layer in training mode, without affine map, all channels whitened together."""
+    """Return the layer in training mode, without affine map, all channels whitened together."""
     if name == BN:
         return nn.BatchNorm1d(d, EPS, affine=False, track_running_stats=False)
     if name == DBN:
@@ -89,7 +89,7 @@ def normalization(name: str, d: int) -> nn.Module:
 
 
 def samples(spectrum: str, count: int, d: int, seed: int = 0) -> Tensor:
-    """(count, d) in float32."""
+    """Draw samples (count, d) in float32."""
     generator = torch.Generator().manual_seed(1000 * seed + d)
     x = torch.randn(count, d, generator=generator)
     if spectrum == ISOTROPIC:
@@ -100,7 +100,10 @@ def samples(spectrum: str, count: int, d: int, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def measure(spectrum: str, name: str, d: int, count: int, batch_size: int, draws: int) -> Point:
-    """SND by eq. 10; the condition number in float64, for in float32 rounding alone makes DBN's differ from 1."""
+    """Measure SND by eq. 10, and the condition number.
+
+    The latter is in float64: in float32 rounding alone makes DBN's differ from 1.
+    """
     norm = normalization(name, d)
     x = samples(spectrum, count, d)
     disturbance = float(snd(norm, x, batch_size, draws, generator=torch.Generator().manual_seed(0)))
@@ -112,7 +115,7 @@ def measure(spectrum: str, name: str, d: int, count: int, batch_size: int, draws
     )
 
 
-Cell = tuple[str, str, int, int, int]  # what `measure` takes, without the draws
+Cell = tuple[str, str, int, int, int]  # the arguments of `measure` but for the draws
 
 
 def measure_all(cells: Sequence[Cell], draws: int, title: str) -> list[Point]:
@@ -153,7 +156,7 @@ PANELS: tuple[tuple[str, Callable[[Point], float]], ...] = (
 
 
 def draw_dimensions(points: Sequence[Point], path: Path) -> Path:
-    """Figures 4 and A2: a row for each spectrum."""
+    """Draw Figures 4 and A2: a row for each spectrum."""
     spectra = list(dict.fromkeys(p.spectrum for p in points))
     figure, rows = plt.subplots(
         len(spectra), 3, figsize=(13, 3.6 * len(spectra)), squeeze=False, sharex=True, layout="constrained"
@@ -169,7 +172,10 @@ def draw_dimensions(points: Sequence[Point], path: Path) -> Path:
 
 
 def figures_4_and_a2(out: Path, sizes: Sizes) -> list[Path]:
-    """Figure A2 has more T than Figure 4, and only isotropic samples, for the time that others would take."""
+    """Make Figures 4 and A2.
+
+    Figure A2 has more T than Figure 4, and only isotropic samples, because others would take more time.
+    """
     few = (BN, DBN, ITERNORM)
     many = (BN, DBN, *(f"IterNorm T={T}" for T in ITERATIONS))
     cells = [
@@ -189,7 +195,10 @@ def figures_4_and_a2(out: Path, sizes: Sizes) -> list[Path]:
 
 
 def figure_5(out: Path, sizes: Sizes) -> list[Path]:
-    """(a) against the batch size, (b) against the dimension in batches of 2; below, relative to the output's length."""
+    """Make Figure 5: (a) against the batch size, (b) against the dimension in batches of 2.
+
+    Below both is SND relative to the output's length.
+    """
     by_batch = [(sizes.few(batch, sizes.dimension), batch) for batch in sizes.batch_sizes]
     cells = {
         "a": [(ISOTROPIC, name, sizes.dimension, *size) for size in by_batch for name in (BN, ITERNORM)],

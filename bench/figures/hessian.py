@@ -51,7 +51,7 @@ QUICK = Sizes(epochs=1, seeds=1, learning_rates=(0.1,), batch_size=300)
 
 @dataclass(frozen=True)
 class Step:
-    """Measured before the step is taken, ``test_accuracy`` after it.
+    """Measurements before the step is taken; ``test_accuracy`` is from after it.
 
     ``hessian``: kappa(H). ``preconditioned``: kappa(P^T H P), P as BNP has it, with running statistics and epsilons;
     ``scaling``: kappa(D) of the same D. ``..._batch``: both from the mini-batch's own statistics without epsilons, eq.
@@ -89,14 +89,14 @@ def in_float64(split: Split) -> Split:
 
 
 def running(bnp: BNP) -> tuple[Tensor, Tensor]:
-    """mu and sigma~^2 = sigma^2 + eps1 max(sigma^2) + eps2 of the output layer's input."""
+    """Return mu and sigma~^2 = sigma^2 + eps1 max(sigma^2) + eps2 of the output layer's input."""
     statistics = bnp.state_dict()[OUTPUT]
     variance = statistics["variance"]
     return statistics["mean"], variance + bnp.eps1 * variance.max() + bnp.eps2
 
 
 def conditions(model: nn.Sequential, loss: Callable[[], Tensor], hidden: Tensor, bnp: BNP | None) -> tuple[float, ...]:
-    """The condition numbers of `Step` up to those of the mini-batch; NaN for what a network without BNP has not."""
+    """Return the condition numbers of `Step` up to those of the mini-batch; NaN for those that need BNP, without it."""
     layer = model.get_submodule(OUTPUT)
     assert isinstance(layer, nn.Linear)
     if bnp is None:
@@ -110,7 +110,7 @@ def conditions(model: nn.Sequential, loss: Callable[[], Tensor], hidden: Tensor,
 
 
 def train(method: str, learning_rate: float, seed: int, split: Split, sizes: Sizes, full: bool) -> Iterator[Step]:
-    """With ``full`` the test accuracy and condition numbers of every step, else NaN."""
+    """Train and yield each step; ``full``: with test accuracy and condition numbers, which are NaN otherwise."""
     model = network(seed)
     bnp = BNP(model) if method == PRECONDITIONED else None
     optimizer = torch.optim.SGD(model.parameters(), learning_rate)
@@ -143,7 +143,7 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def best_learning_rate(method: str, split: Split, sizes: Sizes, bar: tqdm[Any]) -> float:
-    """Smallest sum of the training losses of all steps; a run that diverges has none."""
+    """Return the rate with the smallest sum of the training losses of all steps, infinite for a run that diverges."""
     totals = {}
     for rate in sizes.learning_rates:
         total = sum(s.train_loss for s in train(method, rate, 0, split, sizes, full=False))
@@ -154,7 +154,7 @@ def best_learning_rate(method: str, split: Split, sizes: Sizes, bar: tqdm[Any]) 
 
 
 def band(axes: Axes, steps: Sequence[Step], value: Callable[[Step], float], colour: str, label: str, style: str = "-"):
-    """The median of the seeds, and a band over all of them."""
+    """Draw the median of the seeds, and a band over all of them."""
     by_step: dict[int, list[float]] = {}
     for s in steps:
         by_step.setdefault(s.step, []).append(value(s))
@@ -175,7 +175,7 @@ def draw(history: Sequence[Step], path: Path) -> Path:
         band(losses, mine, lambda s: s.train_loss, colour, method, "--")
     left.set_title("Test accuracy, % (solid), training loss (dashed)")
     losses.set_yscale("log")
-    # of the axes that are on top
+    # the legend is on the axes that are on top
     losses.legend(*left.get_legend_handles_labels(), fontsize=9, loc="center right", frameon=True, edgecolor="white")
     ours = [s for s in history if s.method == PRECONDITIONED]
     plain = [s for s in history if s.method == VANILLA]

@@ -21,13 +21,13 @@ STRETCHES = ((1, 1), (2, 14), (15, 42), (43, 84), (85, 126), (127, 168))
 
 
 def short(value: float) -> str:
-    """Three digits; 1.2e+09 as 1.2e9."""
+    """Format a number with three digits; 1.2e+09 as 1.2e9."""
     mantissa, e, exponent = f"{value:.3g}".partition("e")
     return f"{mantissa}e{int(exponent)}" if e else mantissa
 
 
 def by_dimension(rows: Rows) -> str:
-    """Condition number, SND and relative SND of each spectrum and normalization."""
+    """Return a table of condition number, SND and relative SND of each spectrum and normalization."""
     columns = {"condition number": "condition", "SND": "snd", "SND / length": "relative_snd"}
     cells = []
     for spectrum, norm in dict.fromkeys((r["spectrum"], r["norm"]) for r in rows):
@@ -41,7 +41,10 @@ def by_dimension(rows: Rows) -> str:
 
 
 def figure_5(rows: Rows) -> str:
-    """SND and relative SND against the batch size at the figure's dimension, and against the dimension in pairs."""
+    """Return a table of SND and relative SND.
+
+    They are against the batch size at the figure's dimension, and against the dimension in pairs.
+    """
     d = max((r["d"] for r in rows), key=lambda d: len({r["batch_size"] for r in rows if r["d"] == d}))
     cells = []
     for name, axis, part in (
@@ -56,7 +59,7 @@ def figure_5(rows: Rows) -> str:
 
 
 def figure_8(rows: Rows) -> str:
-    """Medians over the seeds and over stretches of iterations."""
+    """Return a table of medians over the seeds and over stretches of iterations."""
     columns = {
         "training loss": "train_loss",
         "test accuracy": "test_accuracy",
@@ -78,7 +81,7 @@ def figure_8(rows: Rows) -> str:
 
 
 def figure_3(rows: Rows) -> str:
-    """Lengths; the last column is how far Lemma 3 is from what was measured, where it holds."""
+    """Return a table of lengths, and of how far Lemma 3 is from what was measured, where it holds."""
     cells = []
     for norm, decay in dict.fromkeys((r["norm"], r["weight_decay"]) for r in rows):
         mine = [r for r in rows if (r["norm"], r["weight_decay"]) == (norm, decay)]
@@ -110,7 +113,7 @@ TABLES = {
 
 
 def tables(folder: Path) -> dict[str, str]:
-    """The Markdown table of each CSV file that is there."""
+    """Return the Markdown table of each CSV file that is there."""
     found = {}
     for name, summarize in TABLES.items():
         path = folder / f"{name}.csv"

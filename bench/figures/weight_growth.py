@@ -46,8 +46,11 @@ QUICK = Sizes(epochs=2, batch_size=256)
 
 @dataclass(frozen=True)
 class Step:
-    """``weight_norm``: of all convolutions' weights as one vector, for WN of the directions v; ``lemma_3``: what the
-    gradients so far add up to, which holds without weight decay."""
+    """One step of training.
+
+    ``weight_norm``: the length of all convolutions' weights as one vector, for WN of the directions v. ``lemma_3``: the
+    length that follows from the gradients so far, which holds without weight decay.
+    """
 
     norm: str
     weight_decay: float
@@ -59,7 +62,7 @@ class Step:
 
 
 def network(norm: str, seed: int = 0) -> nn.Sequential:
-    """The same first weights for every norm, for weight normalization as directions v.
+    """Build the network, with the same first weights for every norm, for weight normalization as directions v.
 
     Its lengths g start at sqrt(2), He's for ReLU: torch's first weights shrink what goes through them, and four layers
     without a normalization of the data did not start to learn within 15 epochs.
@@ -74,7 +77,7 @@ def network(norm: str, seed: int = 0) -> nn.Sequential:
 
 
 def directions(model: nn.Sequential) -> dict[str, nn.Parameter]:
-    """The weights whose length does not matter to the loss."""
+    """Return the weights whose length does not matter to the loss."""
     ours = {}
     for index, module in enumerate(model):
         if isinstance(module, nn.Conv2d):
@@ -85,7 +88,7 @@ def directions(model: nn.Sequential) -> dict[str, nn.Parameter]:
 
 
 def train(norm: str, weight_decay: float, split: Split, sizes: Sizes, bar: tqdm[Any], seed: int = 0) -> list[Step]:
-    """Accuracy is measured once an epoch; a step has that of its epoch's end."""
+    """Train and return all steps; accuracy is measured once an epoch, and a step has that of its epoch's end."""
     model = network(norm, seed)
     weights = directions(model)
     optimizer = torch.optim.SGD(model.parameters(), sizes.learning_rate, weight_decay=weight_decay)

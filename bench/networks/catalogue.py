@@ -21,8 +21,8 @@ class Network(NamedTuple):
     quick: whether it is in the part for continuous integration.
     replaced: how many of its norms ``replace`` turns into IterNorm; None for all of them.
     kept: how many norms ``fold`` leaves in it, by a pattern of the reason.
-    kept_converted: the same of the network with IterNorm, where that differs.
-    pairs: what a layer and the norm behind it are called in their module, where ``fold`` has to be told.
+    kept_converted: the same for the network with IterNorm, where that differs.
+    pairs: the names of a layer and of the norm behind it in their module, where ``fold`` has to be told.
     """
 
     make: Callable[[], nn.Module]
@@ -43,13 +43,13 @@ def segmentation(name: str) -> Callable[[], nn.Module]:
 
 
 def frozen() -> nn.Module:
-    """A detector's backbone, whose norms are FrozenBatchNorm2d."""
+    """Build a detector's backbone, whose norms are FrozenBatchNorm2d."""
     norm = import_module("torchvision.ops").FrozenBatchNorm2d
     return torchvision("resnet18", norm_layer=norm)()
 
 
 def vgg() -> nn.Module:
-    """Without the two linear layers that have nine tenths of its parameters."""
+    """Build a VGG without the two linear layers that have nine tenths of its parameters."""
     network = torchvision("vgg11_bn")()
     network.avgpool, network.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(512, CLASSES)
     return network
@@ -60,7 +60,7 @@ def timm(name: str, **options: Any) -> Callable[[], nn.Module]:
 
 
 def transformers(family: str, task: str = "ImageClassification", **options: Any) -> Callable[[], nn.Module]:
-    """A model of Hugging Face, made of its configuration."""
+    """Return a function that builds a model of Hugging Face from its configuration."""
 
     def make() -> nn.Module:
         library = import_module("transformers")

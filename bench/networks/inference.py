@@ -40,13 +40,13 @@ class Evaluation:
         return torch.inference_mode()
 
     def prepare(self, turn: int) -> None:
-        """Evaluation changes nothing."""
+        """Prepare nothing: evaluation changes nothing."""
 
     def run(self) -> None:
         self.model(self.x)
 
     def finish(self) -> None:
-        """Nothing is kept."""
+        """Clear nothing: nothing is kept."""
 
 
 def versions(name: str, x: Tensor) -> dict[str, nn.Module]:
@@ -54,7 +54,7 @@ def versions(name: str, x: Tensor) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     model = NETWORKS[name].make()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of groups that are smaller than asked for
+        warnings.simplefilter("ignore")  # it warns of groups that are smaller than asked for
         nk.convert.replace(model, "IterNorm")
     with torch.no_grad():
         model(torch.randn(8, *x.shape[1:]))
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
-    torch.set_flush_denormal(True)  # to which values may shrink without norms, and which take longer
+    torch.set_flush_denormal(True)  # values may shrink to denormal numbers without norms, and those take longer
     x = torch.randn(options.batch, 3, options.size, options.size)
     print(f"{options.batch} x 3 x {options.size} x {options.size}, float32, {torch.get_num_threads()} threads\n")
     print('| network | without norms | grouped="append" | grouped="widen" | not folded |\n|---|---|---|---|---|')

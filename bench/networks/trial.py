@@ -25,7 +25,7 @@ from normkernels.layers._base import BatchStatisticsLayer
 BATCH = 4
 STEPS = 3
 GROUP_SIZE = 16
-AGREEMENT = 1e-9  # of float64 outputs, relative to the largest: what fold itself asks of example inputs
+AGREEMENT = 1e-9  # relative to the largest of the float64 outputs: fold itself asks for as much with example inputs
 
 
 def norms(model: nn.Module) -> list[str]:
@@ -84,14 +84,14 @@ def unlike(model: nn.Module, x: Tensor) -> None:
 
 
 def named_pairs(model: nn.Module, pair: tuple[str, str] | None) -> list[tuple[str, str]]:
-    """Return the names of all layers and norms that are called so in one module."""
+    """Return the full names of a layer and a norm wherever one module has both under these names."""
     modules = dict(model.named_modules())
     both = [[f"{name}.{each}".lstrip(".") for each in pair or ()] for name in modules]
     return [(names[0], names[1]) for names in both if names and all(name in modules for name in names)]
 
 
 def folded(model: nn.Module, x: Tensor, pair: tuple[str, str] | None) -> dict[str, Any]:
-    """Fold a network in float64, and compare."""
+    """Fold a network in float64, compare its outputs, and return what came of it."""
     model, x = copy.deepcopy(model).double().eval(), x.double()
     before = norms(model)
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():

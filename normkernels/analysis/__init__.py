@@ -1,4 +1,4 @@
-"""What the papers measure, on any model: spectra, condition numbers, stochasticity, growth, attacks."""
+"""The papers' measures, for any model: spectra, condition numbers, stochasticity, growth, attacks."""
 
 from normkernels.analysis.adversarial import SimBAResult, accuracy, bim, gaussian_noise, simba
 from normkernels.analysis.conditioning import HessianCondition, covariance_condition, hessian_condition

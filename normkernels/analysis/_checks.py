@@ -30,7 +30,7 @@ def check_finite(name: str, value: Tensor) -> None:
 
 
 def check_loss(name: str, loss: object) -> None:
-    """A scalar with a graph."""
+    """Raise unless the loss is a scalar with a graph."""
     check_tensor(name, loss)
     assert isinstance(loss, Tensor)
     if loss.dim():

@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def track(items: Iterable[T], total: int, what: str, progress: bool) -> Iterable[T]:
-    """The items, counted by tqdm on stderr where progress is asked for. tqdm is imported only then."""
+    """Return the items, counted by tqdm on stderr where progress is asked for. tqdm is imported only then."""
     if not progress:
         return items
     try:

@@ -1,4 +1,4 @@
-"""What small changes of its inputs do to a classifier: gradient-based attack, black-box attack, noise."""
+"""Attacks, which show what small changes of its inputs do to a classifier: by gradients, as a black box, by noise."""
 
 from __future__ import annotations
 
@@ -41,12 +41,14 @@ def bim(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Tensor:
-    r"""Basic iterative method in an l_inf ball (Kurakin et al., 2017, "Adversarial Examples in the Physical World").
+    r"""Attack a classifier with the basic iterative method in an l_inf ball.
+
+    Kurakin et al., 2017, "Adversarial Examples in the Physical World":
 
     .. math:: x_0 = x, \quad x_{t+1} = \mathrm{clip}_{[x - \epsilon, x + \epsilon] \cap [a, b]}
         \left( x_t + \alpha \, \mathrm{sign} \, \nabla_x L(x_t, y) \right)
 
-    The model is run in eval mode and gets its modes back; parameters and their gradients stay as they are.
+    The model is run in eval mode and then gets its modes back; parameters and their gradients stay as they are.
 
     Ends of the intervals are rounded inward: :math:`\lvert x_t - x \rvert \le \epsilon` holds in float64 for the
     returned values, whatever their type. Steps of half types add up in float32; the model gets x's type.
@@ -101,7 +103,10 @@ def bim(
 
 
 def _ends(x: Tensor, eps: float, bounds: Bounds) -> tuple[Tensor, Tensor]:
-    """[x - eps, x + eps] within the bounds, in x's type. What rounds to a number outside is moved one number inward."""
+    """Return the ends of [x - eps, x + eps] within the bounds, in x's type.
+
+    An end that rounds to a number outside the interval is moved one number inward.
+    """
     device, x = x.device, with_float64(x)
     exact, largest = in_float64(x), torch.finfo(x.dtype).max
     ends = []
@@ -117,7 +122,7 @@ def _input_gradient(model: Model, loss: Callable[[Tensor, Tensor], Tensor], x: T
         x = x.detach().requires_grad_()
         logits = model(x)
         gradient = None
-        # Integers have no gradient, and the default loss takes none: they must not get there.
+        # Integer logits have no gradient, and the default loss does not take them: it must not be called with them.
         if loss is not F.cross_entropy or not isinstance(logits, Tensor) or logits.requires_grad:
             if loss is F.cross_entropy:
                 _check_cross_entropy(logits, x, y)
@@ -136,7 +141,7 @@ def _input_gradient(model: Model, loss: Callable[[Tensor, Tensor], Tensor], x: T
 def gaussian_noise(
     x: Tensor, std: float, bounds: Bounds | None = (0.0, 1.0), generator: torch.Generator | None = None
 ) -> Tensor:
-    """x plus independent normal noise of this standard deviation, clipped to the bounds (None: not clipped).
+    """Return x plus independent normal noise of this standard deviation, clipped to the bounds (None: not clipped).
 
     The noise is drawn on the generator's device (None: on x's), in float32 for half types.
 
@@ -158,7 +163,7 @@ def gaussian_noise(
 
 @torch.no_grad()
 def accuracy(model: Model, x: Tensor, y: Tensor, batch_size: int | None = None, *, progress: bool = False) -> float:
-    """The share of samples x (N, *) whose largest logit is that of their class y (N,), with the model in eval mode.
+    """Return the share of samples x (N, *) whose largest logit is that of their class y (N,), in eval mode.
 
     Raises:
         TypeError: the model is no function, x or y no tensor, or y no classes (int64).
@@ -178,7 +183,7 @@ def accuracy(model: Model, x: Tensor, y: Tensor, batch_size: int | None = None, 
 
 
 class SimBAResult(NamedTuple):
-    """What simba returns, for N samples."""
+    """The result of simba, for N samples."""
 
     x: Tensor  # like the input
     queries: Tensor  # (N,) int64, how often the model was asked about the sample
@@ -201,15 +206,15 @@ def simba(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> SimBAResult:
-    r"""Simple black-box attack (Guo et al., 2019, Algorithm 1): forward passes only.
+    r"""Attack a classifier with the simple black-box attack (Guo et al., 2019, Algorithm 1): forward passes only.
 
     Directions q of an orthonormal basis are tried in random order, each once. If the probability of class y falls for
-    :math:`x' + \epsilon q`, or else for :math:`x' - \epsilon q`, the step is taken; and so on until the class is
-    another, queries are spent, or there are no more directions. After k steps :math:`\lVert x' - x \rVert_2` is
+    :math:`x' + \epsilon q`, or else for :math:`x' - \epsilon q`, the step is taken. This goes on until the class is
+    another one, queries are spent, or there are no more directions. After k steps :math:`\lVert x' - x \rVert_2` is
     :math:`\epsilon \sqrt k`, less where pixels are clipped.
 
     Samples are attacked in one batch, each by itself, with an order of its own; the model is run in eval mode and
-    gets its modes back. Its output for a sample must not depend on the other samples.
+    then gets its modes back. Its output for a sample must not depend on the other samples.
 
     Args:
         model: from (N, *) to logits (N, K). A module, or any function; nothing is differentiated.
@@ -246,7 +251,7 @@ def simba(
     device = "cpu" if generator is None else generator.device
     seeds = torch.randint(
         2**62, (len(x),), generator=generator, device=device
-    )  # one a sample: batch_size does not matter
+    )  # one seed per sample: the result does not depend on batch_size
     chunks = _chunks(x, y, seeds, size=batch_size)
     with _evaluating(model):
         results = [
@@ -307,7 +312,7 @@ class _Directions:
 
     def __init__(self, x: Tensor, basis: str, frequencies: int | None) -> None:
         self.like, self.shape = x, x.shape[1:]
-        self.waves: list[Tensor] = []  # of each axis (frequencies, n); none for pixels
+        self.waves: list[Tensor] = []  # (frequencies, n) for each axis; none for pixels
         if basis == "pixel":
             if frequencies is not None:
                 raise ValueError(f"frequencies: expected None with basis='pixel', got {frequencies}")
@@ -325,7 +330,7 @@ class _Directions:
         self.count = math.prod(self.sizes)
 
     def __call__(self, index: Tensor) -> Tensor:
-        """(n,) to (n, *shape)."""
+        """Return the directions (n, *shape) of these numbers (n,)."""
         channel, *axes = torch.unravel_index(index, self.sizes)
         q = self.like.new_zeros(len(index), self.shape[0] if axes else self.count, dtype=widest(self.like))
         q.scatter_(1, channel[:, None], 1.0)
@@ -335,7 +340,7 @@ class _Directions:
 
 
 def _cosines(n: int) -> Tensor:
-    """The orthonormal DCT-II, (n frequencies, n), float64, on the CPU."""
+    """Return the orthonormal DCT-II, (n frequencies, n), float64, on the CPU."""
     i = torch.arange(n, dtype=torch.float64, device="cpu")
     waves = torch.cos(math.pi / n * i[:, None] * (i + 0.5)) * (2 / n) ** 0.5
     waves[0] *= 0.5**0.5
@@ -344,7 +349,7 @@ def _cosines(n: int) -> Tensor:
 
 @contextlib.contextmanager
 def _evaluating(model: Model) -> Iterator[None]:
-    """In eval mode; afterwards every module is in the mode it was in."""
+    """Set eval mode; afterwards every module is in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
     try:
         if isinstance(model, nn.Module):
@@ -379,7 +384,7 @@ def _check_classes(x: Tensor, y: Tensor) -> None:
 
 
 def _logits(model: Model, x: Tensor, y: Tensor) -> Tensor:
-    """Checked: NaN has a largest entry, too."""
+    """Return the logits, which are checked to be finite, because argmax finds a class among NaNs, too."""
     logits = model(x)
     _check_logits(logits, x)
     check_finite("logits", logits)
@@ -402,7 +407,7 @@ def _check_range(y: Tensor, logits: Tensor) -> None:
 
 
 def _check_cross_entropy(logits: Tensor, x: Tensor, y: Tensor) -> None:
-    """What F.cross_entropy takes here: classes or probabilities."""
+    """Raise unless F.cross_entropy takes y with these logits: as classes or as probabilities."""
     _check_logits(logits, x)
     if y.is_floating_point() and y.dim() == 2:
         if y.shape != logits.shape:

@@ -18,13 +18,13 @@ from normkernels.ops._devices import in_float64
 
 @torch.no_grad()
 def covariance_condition(x: Tensor) -> Tensor:
-    r"""Condition number of the covariance matrix of samples (IterNorm, Figure 4a).
+    r"""Return the condition number of the covariance matrix of samples (IterNorm, Figure 4a).
 
     .. math:: \kappa(\Sigma) = \left( \sigma_{\max}(x_c) / \sigma_{\min}(x_c) \right)^2, \quad
         x_c = x - \frac{1}{N} \mathbf 1 \mathbf 1^\top x
 
-    From singular values of the centered samples in float64: those of a covariance matrix, which has the squares, would
-    be lost from :math:`\kappa = 10^{16}` on.
+    It is computed from singular values of the centered samples in float64. The covariance matrix has their squares, of
+    which the smallest would be lost from :math:`\kappa = 10^{16}` on.
 
     Args:
         x: (..., N, d), N samples of d features, any floating-point type; leading dimensions are problems of their own.
@@ -47,14 +47,14 @@ def covariance_condition(x: Tensor) -> Tensor:
     x = in_float64(x)
     values = torch.linalg.svdvals(x - x.mean(-2, keepdim=True))
     largest, smallest = values[..., 0], values[..., -1]
-    # What the decomposition may lose, and the rounding of the mean and of x - mean, u |x| for each entry.
+    # The error of the decomposition, and the rounding of the mean and of x - mean, u |x| for each entry.
     eps = torch.finfo(x.dtype).eps
     zero = eps * (n * largest + (n * d) ** 0.5 * x.abs().flatten(-2).amax(-1))
     return torch.where(smallest > zero, largest / smallest, math.inf).square().to(dtype).to(device)
 
 
 class HessianCondition(NamedTuple):
-    """What hessian_condition returns."""
+    """The result of hessian_condition."""
 
     plain: float  # kappa(H)
     preconditioned: float | None  # kappa(P^T H P)
@@ -70,7 +70,7 @@ def hessian_condition(
     variance: Tensor | None = None,
     progress: bool = False,
 ) -> HessianCondition:
-    r"""Condition number of the Hessian of one unit's weights, plain and as BNP preconditions it (BNP, Figure 8).
+    r"""Return the condition number of the Hessian of one unit's weights, plain and preconditioned (BNP, Figure 8).
 
     .. math::
         H = \nabla^2_{\hat w} L, \quad \hat w = [b_i, w_i], \quad
@@ -81,8 +81,8 @@ def hessian_condition(
     input channel has that channel's mean and variance (eq. 21, 22). Without a bias w^ = w_i, and D scales, but
     nothing centers.
 
-    All of H is formed, one Hessian-vector product for each of its n + 1 rows, from backward passes only; layers need
-    no forward-mode derivative. The second derivative they need: DBN, which has none, raises NotImplementedError.
+    All of H is formed, by one Hessian-vector product for each of its n + 1 rows. They are made of backward passes only:
+    layers need no forward-mode derivative, but a second derivative. DBN, which has none, raises NotImplementedError.
 
     Args:
         loss: runs the forward pass and returns the loss, a scalar. It is called once, and does to running statistics
@@ -127,7 +127,7 @@ def hessian_condition(
 
 
 def _hessian(loss: Callable[[], Tensor], weight: Tensor, bias: Tensor | None, unit: int, progress: bool) -> Tensor:
-    """(n + 1, n + 1), row by row, of [b_i, w_i]; (n, n) without a bias."""
+    """Return the Hessian (n + 1, n + 1) of [b_i, w_i], computed row by row; (n, n) without a bias."""
     parameters = [weight] if bias is None else [bias, weight]
     if not all(parameter.requires_grad for parameter in parameters):
         raise ValueError("layer: expected parameters with requires_grad=True, got frozen ones")
@@ -148,14 +148,17 @@ def _hessian(loss: Callable[[], Tensor], weight: Tensor, bias: Tensor | None, un
 
 
 def _of_unit(gradients: Sequence[Tensor], unit: int) -> Tensor:
-    """One output's [b_i, w_i], flat, of the gradients of bias and weight."""
+    """Return one output's part [b_i, w_i] of the gradients of bias and weight, flat."""
     return torch.cat([gradient[unit].flatten() for gradient in gradients])
 
 
 def _preconditioner(
     layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d, unit: int, mean: Tensor | None, variance: Tensor | None
 ) -> Tensor | None:
-    """P = U D of eq. 12, (n + 1, n + 1); D alone, (n, n), for a layer without a bias."""
+    """Return P = U D of eq. 12, (n + 1, n + 1); D alone, (n, n), for a layer without a bias. None without a variance.
+
+    The arguments are checked.
+    """
     rows, columns = layer.weight.shape[:2]
     if check_integer("unit", unit, minimum=0) >= rows:
         raise ValueError(f"unit: expected less than the layer's {rows} outputs, got {unit}")
@@ -183,11 +186,11 @@ def _preconditioner(
 
 
 def _condition(H: Tensor, P: Tensor, eps: float) -> float:
-    """kappa(P^T H P), for H in float64 that was computed in a type with this eps.
+    """Return kappa(P^T H P), for H in float64 that was computed in a type with this eps.
 
     An entry of H is a sum over samples whose terms add up to no more than sqrt(|H|_ii |H|_jj), with |H| the positive
-    semidefinite factor of H: the error of E_ij is some eps of it. So |P^T E P|_jk <= eps a_j a_k, with the norm
-    eps sum a_j^2 at most; 4 + sqrt(n) is for the sums. A bound from |P|^2 |H| would call small what P only scales.
+    semidefinite factor of H: its error E_ij is some eps of that. So |P^T E P|_jk <= eps a_j a_k, with the norm
+    eps sum a_j^2 at most; 4 + sqrt(n) is for the sums. A bound from |P|^2 |H| would take for zero what P only scales.
     """
     values, vectors = torch.linalg.eigh(H)
     a = P.abs().mT @ (vectors.square() @ values.abs()).sqrt()

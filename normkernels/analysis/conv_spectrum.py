@@ -1,8 +1,8 @@
 """Spectra of convolutions on a torus: all singular values, and what ConvNorm does to them (its Figure 2).
 
 On a torus of the plane's size a convolution is block-diagonal in the Fourier basis: one (C_O, C_I) matrix for each
-frequency, the DFT of the kernel there (Sedghi et al., 2018). Stride, which is no circular convolution, is left out, as
-in the paper; zero padding changes the border only.
+frequency, the DFT of the kernel there (Sedghi et al., 2018). A strided convolution is not circular, so the stride is
+left out, as in the paper; zero padding changes the border only.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from normkernels.ops._checks import DTYPES, check_integer, check_like, check_tensor, statistics_dtype
 from normkernels.ops._devices import with_float64
 
-# Of the frequencies' matrices that exist at a time. The decomposition needs about three times as much, and a whole
-# 512 x 512 layer on 32 x 32 would be 2 GiB.
+# The size of the matrices, one for each frequency, that exist at a time. The decomposition needs about three times as
+# much, and all matrices of a 512 x 512 layer on 32 x 32 would take 2 GiB.
 CHUNK_BYTES = 2**26
 
 
@@ -31,7 +31,7 @@ def conv_singular_values(
     dilation: int | tuple[int, ...] = 1,
     spectrum: Tensor | None = None,
 ) -> Tensor:
-    r"""All singular values of a circular convolution (Sedghi et al., 2018).
+    r"""Return all singular values of a circular convolution (Sedghi et al., 2018).
 
     .. math:: \sigma(u, v) = \mathrm{svd}\left(\mathrm{diag}(s(u, v)) \, \hat K(u, v)\right), \quad
         \hat K(u, v) = \sum_{a, b} K_{ab} e^{-2 \pi i (u a / H + v b / W)}
@@ -68,22 +68,23 @@ def channel_condition(
     dilation: int | tuple[int, ...] = 1,
     spectrum: Tensor | None = None,
 ) -> Tensor:
-    r"""Condition number of each output channel's operator [C_ak1, ..., C_akCI] (ConvNorm, eq. 6; Figure 2, left).
+    r"""Return the condition number of each channel's operator [C_ak1, ..., C_akCI] (ConvNorm, eq. 6; Figure 2, left).
 
     .. math:: \kappa_k = \sqrt{\max_{u, v} p_k / \min_{u, v} p_k}, \quad
         p_k(u, v) = s_k(u, v)^2 \sum_i \lvert \hat a_{ki}(u, v) \rvert^2
 
-    1 for a tight frame, which ConvNorm makes of a channel: s = (sum |a^|^2)^(-1/2). Infinite where some frequency
-    does not pass: where every |a^| is within rounding of zero, in float64 whatever the weight's type.
+    It is 1 for a tight frame, which ConvNorm makes of an output channel with s = (sum |a^|^2)^(-1/2). It is infinite
+    where some frequency does not pass: where every |a^| is within rounding of zero, in float64 whatever the weight's
+    type.
 
-    Args, raises: as conv_singular_values. Groups change nothing: a channel has the inputs it has.
+    Args, raises: as conv_singular_values. Groups change nothing, because only the inputs of each channel count.
 
     Returns: (C_O,), float32, or float64 for float64 weights; no gradient.
     """
     given = weight
     weight, planes, steps, spectrum = _check(weight, size, 1, dilation, spectrum)
     weight = weight.double()
-    scale = weight.abs().flatten(1).amax(1)  # the condition number has no scale, and squares underflow
+    scale = weight.abs().flatten(1).amax(1)  # the condition number does not depend on it, and squares may underflow
     weight = weight / torch.where(scale > 0, scale, 1.0).view(-1, *[1] * (weight.dim() - 1))
     taps = weight[0, 0].numel()
     # A sum of `taps` terms, each with a rounded factor: |error of a^|^2 <= (taps + 1)^2 u^2 (sum |a|)^2.
@@ -107,10 +108,10 @@ def layer_spectral_norm(
     dilation: int | tuple[int, ...] = 1,
     spectrum: Tensor | None = None,
 ) -> Tensor:
-    """The largest of conv_singular_values, whose arguments and errors it has (ConvNorm, Figure 2, right). A scalar.
+    """Return the largest of conv_singular_values, with its arguments and errors (ConvNorm, Figure 2, right). A scalar.
 
-    From the eigenvalues of the smaller Gram matrix, several times cheaper: squaring costs small singular values
-    their digits, not the largest.
+    It is computed from the eigenvalues of the smaller Gram matrix, which is several times cheaper: squaring costs small
+    singular values their digits, but not the largest.
     """
     given = weight
     weight, planes, steps, spectrum = _check(weight, size, groups, dilation, spectrum)
@@ -133,10 +134,10 @@ Index = tuple[Tensor, ...]
 def _frequencies(
     weight: Tensor, planes: tuple[int, ...], steps: tuple[int, ...], groups: int, spectrum: Tensor | None
 ) -> Iterator[tuple[Index, Index, Tensor]]:
-    """Chunks of frequencies f: where they are, where their mirror images are, and K^ (f, g, C_O / g, C_I / g).
+    """Yield chunks of frequencies f: where they are, where their mirror images are, and K^ (f, g, C_O / g, C_I / g).
 
-    Weights are real, so K^ at -f is the conjugate of that at f, with its singular values: about half of the
-    frequencies, those of a real FFT, are formed, each as a product with the few taps that the kernel has.
+    Weights are real, so K^ at -f is the conjugate of that at f, with the same singular values. Therefore only about
+    half of the frequencies, those of a real FFT, are formed, each as a product with the few taps that the kernel has.
     """
     c_out, c_in, *kernel = weight.shape
     device = weight.device
@@ -150,7 +151,7 @@ def _frequencies(
     count = max(1, CHUNK_BYTES // (c_out * c_in * complex_dtype.itemsize))
     for chunk in grid.split(count):
         angle = torch.zeros(len(chunk), len(places), dtype=torch.float64, device=device)
-        for dim, n in enumerate(planes):  # whole turns are taken off as integers, so that no digit is lost to them
+        for dim, n in enumerate(planes):  # whole turns are subtracted as integers, so that they cost no digits
             angle += (chunk[:, dim, None] * places_of_taps[:, dim] % n).double() / n
         waves = torch.polar(torch.ones_like(angle), -2 * math.pi * angle).to(complex_dtype)
         K = (waves @ taps).view(-1, groups, c_out // groups, c_in)
@@ -161,13 +162,13 @@ def _frequencies(
 
 
 def _at(spectrum: Tensor, index: Index) -> Tensor:
-    """(C_O, H, W) at a chunk of frequencies: (frequencies, C_O)."""
+    """Return a spectrum (C_O, H, W) at a chunk of frequencies: (frequencies, C_O)."""
     everything: Any = slice(None)
     return spectrum[(everything, *index)].T
 
 
 def _magnitude(value: Tensor) -> Tensor:
-    """Its largest absolute value, 1 where that is 0. Divided by it, squares neither overflow nor underflow."""
+    """Return the largest absolute value, 1 where that is 0. Squares of values that it divides do not overflow."""
     largest = value.abs().amax()
     return torch.where(largest > 0, largest, 1.0)
 
@@ -179,7 +180,10 @@ def _check(
     dilation: int | tuple[int, ...],
     spectrum: Tensor | None,
 ) -> tuple[Tensor, tuple[int, ...], tuple[int, ...], Tensor | None]:
-    """Weight and spectrum on the device and in the type of the computation, without gradients; size and dilation."""
+    """Check the arguments, and return weight, size, dilation and spectrum as the computation needs them.
+
+    The tensors are on its device and in its type, without gradients; size and dilation have one int for each dimension.
+    """
     check_tensor("weight", weight)
     if weight.dtype not in DTYPES:
         raise TypeError(f"weight: expected float16, bfloat16, float32 or float64, got {weight.dtype}")
@@ -198,7 +202,7 @@ def _check(
         raise ValueError(f"groups: expected a divisor of the {weight.shape[0]} output channels, got {groups}")
     weight = weight.detach()
     if spectrum is not None:
-        # Any type beside any weight: a filter may well be kept in more digits.
+        # The spectrum may have any type, whatever the weight's: a filter may well be kept in more digits.
         check_like("spectrum", spectrum, (weight.shape[0], *planes), (*DTYPES,), weight)
         spectrum = spectrum.detach()
     for name, value in (("weight", weight), ("spectrum", spectrum)):
@@ -212,7 +216,7 @@ def _check(
 
 
 def _each(name: str, value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
-    """One int for each kernel dimension."""
+    """Return one int for each kernel dimension."""
     values = tuple(value) if isinstance(value, tuple | list) else (value,) * rank
     if len(values) != rank:
         raise ValueError(f"{name}: expected an int or {rank} for a kernel of {rank} dimensions, got {value}")

@@ -14,7 +14,7 @@ from normkernels.ops._checks import check_number
 
 
 class PruningCandidate(NamedTuple):
-    """Channels of one layer, and why they are there."""
+    """Channels of one layer, and why they are candidates."""
 
     layer: str
     channels: tuple[int, ...]
@@ -26,7 +26,7 @@ class PruningCandidate(NamedTuple):
 def pruning_candidates(
     model: nn.Module, *, gamma_below: float | None = None, similar_within: float | None = None
 ) -> list[PruningCandidate]:
-    r"""Channels with a small gamma, and channels with similar gamma and beta.
+    r"""Return channels with a small gamma, and channels with similar gamma and beta.
 
     "small": a channel whose :math:`\lvert \gamma \rvert` is below ``gamma_below`` is nearly the constant beta (Liu et
     al., 2017, "Network Slimming"). "similar": by eq. 4 of Sun et al. (2020, "New Interpretations of Normalization
@@ -73,7 +73,7 @@ def pruning_candidates(
 
 
 def _groups(points: Tensor, radius: float) -> list[tuple[tuple[int, ...], float]]:
-    """Of two or more points (C, 2) within the radius of the first, and how far away the farthest is."""
+    """Return groups of two or more points (C, 2) within the radius of their first, each with its largest distance."""
     distance = torch.linalg.vector_norm(points[:, None] - points, dim=2)
     free = torch.ones(len(points), dtype=torch.bool)
     groups = []

@@ -1,5 +1,7 @@
-"""The sphere that normalization puts vectors on, and what follows for weights (Sun et al., 2020: "New Interpretations
-of Normalization Methods in Deep Learning")."""
+"""The sphere that normalization puts vectors on, and what follows for weights.
+
+Sun et al., 2020: "New Interpretations of Normalization Methods in Deep Learning".
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from normkernels.ops._devices import in_float64
 
 
 class Decomposition(NamedTuple):
-    """v = gamma N(v) + beta e."""
+    """The parts of v = gamma N(v) + beta e."""
 
     gamma: Tensor
     beta: Tensor
@@ -23,7 +25,7 @@ class Decomposition(NamedTuple):
 
 
 def decompose(v: Tensor, dim: int = -1) -> Decomposition:
-    r"""A vector's length, mean and direction (Lemma 1, eq. 1 to 4).
+    r"""Return a vector's length, mean and direction (Lemma 1, eq. 1 to 4).
 
     .. math:: v = \gamma N(v) + \beta e_n, \quad \beta = \frac{1}{n} e_n^\top v, \quad
         \gamma = \frac{1}{\sqrt n} \lVert v - \bar v \rVert_2, \quad
@@ -49,7 +51,7 @@ def decompose(v: Tensor, dim: int = -1) -> Decomposition:
     if v.dim() == 0 or v.shape[dim] == 0:
         raise ValueError(f"v: expected at least one entry along dimension {dim}, got shape {tuple(v.shape)}")
     x = v.to(statistics_dtype(v.dtype))
-    # From the first entry on: constant vectors are constant exactly, and a large mean costs no digits.
+    # The first entry is subtracted: constant vectors become zero exactly, and a large mean costs no digits.
     first = x.narrow(dim, 0, 1)
     x = x - first
     mean = x.mean(dim, keepdim=True)
@@ -75,13 +77,13 @@ def scale_invariance_gap(
 def scale_invariance_gap(
     model: nn.Module, loss: Tensor | Callable[[], Tensor], *, per_row: bool = False
 ) -> dict[str, float] | dict[str, Tensor]:
-    r"""How far the loss is from not depending on the length of each parameter (Lemmas 2 and 3).
+    r"""Return how far the loss is from not depending on the length of each parameter (Lemmas 2 and 3).
 
     .. math:: \frac{\lvert w^\top \nabla_w L \rvert}{\lVert w \rVert_2 \lVert \nabla_w L \rVert_2}
 
-    The cosine of the angle between a parameter and its gradient: 0, up to rounding, where :math:`L(\lambda w) = L(w)`,
-    as for weights before batch normalization; such weights can only grow under gradient descent (Lemma 3). An eps
-    beside the variance leaves a gap of the size of eps / sigma^2.
+    It is the cosine of the angle between a parameter and its gradient, without its sign: 0, up to rounding, where
+    :math:`L(\lambda w) = L(w)`, as for weights before batch normalization; such weights can only grow under gradient
+    descent (Lemma 3). An eps beside the variance leaves a gap of the size of eps / sigma^2.
 
     Args:
         model: its parameters w are taken by name; shared ones once, frozen ones not.
@@ -122,13 +124,13 @@ def scale_invariance_gap(
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    """|a . b| / (|a| |b|) along the last dimension, 0 for 0 / 0."""
+    """Return |a . b| / (|a| |b|) along the last dimension, 0 for 0 / 0."""
     a, b = a / _magnitude(a, -1), b / _magnitude(b, -1)
     norms = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
     return (a * b).sum(-1).abs() / torch.where(norms > 0, norms, 1.0)
 
 
 def _magnitude(t: Tensor, dim: int) -> Tensor:
-    """The largest absolute value, 1 where that is 0. Divided by it, squares neither overflow nor underflow."""
+    """Return the largest absolute value, 1 where that is 0. Squares of values that it divides do not overflow."""
     largest = t.detach().abs().amax(dim, keepdim=True)
     return torch.where(largest > 0, largest, 1.0)

@@ -1,4 +1,4 @@
-"""How much a normalized sample depends on the batch it came in (IterNorm, section 4.1)."""
+"""A measure of how much a normalized sample depends on the batch it came in (IterNorm, section 4.1)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from normkernels.analysis._progress import track
 from normkernels.ops._checks import check_data, check_integer, check_tensor, statistics_dtype
 from normkernels.ops._devices import with_float64
 
-# Outputs of all draws are kept up to this; beyond, they are computed twice.
+# Outputs of all draws are kept up to this size; where they are larger, they are computed twice.
 KEPT_BYTES = 2**28
 
 
@@ -27,7 +27,7 @@ def snd(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Tensor:
-    r"""Stochastic normalization disturbance (IterNorm, eq. 9 and 10), the mean over all samples.
+    r"""Return the stochastic normalization disturbance (IterNorm, eq. 9 and 10), the mean over all samples.
 
     .. math:: \hat\Delta_F(x) = \frac{1}{s} \sum_{i=1}^{s} \Big\lVert F(X_i^B; x)
         - \frac{1}{s} \sum_{j=1}^{s} F(X_j^B; x) \Big\rVert_2
@@ -36,7 +36,7 @@ def snd(
     batches, so that every sample gets exactly one output of each draw. A last batch that is short is filled with other
     samples of the same permutation, whose outputs there do not count.
 
-    The mean over s outputs is in place of the expectation, as in the paper: for outputs that are normally distributed
+    The mean over s outputs stands for the expectation, as in the paper: for outputs that are normally distributed
     the result is :math:`\sqrt{(s - 1) / s}` of eq. 9.
 
     Args:
@@ -89,7 +89,7 @@ def snd(
 
 
 def _outputs(norm: Callable[[Tensor], Tensor], data: Tensor, batch_size: int, order: Tensor) -> Tensor:
-    """F of every sample (N, d), each in one batch."""
+    """Return F of every sample (N, d), each in one batch."""
     short = -len(data) % batch_size
     batches = torch.cat([order, order[:short]]).split(batch_size)
     outputs = []

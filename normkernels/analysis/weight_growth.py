@@ -1,5 +1,7 @@
-"""What training does to the parameters of normalized networks (Sun et al., 2020: "New Interpretations of Normalization
-Methods in Deep Learning", Figures 2 and 3)."""
+"""Measures of what training does to the parameters of normalized networks.
+
+Sun et al., 2020: "New Interpretations of Normalization Methods in Deep Learning", Figures 2 and 3.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,10 @@ from normkernels.ops._devices import in_float64, with_float64
 
 @torch.no_grad()
 def weight_norms(model: nn.Module) -> dict[str, float]:
-    """The L2 norm of every parameter with at least two dimensions, by its name (Figure 3).
+    """Return the L2 norm of every parameter with at least two dimensions, by its name (Figure 3).
 
-    In float64. Shared parameters come once, under their first name, parametrized ones under that of their original.
+    Norms are float64. Shared parameters come once, under their first name, parametrized ones under that of their
+    original.
 
     Raises:
         TypeError: model is no module.
@@ -43,7 +46,7 @@ class BatchNormGap(NamedTuple):
 
 @torch.no_grad()
 def batch_norm_gaps(model: nn.Module) -> dict[str, BatchNormGap]:
-    r"""How far gamma and beta are from the spread and the mean that they stand for (section 2.2 and Figure 2).
+    r"""Return how far gamma and beta are from the spread and the mean that they stand for (section 2.2 and Figure 2).
 
     .. math:: \lvert \gamma^2 - \sigma^2 \rvert, \quad \lvert \beta - \mu \rvert
 
@@ -80,7 +83,7 @@ class Tracker:
         tracker.write_csv("norms.csv")
 
     Attributes:
-        model: what is measured.
+        model: the model that is measured.
         measures: {name: a function from the model to {name of a value: value}}. A value is a number, a tensor, of
             which the mean is recorded, or a NamedTuple of these, as that of batch_norm_gaps.
         rows: one dict for each value, with the keys step, measure, name and value (a float); in the order of recording.
@@ -92,13 +95,13 @@ class Tracker:
     rows: list[dict[str, int | str | float]] = field(default_factory=list)
 
     def record(self, step: int) -> None:
-        """Measures the model as it is now.
+        """Measure the model as it is now.
 
         Raises:
             TypeError: a measure is no function, does not return a mapping, or has a value of another kind.
             ValueError: a tensor has no values.
 
-        No rows are added then.
+        No rows are added where it raises.
         """
         rows: list[dict[str, int | str | float]] = []
         for measure, function in self.measures.items():
@@ -111,7 +114,7 @@ class Tracker:
         self.rows += rows
 
     def write_csv(self, path: str | PathLike[str]) -> None:
-        """All rows, under a header line; numbers as Python writes them, so that no digit is lost."""
+        """Write all rows, under a header line; numbers as Python writes them, so that no digit is lost."""
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, ("step", "measure", "name", "value"))
             writer.writeheader()
@@ -119,7 +122,7 @@ class Tracker:
 
 
 def _numbers(name: str, value: Value) -> Iterator[tuple[str, float]]:
-    """What is recorded of a value, and under which names."""
+    """Yield the numbers that are recorded of a value, each with its name."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         for part, of_part in zip(value._fields, value, strict=True):
             yield from _numbers(f"{name}.{part}", of_part)

@@ -1,4 +1,4 @@
-"""Rewriting networks: other normalizations in, normalizations folded away."""
+"""Rewriting of networks: other normalizations are put in, or normalizations are folded away."""
 
 from normkernels.convert._affine import fold_pop_norm
 from normkernels.convert._families import norm_layer

@@ -1,6 +1,6 @@
-"""Normalizations in evaluation are affine maps: merged into the layer behind which, or in front of which, they stand.
+"""Merge a normalization in evaluation, which is an affine map, into the layer in front of it or behind it.
 
-Layer by layer; :mod:`normkernels.convert.fold` finds which layers these are.
+Here a layer and a norm are given; :mod:`normkernels.convert.fold` finds which ones belong together.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from normkernels.ops.pop_norm.eager import factors
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-# Dimensions of what a layer gives, and of what a norm takes, the batch among them.
+# The number of dimensions of a layer's output and of a norm's input, the batch among them.
 LAYERS: dict[type[nn.Module], int] = {
     nn.Linear: 2,
     **{nn.Conv1d: 3, nn.ConvTranspose1d: 3, ConvNorm1d: 3},
@@ -34,14 +34,15 @@ BATCH_NORM_RANKS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.SyncBatchNorm: (2, 3, 4, 5),
 }
 NORMS = (nn.modules.batchnorm._BatchNorm, _Whitening, _POPNorm)
-# The layers that a norm in front can be merged into, with the POP-Norm of their input.
+# The layers that a norm in front can be merged into, with the POP-Norm for their input.
 POP_NORM: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: POPNorm1d,
     nn.Conv1d: POPNorm1d,
     nn.Conv2d: POPNorm2d,
     nn.Conv3d: POPNorm3d,
 }
-# Methods and class attributes by which a subclass computes the same; what others it overrides may compute another.
+# A subclass that overrides only HARMLESS computes the same as its base. One that overrides CALLED, or other methods or
+# constants of its base, may compute something else.
 HARMLESS = {"__init__", "__repr__", "__setstate__", "extra_repr", "reset_parameters"}
 CALLED = {"__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__", "weight", "bias"}
 
@@ -51,7 +52,7 @@ class MisalignedError(ValueError):
 
 
 def kind(layer: nn.Module) -> type[nn.Module] | None:
-    """Return which one of LAYERS it computes: its class, or the one from which it inherits all that its calls run."""
+    """Return which of LAYERS a layer computes: its class, or the base from which it inherits all that its calls run."""
     for base in type(layer).__mro__:
         if base in LAYERS:
             own = {name for each in base.__mro__ if each not in (nn.Module, object) for name in vars(each)}
@@ -63,19 +64,19 @@ def kind(layer: nn.Module) -> type[nn.Module] | None:
 
 
 def rank_of(layer: nn.Module) -> int:
-    """Return the dimensions of what a layer gives."""
+    """Return the number of dimensions of a layer's output."""
     base = kind(layer)
     assert base is not None, layer
     return LAYERS[base]
 
 
 def ranks(norm: Any) -> tuple[int, ...]:
-    """Return the dimensions of input that a norm takes."""
+    """Return the numbers of dimensions that a norm's input may have."""
     return norm._ranks if hasattr(norm, "_ranks") else BATCH_NORM_RANKS[type(norm)]
 
 
 def evaluated(norm: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """A (G, d, d), mean and beta (C,) of y = A (x - mean) + beta, which ``norm`` is in evaluation; in its own type."""
+    """Return A (G, d, d), mean and beta (C,), in the norm's type: in evaluation it is y = A (x - mean) + beta."""
     mean, weight, beta = norm.running_mean, norm.weight, norm.bias
     var: Any = getattr(norm, "running_var", None)
     if isinstance(norm, _POPNorm):
@@ -88,7 +89,7 @@ def evaluated(norm: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def fold_behind(layer: Any, norm: Any) -> Any:
-    r"""One layer for ``norm(layer(x))`` in evaluation.
+    r"""Return one layer for ``norm(layer(x))`` in evaluation.
 
     .. math:: W' = A W, \qquad b' = A (b - \mu) + \beta
 
@@ -118,7 +119,7 @@ def fold_behind(layer: Any, norm: Any) -> Any:
     folded = copy.deepcopy(layer)
     W = old = getattr(layer, name)
     transposed = isinstance(layer, _ConvTransposeNd)
-    if transposed:  # (I, O / groups, *): the output channels in front, as elsewhere
+    if transposed:  # (I, O / groups, *): the output channels go to the front, as in other layers
         W = W.unflatten(0, (groups, -1)).transpose(1, 2)
     mixed = (A @ W.reshape(*A.shape[:2], -1)).view(W.shape)
     if transposed:
@@ -132,12 +133,12 @@ def fold_behind(layer: Any, norm: Any) -> Any:
 
 @torch.no_grad()
 def fold_in_front(layer: Any, norm: Any) -> Any:
-    r"""One layer for ``layer(norm(x))`` in evaluation.
+    r"""Return one layer for ``layer(norm(x))`` in evaluation.
 
     .. math:: W' = W A, \qquad b' = b + \sum W c, \qquad c = \beta - A \mu
 
-    Zeros with which a convolution pads what the norm gives are no values of x, so that with c other than 0 that is not
-    one convolution. Other padding modes repeat values of the image, so they are exact.
+    Where a convolution pads the norm's output with zeros, these are no values of x: if c is not 0, norm and convolution
+    are then not one convolution. Other padding modes repeat values of the image, so they are exact.
 
     Args:
         layer: nn.Linear or nn.Conv1d/2d/3d.
@@ -181,7 +182,10 @@ def _check_fits(norm: Any, layer: nn.Module, channels: int, place: str) -> None:
 
 
 def _aligned(A: Tensor, each: int, groups: int, side: str) -> Tensor:
-    """A, whose groups must lie inside of the convolution's, of ``each`` channels; a diagonal one has groups of one."""
+    """Return A with groups that lie inside the convolution's groups of ``each`` channels, or raise MisalignedError.
+
+    A diagonal matrix can always be split into groups of one channel.
+    """
     d = A.shape[-1]
     diagonal = A.diagonal(dim1=-2, dim2=-1)
     if each % d == 0:
@@ -196,13 +200,13 @@ def _aligned(A: Tensor, each: int, groups: int, side: str) -> Tensor:
 
 @torch.no_grad()
 def fold_pop_norm(norm: _POPNorm, layer: Layer) -> Layer:
-    r"""One layer for ``layer(norm(x))`` in evaluation, at no cost of its own.
+    r"""Return one layer for ``layer(norm(x))`` in evaluation, so that the norm costs nothing.
 
     .. math:: W' = W \mathrm{diag}(a), \qquad b' = b + \sum W c, \qquad y = a x + c
 
-    where y is what POP-Norm gives of x, channel by channel (eq. 11 and 12 with the running statistics). Zeros that a
-    convolution pads y with are no values of x: with c other than 0 that is not one convolution, and is refused. Other
-    padding modes repeat values of the image, so they are exact, and so is a norm with ``center=False``: there c = 0.
+    where y is POP-Norm's output for x, channel by channel (eq. 11 and 12 with the running statistics). Zeros that a
+    convolution pads y with are no values of x: if c is not 0, the two layers are not one convolution and are refused.
+    Other padding modes repeat values of the image, so they are exact; so is a norm with ``center=False``, where c = 0.
 
     Args:
         norm: POPNorm1d/2d/3d in evaluation mode, with running statistics.
@@ -238,10 +242,10 @@ def fold_pop_norm(norm: _POPNorm, layer: Layer) -> Layer:
 
 
 def copied(model: nn.Module, places: dict[int, Any]) -> nn.Module:
-    """A deep copy with these in place of the objects of these ids.
+    """Return a deep copy with the values of ``places`` instead of the objects whose ids are its keys.
 
-    And with what cannot be copied: process groups, which stay, and attributes that are results of autograd, such as the
-    weights that torch.nn.utils.weight_norm and prune compute.
+    Two kinds of attributes cannot be deep-copied: process groups stay the same objects, and results of autograd, such
+    as the weights that torch.nn.utils.weight_norm and prune compute, are cloned without their graph.
     """
     memo: dict[int, Any] = {}
     for key, value in (item for m in model.modules() for item in (*vars(m).items(), *m._buffers.items())):
@@ -255,12 +259,12 @@ def copied(model: nn.Module, places: dict[int, Any]) -> nn.Module:
 
 
 def in_float64(module: Any) -> Any:
-    """A copy, on the CPU, because not every device has float64."""
+    """Return a float64 copy on the CPU, because not every device has float64."""
     return copied(module, {}).cpu().double()
 
 
 def rounded(layer: Any, exact: Any) -> Any:
-    """The layer with these values, in its own type, layout and place."""
+    """Return a copy of the layer with the exact values, rounded to its own type, in its layout and on its device."""
     folded = copy.deepcopy(layer)
     if hasattr(exact, "groups"):
         folded.groups = exact.groups

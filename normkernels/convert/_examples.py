@@ -1,4 +1,4 @@
-"""Inputs with which fold compares what it makes with what the model was."""
+"""Example inputs, with which fold compares the folded model with the original one."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from normkernels.convert._affine import in_float64
 
-RELATIVE = 1e-9  # of the largest entry of an output; float64 rounds to 1e-16, a wrong fold is off by its weights
+RELATIVE = 1e-9  # times an output's largest entry; float64 rounds to 1e-16, a wrong fold is off by its weights
 
 
 class Example:
-    """Inputs, and what a model gives for them; all in float64 on the CPU.
+    """Inputs, and a model's outputs for them; all in float64 on the CPU.
 
-    ranks: dimensions of the input of each norm that a call reached.
+    ranks: the number of dimensions of the input of each norm that a call reached.
     """
 
     def __init__(self, model: nn.Module, inputs: object, norms: Collection[nn.Module]) -> None:
@@ -61,7 +61,7 @@ class Example:
             raise ValueError("example_inputs: expected a model that gives tensors to compare, got none")
 
     def difference(self, exact: nn.Module) -> str | None:
-        """Return how outputs of a float64 model differ from the first one's, or None if they do not."""
+        """Return how outputs of a float64 model differ from those of the original, or None if they do not."""
         got = self._outputs(exact)
         if [each.shape for each in got] != [each.shape for each in self._expected]:
             return "outputs of other shapes"
@@ -79,9 +79,9 @@ class Example:
     def _outputs(self, exact: nn.Module) -> list[Tensor]:
         before = torch.get_default_dtype()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.set_default_dtype(torch.float64)  # of what the model makes
+            torch.set_default_dtype(torch.float64)  # for tensors that the model makes
             try:
-                args, kwargs = copy.deepcopy((self.args, self.kwargs))  # which the model may change
+                args, kwargs = copy.deepcopy((self.args, self.kwargs))  # because the model may change them
                 return list(_tensors(exact(*args, **kwargs)))
             finally:
                 torch.set_default_dtype(before)
@@ -112,7 +112,7 @@ def _arguments(inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _exact(value: Any) -> Any:
-    """The same in float64, on the CPU."""
+    """Return the value with its tensors on the CPU, floating-point and complex ones in float64 and complex128."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         exact = torch.complex128 if value.is_complex() else torch.float64
@@ -123,7 +123,7 @@ def _exact(value: Any) -> Any:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """All numbers in a model's output, as tensors in float64 or complex128."""
+    """Yield all numbers in a model's output, as tensors in float64 or complex128."""
     if isinstance(value, Tensor):
         yield value.to(torch.complex128 if value.is_complex() else torch.float64)
     elif isinstance(value, bool | int | float):

@@ -1,4 +1,4 @@
-"""Families of normalization layers: which member takes which one's place, and with what group size."""
+"""Families of normalization layers: which member replaces which, and with what group size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from normkernels import layers
 from normkernels.ops._checks import check_integer
 
-# Members in the order of their ranks; those that synchronize take all ranks.
+# Members in the order of their ranks; a layer that synchronizes takes all ranks.
 FAMILIES: dict[str, tuple[type[nn.Module], ...]] = {
     "BatchNorm": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     "IterNorm": (layers.IterNorm1d, layers.IterNorm2d, layers.IterNorm3d),
@@ -27,11 +27,11 @@ FAMILIES: dict[str, tuple[type[nn.Module], ...]] = {
 }
 SYNCHRONIZED = {"BatchNorm": "SyncBatchNorm", "IterNorm": "SyncIterNorm", "DBN": "SyncDBN"}
 WHITENING = ("IterNorm", "DBN", "SyncIterNorm", "SyncDBN")
-NOT_OPTIONS = {"num_features", "group_size", "device", "dtype"}  # they have places of their own
+NOT_OPTIONS = {"num_features", "group_size", "device", "dtype"}  # these are given otherwise than as options
 
 
 def family_name(norm: object) -> str:
-    """Of a member or a name."""
+    """Return the name of the family of a layer class, or of the family with this name."""
     expected = f"a layer class of this package, or one of {', '.join(map(repr, FAMILIES))}"
     if not isinstance(norm, str | type):
         raise TypeError(f"norm: expected {expected}, got {type(norm).__name__}")
@@ -47,7 +47,7 @@ def member(family: str, rank: int) -> type[nn.Module]:
 
 
 def parameters(layer: type[nn.Module]) -> dict[str, inspect.Parameter]:
-    """Of the constructor, and of those that it hands keywords on to."""
+    """Return the parameters of a layer's constructor, and of the constructors that it hands keywords on to."""
     found: dict[str, inspect.Parameter] = {}
     for kind in layer.__mro__:
         if "__init__" in vars(kind):
@@ -67,7 +67,7 @@ def check_options(layer: type[nn.Module], options: Mapping[str, object], fixed: 
 
 
 def asked_group_size(layer: type[nn.Module], group_size: int | None) -> int | None:
-    """What is asked for, in words or by saying nothing; None for layers without groups."""
+    """Return the group size that is asked for, by default the layer's own; None for layers without groups."""
     parameter = parameters(layer).get("group_size")
     if parameter is not None:
         return parameter.default if group_size is None else check_integer("group_size", group_size, minimum=1)
@@ -78,12 +78,15 @@ def asked_group_size(layer: type[nn.Module], group_size: int | None) -> int | No
 
 
 def largest_divisor(channels: int, asked: int) -> int:
-    """Of the channels, at most what is asked."""
+    """Return the largest divisor of the channels that is at most ``asked``."""
     return max(d for d in range(1, min(channels, asked) + 1) if channels % d == 0)
 
 
 def smaller_groups(asked: int, named: Mapping[int, list[str]]) -> str | None:
-    """What there is to be said where the size asked for does not divide; named: channels and names of their layers."""
+    """Return a message about numbers of channels that the size asked for does not divide, None if there are none.
+
+    named: the numbers of channels, with the names of the layers that have them.
+    """
     parts = []
     for channels, names in named.items():
         size = largest_divisor(channels, asked)
@@ -96,7 +99,7 @@ def smaller_groups(asked: int, named: Mapping[int, list[str]]) -> str | None:
 def norm_layer(
     norm: type[nn.Module] | str, rank: int = 2, group_size: int | None = None, **options: Any
 ) -> Callable[..., nn.Module]:
-    """For the argument ``norm_layer`` of timm's and torchvision's networks, which call it as ``norm_layer(channels)``.
+    """Return a function for the argument ``norm_layer`` of timm's and torchvision's networks: ``norm_layer(channels)``.
 
     Args:
         norm: the layer's family, as in :func:`normkernels.convert.replace`.
@@ -121,15 +124,15 @@ def norm_layer(
         raise ValueError(f"rank: expected 1, 2 or 3, got {rank}")
     layer = member(family, rank)
     check_options(layer, options)
-    layer(1, device="meta", **options)  # which says now what is wrong with an option
+    layer(1, device="meta", **options)  # raises now if an option is wrong
     return functools.partial(_Factory(layer, asked_group_size(layer, group_size)), **options)
 
 
 @dataclass(frozen=True, eq=False)
 class _Factory:
-    """An object and not a function: timm takes functions for layers with an activation, and would leave that out.
+    """Makes layers. It is no function, because timm takes functions for layers with an activation and adds none then.
 
-    The partial around it holds the options by keyword, and nothing else: timm takes it apart and puts it together.
+    The partial around it holds only the options, by keyword: timm takes a partial apart and puts it together again.
     """
 
     layer: type[nn.Module]

@@ -1,4 +1,4 @@
-"""The linear layer that the features of a network go to: where the paper decorrelates them."""
+"""Find the linear layer that the features of a network go to: there the paper decorrelates them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from normkernels.convert._ways import ways
 
-# Modules by class, functions by themselves, methods of a tensor by name.
+# Modules stand here by class, functions by themselves, methods of a tensor by name.
 POOLINGS = {
     nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
     F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
@@ -28,7 +28,7 @@ PASSED = {
 def features_linear(model: nn.Module) -> str:
     """Return the name of the last linear layer, if it is the only one that the last average pooling's output goes to.
 
-    That has to be so on every way through the forward that optional arguments and conditions on shapes decide on.
+    This must hold on every way through the forward, whatever optional arguments and conditions on shapes decide.
     """
     if isinstance(model, nn.DataParallel):  # its forward's *inputs cannot be traced
         return f"module.{features_linear(model.module)}"
@@ -84,7 +84,7 @@ def _averages(model: nn.Module, node: fx.Node) -> bool:
 
 
 def _followed(model: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
-    """Linear layers that this node's values come to as they are, but for their shape and dropout."""
+    """Yield the linear layers that this node's values reach as they are, but for their shape and dropout."""
     for user in node.users:
         if user.op == "call_module" and _is_linear(model, user):
             yield user

@@ -11,16 +11,16 @@ BUFFERS = {"weight", "bias", "running_mean", "running_var"}
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Return whether it has a BatchNorm's numbers as buffers, and nothing to be trained."""
+    """Return whether a module has a BatchNorm's numbers as buffers, and nothing to be trained."""
     buffers = module._buffers.keys() - {"num_batches_tracked"}
     return buffers == BUFFERS and not module._parameters and not module._modules
 
 
 @torch.no_grad()
 def as_batch_norm(module: Any) -> nn.BatchNorm2d:
-    """Return the BatchNorm2d in evaluation, float64 on the CPU, that a frozen one is.
+    """Return the BatchNorm2d in evaluation, float64 on the CPU, that computes what a frozen one does.
 
-    That it computes what a BatchNorm computes is tried with an input, because its class says nothing of it.
+    Both are compared on an input, because the class of the frozen one does not tell what it computes.
 
     Args:
         module: one that :func:`is_frozen`, float64 on the CPU. Without an ``eps`` it is 1e-5, as in transformers.

@@ -1,4 +1,4 @@
-"""What all conversions share: how a network is traced, and how a module takes another one's place."""
+"""Parts that all conversions share: how a network is traced, and how a module takes another one's place."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ CALL_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_b
 
 
 class Tracer(torch.fx.Tracer):
-    """Looks into all modules but those that pairs are made of and this package's own, which check their input.
+    """Tracer that looks into all modules but affine layers, BatchNorms and this package's own, which check their input.
 
     closed: further modules that it does not look into.
     """
 
-    proxy_buffer_attributes = True  # who reads a running statistic is seen
+    proxy_buffer_attributes = True  # so that reads of running statistics are seen
 
     def __init__(self, closed: Collection[nn.Module] = ()) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Tracer(torch.fx.Tracer):
 
 
 def swap(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Under every name it has: one that is left out would be called past the new one."""
+    """Replace a module under every name it has: under a name that is left out, the old one would still be called."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is old:

@@ -1,12 +1,12 @@
-"""Whitening groups that reach across the groups of a convolution: what an exact fold of them costs.
+"""Exact folds of whitening groups that reach across the groups of a convolution, and what they cost.
 
 With d channels in a whitening group, and c output channels and k weights for each of them in a convolution's group:
 
-* "append": the whitening by itself, as a 1 x 1 convolution with a group for each whitening group behind the layer. It
-  takes d multiply-adds for each of C channels at each position.
-* "widen": the convolution with groups of lcm(c, d) output channels, the whitening merged into them. A weight for every
-  input channel of a wider group, zero where the old group did not read it: k (lcm(c, d) / c - 1) multiply-adds more for
-  each channel at each position.
+* "append": the whitening becomes a 1 x 1 convolution behind the layer, with a group for each whitening group. It takes
+  d multiply-adds for each of C channels at each position.
+* "widen": the convolution gets groups of lcm(c, d) output channels, and the whitening is merged into them. There is a
+  weight for every input channel of a wider group, zero where the old group did not read it, which takes
+  k (lcm(c, d) / c - 1) multiply-adds more for each channel at each position.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ POINTWISE = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 @torch.no_grad()
 def appended(norm: Any, rank: int) -> Any:
-    """Return the 1 x 1 convolution that a norm in evaluation is, for input of so many dimensions."""
+    """Return the 1 x 1 convolution that computes what a norm does in evaluation, for input of ``rank`` dimensions."""
     A, mean, beta = evaluated(norm)
     groups, d, _ = A.shape
-    conv = POINTWISE[rank](groups * d, groups * d, 1, groups=groups, device="meta")  # which draws no weights
+    conv = POINTWISE[rank](groups * d, groups * d, 1, groups=groups, device="meta")  # where no weights are drawn
     conv.weight = nn.Parameter(A.reshape(conv.weight.shape))
     conv.bias = nn.Parameter(beta - (A @ mean.view(groups, d, 1)).flatten())
     return conv.eval()
 
 
 def widened(layer: Any, d: int) -> Any:
-    """Return the same convolution with groups of whole whitening groups of ``d`` output channels."""
+    """Return the same convolution with wider groups, which consist of whole whitening groups of ``d`` channels."""
     factor = _merging(layer, d)
     folded = copy.deepcopy(layer)
     folded.groups = layer.groups // factor
@@ -51,11 +51,11 @@ def widened(layer: Any, d: int) -> Any:
 
 
 def costs(layer: Any, d: int) -> dict[str, int]:
-    """Return how many multiply-adds for each position, which is how many weights, each way adds."""
+    """Return how many multiply-adds per position each way adds; it adds as many weights."""
     return {"append": layer.out_channels * d, "widen": layer.weight.numel() * (_merging(layer, d) - 1)}
 
 
 def _merging(layer: Any, d: int) -> int:
-    """How many groups become one."""
+    """Return how many groups of the convolution become one."""
     each = layer.out_channels // layer.groups
     return math.lcm(each, d) // each

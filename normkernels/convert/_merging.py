@@ -25,17 +25,17 @@ from normkernels.convert._grouped import appended, costs, widened
 from normkernels.convert._network import Network, hooks
 from normkernels.layers.conv_norm import ConvNorm1d, ConvNorm2d
 
-# Methods that a call runs: an instance may have others than its class.
+# Methods that a call runs; an instance may have its own in place of its class's.
 RUN = {"forward", "_conv_forward", "_output_padding", "_check_input_dim", "_call_impl", "_wrapped_call_impl"}
 
 
 class Plan:
     """The modules that change, and the norms that stay.
 
-    merged: what becomes of a module, in float64. Of a norm that is one of them, it is a 1 x 1 convolution.
+    merged: the float64 module that takes a module's place. In the place of a norm, it is a 1 x 1 convolution.
     into: the layer that a norm is merged into.
     reasons: why norms stay.
-    added: what convolutions with other groups cost, a line for each.
+    added: a line for each convolution that gets other groups, with what they cost.
     """
 
     def __init__(self, network: Network, observed: Mapping[nn.Module, int], grouped: str) -> None:
@@ -46,11 +46,11 @@ class Plan:
         self._network = network
         self._observed = observed
         self._grouped = grouped
-        self._like: dict[nn.Module, Any] = {}  # layers as they are, in whose type an appended convolution is
-        self._guarded: dict[nn.Module, int] = {}  # the rank that no observation has confirmed
+        self._like: dict[nn.Module, Any] = {}  # appended convolutions in the type and on the device that they get
+        self._guarded: dict[nn.Module, int] = {}  # the rank that a norm is folded for, where no example has shown it
 
     def fill(self, norms: Collection[nn.Module], asked: Mapping[nn.Module, nn.Module]) -> None:
-        """Merge what can be merged, in the order of the calls: behind a norm that is, another one sees the layer.
+        """Merge what can be merged, in the order of the calls, so that behind a merged norm the next sees the layer.
 
         Args:
             norms: all of the model.
@@ -70,11 +70,11 @@ class Plan:
                 self.reasons[norm] = str(reason)
 
     def places(self, only: nn.Module | None = None, exact: bool = False) -> dict[int, Any]:
-        """Return what takes the place of the modules of these ids.
+        """Return {id of a module: the module that takes its place}.
 
         Args:
-            only: the layer of which alone the norms are merged, or None for all.
-            exact: whether it is in float64, on the CPU, and not in the types of the modules.
+            only: the only layer whose norms are merged, or None for all layers.
+            exact: whether the new modules are in float64, on the CPU, and not in the types of the old ones.
         """
         chosen = {norm: layer for norm, layer in self.into.items() if only is None or layer is only}
         found: dict[nn.Module, Any] = {norm: nn.Identity().eval() for norm in chosen}
@@ -103,7 +103,8 @@ class Plan:
                 raise ValueError(f"expected a merged {name} within {dtype}, got up to {value.abs().max():.3g}")
         self.merged[layer], self.into[norm] = new, layer
         self.added += added
-        # A Linear takes input of any rank, a convolution one without a batch: the norm's channels are elsewhere then.
+        # A Linear takes input of any rank, a convolution one without a batch; for these the norm's channels are in
+        # another dimension.
         others = {*ranks(exact)} - {rank} if isinstance(new, nn.Linear) else {*ranks(exact)} & {rank - 1}
         if observed is None and others:
             self._guarded[norm] = rank
@@ -128,7 +129,7 @@ class Plan:
     def _with_other_groups(
         self, norm: nn.Module, exact: Any, layer: nn.Module, reason: str
     ) -> tuple[nn.Module, Any, list[str]]:
-        """The same, for whitening groups that reach across groups of a convolution."""
+        """Do what ``_with_layer`` does, for whitening groups that reach across groups of a convolution."""
         if self._grouped == "refuse":
             raise ValueError(f'{reason}; grouped="append" or "widen" folds it at a cost')
         current, d = self._current(layer), exact.group_size
@@ -180,7 +181,7 @@ class Plan:
     def _check_layer(self, layer: nn.Module) -> None:
         name = repr(self._network.names[layer])
         for key in ("weight", "bias"):
-            parameter = layer._parameters.get(key, layer)  # its place in the dict is empty where it is computed
+            parameter = layer._parameters.get(key, layer)  # a computed one is not in the dict
             if parameter is not None and type(parameter) is not nn.Parameter:
                 raise ValueError(
                     f"expected the {key} of {name} to be a plain parameter, got a computed one or another type"
@@ -193,7 +194,7 @@ class Plan:
         _check_finite(layer, f" of {name}")
 
     def _check_unchanged(self, module: nn.Module) -> None:
-        """It does what its class says, at one place."""
+        """Raise unless the module does what its class says, and is used at one place only."""
         network = self._network
         name = repr(network.names[module])
         if hooks(module):

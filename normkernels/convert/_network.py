@@ -1,4 +1,4 @@
-"""Who calls what in a network, and which layer stands beside a norm: what fold and to_pop_norm know of it."""
+"""The calls in a network, and which layer stands beside a norm: fold and to_pop_norm ask for these."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ PASSED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.
 
 
 class Network:
-    """The model's calls as graphs: those of its own forward, and of the modules that are closed to it.
+    """The model's calls as graphs: those of its own forward, and of modules that the model's graph does not look into.
 
     A forward has a graph for each way through it, and what is said of a norm holds on all of them.
 
-    names: of all modules, the first one of each.
+    names: the first name of each module.
     calls: how often a module is called, on the way that calls it most.
-    read: ids of the tensors that a forward reads by itself; with weights tied they have the name of another module.
+    read: ids of the tensors that a forward reads by itself; a tied one may have the name of another module there.
     errors: why modules cannot be traced.
     """
 
@@ -41,8 +41,8 @@ class Network:
         self._origin = {module: model.get_submodule(name) for name, module in traced.named_modules()}
         self._closed = {module for module in traced.modules() if hooks(module) or is_frozen(module)}
         self._module: dict[Node, nn.Module] = {}
-        self._forwards: dict[nn.Module, list[Way]] = {}  # of modules that are traced
-        self._home: dict[nn.Module, list[Way]] = {}  # of a module: of a forward that calls it
+        self._forwards: dict[nn.Module, list[Way]] = {}  # the ways through each module that is traced
+        self._home: dict[nn.Module, list[Way]] = {}  # for each module, the ways through a forward that calls it
         self._model = model
         with torch.random.fork_rng(devices=[]):
             self._look_into([traced], set())
@@ -75,7 +75,7 @@ class Network:
             self._look_into(called, seen)
 
     def _look_past(self, root: nn.Module, seen: set[nn.Module]) -> None:
-        """Its children are called, if at all, where it is not seen."""
+        """Look into the children of a module that cannot be traced: whether and where it calls them is not seen."""
         only = _hands_on(root)
         if only is not None:
             del self.errors[self._origin[root]]
@@ -90,13 +90,14 @@ class Network:
         self._look_into(_children(root), seen)
 
     def _trace(self, root: nn.Module) -> list[Way] | None:
-        """None if it cannot be traced, not even with those of its children closed that cannot.
+        """Return the ways through a module, or None if it cannot be traced.
 
-        Nor, where there are too many ways, with those closed in which there is more than one.
+        It is tried again with those of its children closed that cannot be traced and, where there are too many ways,
+        with those closed that have more than one way.
         """
         while True:
             try:
-                if "forward" in vars(root):  # the tracer takes the class's
+                if "forward" in vars(root):  # the tracer would take the class's forward
                     raise TypeError("its forward is not that of its class")
                 return ways(root, self._closed)
             except Exception as error:  # whatever the model's code raises on a proxy
@@ -119,7 +120,8 @@ class Network:
     def last_layers(self) -> list[nn.Module] | None:
         """Return the layers whose outputs come to the model's output without another layer in between, on any way.
 
-        Black boxes that have layers are among them. None if the model's own forward cannot be traced.
+        Modules that are not looked into, but have layers, are among them. None if the model's own forward cannot be
+        traced.
         """
         if self._model not in self._forwards:
             return None
@@ -137,7 +139,7 @@ class Network:
         return list(found)
 
     def sees(self, module: nn.Module) -> bool:
-        """Return whether a forward that can be traced calls it."""
+        """Return whether a forward that can be traced calls the module."""
         return module in self._home
 
     def neighbor(
@@ -147,12 +149,12 @@ class Network:
         layers: Collection[nn.Module] = (),
         forward: bool = False,
     ) -> nn.Module:
-        """Return the layer from which a norm has its input, or, forward, the one to which its output goes.
+        """Return the layer from which a norm has its input or, if ``forward``, the one to which its output goes.
 
         Args:
             norm: one that is called.
             passed: modules that may be between, as Identity and Dropout in evaluation.
-            layers: modules that count as layers besides those that are.
+            layers: modules that count as layers besides convolutions and linear layers.
 
         Raises:
             ValueError: there is none, or none on some of the ways that call the norm or the layer.
@@ -188,11 +190,11 @@ class Network:
     def _beside(
         self, node: Node, passed: Collection[nn.Module], layers: Collection[nn.Module], forward: bool
     ) -> nn.Module:
-        """On one way."""
+        """Return the layer beside one call of a norm, on one way."""
         while True:
             if forward:
                 user = self._reader(node)
-                between = node.next  # the norm's input, which the layer is to read then, may change in place
+                between = node.next  # it may change the norm's input in place, which the layer would read after folding
                 while between is not user and is_computed_from_descriptions(between):
                     between = between.next
                 if between is not user:
@@ -229,7 +231,7 @@ class Network:
         return getattr(node.target, "__name__", str(node.target))
 
     def why_not_called(self, norm: nn.Module) -> str:
-        """Return the reason: the innermost module that cannot be traced has it."""
+        """Return why no call of a norm is seen: the error of the innermost module around it that cannot be traced."""
         around = [(len(self.names[m]), m) for m in self.errors if any(inner is norm for inner in m.modules())]
         if not around:
             return "expected a call of it, found none in the traced forward"
@@ -242,12 +244,12 @@ class Network:
 
 
 def hooks(module: nn.Module) -> list[str]:
-    """Return the kinds of hooks that its calls run."""
+    """Return the kinds of hooks that a module's calls run."""
     return [kind.strip("_").replace("_", " ") for kind in CALL_HOOKS if getattr(module, kind)]
 
 
 def _passes(module: nn.Module | None) -> bool:
-    """Whether its output is its input."""
+    """Return whether a module's output is its input."""
     if module is None or type(module) not in PASSED or hooks(module) or "forward" in vars(module):
         return False
     return type(module) is nn.Identity or not module.training
@@ -263,7 +265,7 @@ def _children(module: nn.Module) -> Iterator[nn.Module]:
 
 
 class _Recorder(nn.Module):
-    """Takes note of what it is called with, and returns an object of its own."""
+    """Module that records what it is called with, and returns a new object for each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,15 +279,15 @@ class _Recorder(nn.Module):
 def _hands_on(root: nn.Module) -> nn.Module | None:
     """Return the child to which forward hands on all that it is given, and whose output it returns, if there is one.
 
-    It is called with what can do nothing but be handed on, as AveragedModel and other wrappers do whose arguments
-    torch.fx cannot trace.
+    The forward is called with objects that it can only hand on. AveragedModel and other wrappers, whose arguments
+    torch.fx cannot trace, do hand them on.
     """
     taken: set[nn.Module] = set()
     one, two, option = object(), object(), {"option": object()}
     for args, kwargs in (((one,), {}), ((torch.empty(0),), {}), ((one,), option), ((one, two), option)):
         try:
             inspect.signature(type(root).forward).bind(root, *args, **kwargs)
-        except TypeError:  # it cannot be called so
+        except TypeError:  # it cannot be called with these
             continue
         shell = type(root).__new__(type(root))
         recorders = {name: _Recorder() for name in root._modules}

@@ -1,4 +1,4 @@
-"""Layers and the norms behind them, by name: what the caller says of forwards that cannot be traced."""
+"""Layers and the norms behind them, which the caller names where a forward cannot be traced."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Pair(NamedTuple):
 
 
 def named_pairs(model: nn.Module, pairs: Iterable[Any]) -> list[Pair]:
-    """Return the modules of these names, each of them in one pair. Of what kinds they are the caller checks."""
+    """Return the modules of these names, each of them in one pair. The caller checks their kinds."""
     if isinstance(pairs, str) or not isinstance(pairs, Iterable):
         raise TypeError(f"pairs: expected tuples of two names, got {pairs!r}")
     named = dict(model.named_modules(remove_duplicate=False))

@@ -1,8 +1,8 @@
 """Stand-ins for values while a network is traced, and the recording of torch's functions that get one.
 
-The C++ of torch takes whatever ``isinstance`` calls a tensor for one and reads its memory. So nothing poses as a tensor
-here: what stands for one is one, without storage, and every other value has a proxy that says it is none. Neither has
-a value, and whoever asks for it gets an error.
+torch's C++ code reads the memory of every object that ``isinstance`` calls a tensor. So nothing here only pretends to
+be a tensor: the stand-in for a tensor is a tensor, without storage, and every other value has a proxy that is none.
+Neither has a value, and reading it raises an error.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ NUMBERS = {
     "size", "stride", "dim", "ndimension", "numel", "nelement", "element_size", "storage_offset", "item", "tolist",
     "data_ptr", "type", "get_device", "is_contiguous", "is_floating_point", "is_complex", "has_names",
 }  # fmt: skip
-INFOS = {"finfo", "iinfo"}  # classes of torch that ask nobody
-ON_NUMBERS = {"_operator", "math", "builtins"}  # modules of functions that give tensors of tensors only
+INFOS = {"finfo", "iinfo"}  # classes of torch that never ask a mode
+ON_NUMBERS = {"_operator", "math", "builtins"}  # modules whose functions return a tensor only if they get one
 
 
 def _unknown(self: Any, *_: Any) -> NoReturn:
@@ -35,11 +35,11 @@ def _unknown(self: Any, *_: Any) -> NoReturn:
 class _Attribute(Attribute):
     """A method that may be called, or a value that is no tensor."""
 
-    __hash__ = _unknown  # a lookup by it would miss without a word
+    __hash__ = _unknown  # a lookup with it as key would silently fail
 
 
 class ValueProxy(Proxy):
-    """Stands for what is no tensor: a size, a shape, a type, a device, a comparison of them."""
+    """Stand-in for a value that is no tensor: a size, a shape, a type, a device, a comparison of them."""
 
     __hash__ = __index__ = __int__ = __float__ = _unknown
 
@@ -48,7 +48,7 @@ class ValueProxy(Proxy):
 
 
 class TensorProxy(Proxy, torch.Tensor):  # type: ignore[misc]
-    """Stands for a tensor, is one to Python and to C++, and records what is done with it."""
+    """Stand-in for a tensor, which is a tensor to Python and to C++, and records what is done with it."""
 
     _is_param = _is_buffer = False  # no nn.Parameter and no nn.Buffer
     __hash__, __format__ = object.__hash__, object.__format__
@@ -61,7 +61,7 @@ class TensorProxy(Proxy, torch.Tensor):  # type: ignore[misc]
         Proxy.__init__(self, node, tracer)
 
     def __getattribute__(self, name: str) -> Any:
-        """Not the attributes of torch.Tensor: a proxy's own, or new nodes."""
+        """Return a proxy's own attributes, or new nodes, instead of the attributes of torch.Tensor."""
         if name in VIEWS:
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         own = name.startswith("__") or name in vars(TensorProxy) or name in vars(Proxy)
@@ -97,7 +97,7 @@ def _first_proxy(*arguments: Any) -> Proxy | None:
 
 
 class _Recorder(TorchFunctionMode):
-    """Records every call of torch's functions with a proxy anywhere among the arguments, as in ``mask[:, :size]``."""
+    """Mode that records every call of torch's functions with a proxy anywhere in the arguments: ``mask[:, :size]``."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -128,8 +128,8 @@ def recording() -> Iterator[None]:
     """Record the calls of torch's functions that get a proxy, for the time of a trace.
 
     Functions that are written in C++ read their arguments before they ask a mode, refuse some proxies, and take others
-    for something else: ``torch.zeros(size, 4)`` for a shape, ``torch.iinfo(dtype)`` for the type uint8. They are
-    exchanged in torch, for all threads, as torch.fx exchanges methods of nn.Module.
+    for something else: ``torch.zeros(size, 4)`` for a shape, ``torch.iinfo(dtype)`` for the type uint8. So they are
+    replaced in torch, for all threads, as torch.fx replaces methods of nn.Module.
     """
     functions = {
         name: each for name, each in vars(torch).items() if isinstance(each, BuiltinFunctionType) or name in INFOS

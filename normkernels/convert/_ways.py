@@ -1,4 +1,4 @@
-"""All ways through a forward: what optional arguments and the shapes of its inputs decide, both ways."""
+"""All ways through a forward: both outcomes of each decision on optional arguments and shapes of inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 
 from normkernels.convert._graph import Tracer
 
-MOST = 32  # traces of one forward, and conditions in one of them
+MOST = 32  # the most traces of one forward, and conditions in one of them
 # Properties of a tensor that stay the same when a norm behind a layer is merged into it.
 METHODS = ("size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "get_device", "__len__")
 ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda", "layout", "requires_grad")
@@ -24,7 +24,7 @@ class Way(NamedTuple):
     """One way through a forward.
 
     optional: the forward's arguments that may be left out.
-    conditions: how many came up.
+    conditions: how many conditions came up.
     """
 
     graph: Graph
@@ -40,7 +40,7 @@ class TooManyError(RuntimeError):
 
 
 def ways(root: nn.Module, closed: Collection[nn.Module]) -> list[Way]:
-    """Return each way through the forward of ``root``, as a graph. Whatever tracing raises is raised.
+    """Return each way through the forward of ``root``, as a graph. Errors of tracing are passed on.
 
     A way decides for every optional argument whether it is left out, and for every condition on such arguments and on
     shapes what it is. Ways on which the forward itself raises, as shape assertions do, compute nothing and are left
@@ -73,19 +73,19 @@ def ways(root: nn.Module, closed: Collection[nn.Module]) -> list[Way]:
 
 
 def is_description(node: Node) -> bool:
-    """Return whether it is a tensor's shape, type or place, which say nothing of its values."""
+    """Return whether a node is a tensor's shape, type or device, which say nothing about its values."""
     if node.op == "call_method":
         return node.target in METHODS
     return node.op == "call_function" and node.target is getattr and node.args[1] in ATTRIBUTES
 
 
 def readers(node: Node) -> Iterator[Node]:
-    """Yield the users of its values."""
+    """Yield the users of a node's values."""
     return (user for user in node.users if not is_description(user))
 
 
 def is_computed_from_descriptions(node: Node) -> bool:
-    """Return whether it reads no values of tensors, so that it may stand anywhere."""
+    """Return whether a node reads no values of tensors, so that it may stand anywhere."""
     if is_description(node):
         return True
     computed = node.op in ("call_function", "call_method") and len(node.all_input_nodes) > 0
@@ -93,9 +93,9 @@ def is_computed_from_descriptions(node: Node) -> bool:
 
 
 class _WayTracer(Tracer):
-    """Decides conditions as it is told, and as true where it is told nothing.
+    """Tracer that decides conditions as it is told, and as true where it is told nothing.
 
-    decisions: by condition, in the order in which they come up.
+    decisions: the decision for each condition, in the order in which they come up.
     """
 
     def __init__(self, closed: Collection[nn.Module], decisions: dict[str, bool]) -> None:
@@ -107,7 +107,7 @@ class _WayTracer(Tracer):
         self._numbers: dict[str, int] = {}
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        """Bind parameters by their kinds, where torch.fx rewrites the code, which it cannot where that is decorated."""
+        """Bind parameters by their kinds. torch.fx would rewrite the code, which fails for a decorated forward."""
         parameters = list(inspect.signature(root_fn).parameters.values())[1:]
         if any(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters):
             return super().create_args_for_root(root_fn, is_module, concrete_args)
@@ -121,7 +121,7 @@ class _WayTracer(Tracer):
         return functools.partial(root_fn, **by_name), [self.root, *proxies.values()]
 
     def create_proxy(self, kind: str, target: Any, args: Any, *rest: Any, **options: Any) -> Any:
-        """A parameter with a default is that, or a proxy like the others."""
+        """Return a parameter's default where it is decided that the caller leaves it out, else a proxy."""
         if kind == "placeholder" and args:
             self.optional.append(target)
             if self.decisions.setdefault(_left_out(target), True):
@@ -133,12 +133,12 @@ class _WayTracer(Tracer):
         if not self._is_free(obj.node):
             return super().to_bool(obj)
         self._conditions += 1
-        if len(self.decisions) >= MOST or self._conditions > MOST**2:  # a loop, which nothing would end
+        if len(self.decisions) >= MOST or self._conditions > MOST**2:  # a loop that nothing would end
             raise TooManyError
         return self.decisions.setdefault(self._key(obj.node), True)
 
     def _is_free(self, node: Node) -> bool:
-        """Whether the caller decides it, by arguments that may be left out and by shapes."""
+        """Return whether the caller decides a node's value, by arguments that may be left out and by shapes."""
         if node not in self._free:
             if node.op == "placeholder" or is_description(node):
                 self._free[node] = node.target in self.optional or is_description(node)
@@ -148,7 +148,7 @@ class _WayTracer(Tracer):
         return self._free[node]
 
     def _key(self, node: Node) -> str:
-        """The same for the same condition on the same tensors, however often it is written, until one changes."""
+        """Return a key that is the same for the same condition on the same tensors, until one of these changes."""
         if node.op == "placeholder" or not self._is_free(node):
             return f"{node.name} changed {sum(map(_changes, node.users))} times"
         said = f"{node.target}{map_arg((node.args, node.kwargs), self._key)}"
@@ -156,19 +156,19 @@ class _WayTracer(Tracer):
 
 
 def _changes(user: Node) -> bool:
-    """Whether it may change the tensor that it reads, by its name: ``add_``, ``+=``, ``x[0] = y``."""
+    """Return whether a user may change the tensor that it reads, by its name: ``add_``, ``+=``, ``x[0] = y``."""
     name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
     in_place = getattr(user.target, "__module__", None) == "_operator" and name.startswith(("i", "setitem"))
     return in_place or (user.op != "call_module" and name.endswith("_"))
 
 
 def _left_out(argument: str) -> str:
-    """The condition of this name among decisions."""
+    """Return the key, among decisions, of the condition that the caller leaves out this argument."""
     return f"{argument} is left out"
 
 
 def _is_raised_by_model(error: Exception) -> bool:
-    """Whether it comes from a statement of the model's own code, and not from what a proxy cannot do."""
+    """Return whether an error comes from a raise in the model's own code, and not from what a proxy cannot do."""
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from normkernels.layers.whitening import _IterNorm
 
 PARAMETERS = ("weight", "bias")
-RUNNING = "running_wm"  # by which a checkpoint's layer is recognized
+RUNNING = "running_wm"  # the key by which a checkpoint's layer is recognized
 
 
 def load_iternorm_state(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
@@ -19,15 +19,15 @@ def load_iternorm_state(model: nn.Module, state_dict: Mapping[str, Any], strict:
 
     .. math:: y = \gamma\, \big( \mathrm{running\_wm}\, (x - \mathrm{running\_mean}) \big) + \beta
 
-    is what both compute in evaluation, group by group. For the keys of each layer:
+    is what both implementations compute in evaluation, group by group. The keys of each layer become:
 
         weight, bias    (1, C), (1, C, 1), (1, C, 1, 1) or (1, C, 1, 1, 1), there with affine=True -> (C,)
         running_mean    (G, d, 1)                                                                  -> (C,)
         running_wm      (G, d, d)                                                                  -> running_whitening
 
-    It has no counter of batches, so num_batches_tracked keeps its value; a layer with ``momentum=None`` that has seen
-    none begins its average anew. The number of iterations, eps and momentum are not in it either: give the model
-    those it was trained with.
+    The checkpoint has no counter of batches, so num_batches_tracked keeps its value; a layer with ``momentum=None``
+    that has seen none begins its average anew. The number of iterations, eps and momentum are not in it either: give
+    the model those it was trained with.
 
     Args:
         model: a network with IterNorm1d/2d/3d (or SyncIterNorm) under the names that it has in the checkpoint.
@@ -35,7 +35,7 @@ def load_iternorm_state(model: nn.Module, state_dict: Mapping[str, Any], strict:
         strict: as in ``nn.Module.load_state_dict``. False also allows a layer of which the checkpoint has no key.
 
     Returns:
-        What ``model.load_state_dict`` returns: the missing and the unexpected keys.
+        The result of ``model.load_state_dict``: the missing and the unexpected keys.
 
     Raises:
         ValueError: a layer's keys are not those above, their shapes are not the layer's (as with another group size),

@@ -1,4 +1,4 @@
-"""An inference copy of a network, its normalizations merged into the layers beside them."""
+"""Make an inference copy of a network, with its normalizations merged into the layers beside them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from normkernels.ops._checks import check_choice, check_flag
 
 logger = logging.getLogger("normkernels.convert")
 
-NAME = re.compile(r"'[^'\n]*'")  # of a module, in a reason
+NAME = re.compile(r"'[^'\n]*'")  # a module's name in a reason
 
 
 def fold(
@@ -38,24 +38,25 @@ def fold(
     with A = diag(gamma) W_running, block diagonal in the whitening groups (IterNorm, section 3.3), for BatchNorm
     diag(gamma / sqrt(var + eps)). It is computed in float64 and rounded once, to the layer's own type.
 
-    Merged are BatchNorm1d/2d/3d, SyncBatchNorm, this package's whitening layers, POPNorm, and what is built as
-    FrozenBatchNorm2d, into the Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d or ConvNorm1d/2d (there only if A is
-    diagonal, and with ``affine=True``) whose output they normalize, Identity, Dropout and merged norms in between not
-    counted; a norm that has no such layer into the Linear or Conv1d/2d/3d that reads its output, unless zero padding
-    would count as values of it. ``nn.Identity`` takes the norm's place, all other modules, names and types stay. A
-    layer that had no bias gets one. Layers of a subclass are merged into if it inherits all that a call runs.
+    BatchNorm1d/2d/3d, SyncBatchNorm, this package's whitening layers, POPNorm, and modules that are built like
+    FrozenBatchNorm2d are merged into the Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d or ConvNorm1d/2d whose output they
+    normalize (into a ConvNorm only if A is diagonal, and with ``affine=True``). Identity, Dropout and merged norms may
+    be in between. A norm that has no such layer is merged into the Linear or Conv1d/2d/3d that reads its output, unless
+    zero padding would count as values of that. ``nn.Identity`` takes the norm's place; all other modules, names and
+    types stay. A layer that had no bias gets one. Norms are merged into a layer of a subclass only if it inherits all
+    that a call runs.
 
-    What goes where is found with torch.fx, on every way through a forward that its optional arguments and conditions
-    on shapes decide on: a norm is merged if that is exact on all of them. A module that cannot be traced, or that has
-    hooks, is a black box to what is around it, and is looked into by itself; it is taken to call its children as a
-    whole, but for Sequentials, which it may go through unless it hands on all that it is given, as AveragedModel does.
-    A graph has one way through what depends on attributes of the model: fold again where they change. Parameters that
-    are read by ``parameters()`` or ``state_dict()`` are not seen.
+    torch.fx finds which norm goes where, on every way through a forward that its optional arguments and conditions on
+    shapes decide on: a norm is merged if that is exact on all of them. A module that cannot be traced, or that has
+    hooks, is a black box to the modules around it, and is looked into by itself. It is taken to call its children as a
+    whole, except for Sequentials: it may call their modules one by one, unless it hands on all that it is given, as
+    AveragedModel does. A graph has one way through code that depends on attributes of the model: fold again where they
+    change. Parameters that are read by ``parameters()`` or ``state_dict()`` are not seen.
 
-    A norm that takes input of several ranks, as BatchNorm1d does, normalizes the second dimension, which behind a
-    Linear on (N, L, C), or a Conv1d on (C, L), is another one than that of the features. Where ``example_inputs`` do
-    not show what comes, a hook on the Identity in its place raises a ValueError when other input comes than (N, C)
-    behind a Linear, (N, C, L) behind a Conv1d.
+    A norm that takes input of several ranks, as BatchNorm1d does, normalizes the second dimension. Behind a Linear on
+    (N, L, C), or a Conv1d on (C, L), that is not the dimension of the features. Where ``example_inputs`` do not show
+    the rank, a hook on the Identity in the norm's place raises a ValueError for any input but (N, C) behind a Linear,
+    and (N, C, L) behind a Conv1d.
 
     A ConvNorm layer itself stays: for planes of one size it is a convolution, but with a kernel as large as the plane.
 
@@ -119,12 +120,15 @@ def fold(
         _compare(model, plan, norms, example)
     for line in plan.added:
         logger.info("%s", line)
-    # Whoever refers to a module, in a list of its own as well, refers in the copy to what has taken its place.
+    # Every reference to a module, also one in a plain list, refers in the copy to what has taken the module's place.
     return copied(model, plan.places())
 
 
 def _by_reason(reasons: dict[nn.Module, str], names: dict[nn.Module, str]) -> str:
-    """Each reason once, behind the norms of which it is true; where only names of modules differ, with all of these."""
+    """Return a text with each reason once, behind the norms that it holds for.
+
+    Reasons that differ only in names of modules count as one, with all of these names.
+    """
     grouped: dict[tuple[str, ...], tuple[list[str], list[list[str]]]] = {}
     for norm, name in names.items():
         if norm in reasons:
@@ -143,7 +147,7 @@ def _by_reason(reasons: dict[nn.Module, str], names: dict[nn.Module, str]) -> st
 def _layers_of_pairs(
     model: nn.Module, norms: dict[nn.Module, str], pairs: Iterable[tuple[str, str]] | None
 ) -> dict[nn.Module, nn.Module]:
-    """The layer in front of each norm of the pairs."""
+    """Return the layer in front of each norm of the pairs."""
     asked: dict[nn.Module, nn.Module] = {}
     for pair in named_pairs(model, () if pairs is None else pairs):
         if kind(pair.layer) is None:

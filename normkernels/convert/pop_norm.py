@@ -1,4 +1,4 @@
-"""Conv-BN-act networks into POP-Conv-act (POP-Norm, Figure 1)."""
+"""Turn Conv-BN-act networks into POP-Conv-act networks (POP-Norm, Figure 1)."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def to_pop_norm(
     before = [(pair.layer_name, pair.layer, pair.norm) for pair in found]
     if classifier:
         name, linear = _classifier(model, network, classifier)
-        if all(linear is not layer for _, layer, _ in before):  # one with a BatchNorm behind has its norm
+        if all(linear is not layer for _, layer, _ in before):  # one with a BatchNorm behind has its norm already
             before.append((name, linear, found[-1].norm))
     norms = [
         BEFORE[_kind(layer)](
@@ -107,10 +107,10 @@ def _found_pairs(model: nn.Module, network: Network) -> list[tuple[str, str]]:
     for norm in network.called(norms):
         try:
             layer: Any = network.neighbor(norm)
-        except ValueError:  # it stays
+        except ValueError:  # the norm stays
             continue
         alone = network.calls[norm] == network.calls[layer] == 1 and _kind(layer) is not None
-        if alone and norm.num_features == _channels(layer)[1]:  # a Linear on (N, L, C) is followed by one of L features
+        if alone and norm.num_features == _channels(layer)[1]:  # a norm behind a Linear on (N, L, C) has L features
             pairs.append((network.names[layer], network.names[norm]))
     for norm in norms:
         if not network.sees(norm) and network.calls[norm]:
@@ -124,7 +124,7 @@ def _found_pairs(model: nn.Module, network: Network) -> list[tuple[str, str]]:
 
 
 def _classifier(model: nn.Module, network: Network | None, asked: bool | str) -> tuple[str, nn.Linear]:
-    """Name and module of the last linear layer."""
+    """Return name and module of the last linear layer."""
     if isinstance(asked, str):
         name = asked
     else:
@@ -146,12 +146,12 @@ def _classifier(model: nn.Module, network: Network | None, asked: bool | str) ->
 
 
 def _kind(layer: nn.Module) -> Any:
-    """Which of BEFORE's keys a layer is; subclasses as well."""
+    """Return which of BEFORE's keys a layer is an instance of, None if there is none."""
     return next((kind for kind in BEFORE if isinstance(layer, kind)), None)
 
 
 def _channels(layer: Any) -> tuple[int, int]:
-    """In and out."""
+    """Return the numbers of input and output channels."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     return layer.in_channels, layer.out_channels

@@ -1,4 +1,4 @@
-"""One layer in another's place: BatchNorm into IterNorm, DBN or POP-Norm and back, convolutions into ConvNorm."""
+"""Put layers in the place of others: BatchNorm becomes IterNorm, DBN or POP-Norm, or back; convolutions ConvNorm."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d)
 NORMS = tuple(layer for name, members in FAMILIES.items() if name != "ConvNorm" for layer in members)
 WHERE = {"all": slice(None), "first": slice(1)}
 STATE = {"weight", "bias", "running_mean", "running_var", "running_whitening", "num_batches_tracked"}
-# They go on with the parameters and buffers that there were when they were made. By name: torch may be built without
-# torch.distributed, and then has none of them.
+# Wrappers go on with the parameters and buffers that there were when they were made. They are known by name, because a
+# torch that is built without torch.distributed has none of them.
 WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 HOOKS = (
     *CALL_HOOKS, "_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks",
@@ -53,7 +53,7 @@ class _Replacement(NamedTuple):
     name: str
     old: nn.Module
     new: nn.Module
-    layer: Any  # new, or what is new in it
+    layer: Any  # new, or the new layer in it
 
 
 def replace(
@@ -67,24 +67,25 @@ def replace(
 ) -> nn.Module:
     r"""Replace BatchNorm by IterNorm, DBN or POP-Norm, or back, or convolutions by ConvNorm, in place.
 
-    A new layer has the old one's name (all of them, where a module has several), its gamma and beta, the very
-    Parameters, so that an optimizer goes on with them; its eps, momentum, affine, track_running_stats, device, dtype
-    and training mode, and its running statistics. The running variance becomes a diagonal whitening matrix,
+    A new layer has the old one's name (all of them, where a module has several) and its gamma and beta. These are the
+    same Parameters, so that an optimizer goes on with them. It also has the old one's eps, momentum, affine,
+    track_running_stats, device, dtype, training mode and running statistics. The running variance becomes a diagonal
+    whitening matrix,
 
     .. math:: W = \mathrm{diag}\big((\sigma^2 + \epsilon)^{-1/2}\big)
 
-    with which evaluation is the same function as before, until training moves W, and with the same eps: a DBN of a
-    BatchNorm has BatchNorm's, unless ``options`` say another. A checkpoint of the network as it was loads with the same
-    result. POP-Norm, which takes mean and variance as they are, and ConvNorm, which takes weight
-    and bias, are other functions from the start; the paper's POP-Norm networks, with the norm before the convolution,
-    are what :func:`normkernels.convert.to_pop_norm` makes.
+    with which evaluation is the same function as before, until training moves W. The eps stays the same, too: a DBN
+    that replaces a BatchNorm has the BatchNorm's, unless ``options`` give another. A checkpoint of the network as it
+    was loads with the same result. POP-Norm, which takes mean and variance as they are, and ConvNorm, which takes
+    weight and bias, are other functions from the start; :func:`normkernels.convert.to_pop_norm` makes the paper's
+    POP-Norm networks, with the norm before the convolution.
 
     Args:
         model: any module. Convert it before DistributedDataParallel and fully_shard, and before an optimizer is made
             if the new layers have parameters of their own (ConvNorm's affine_weight, the norm before the linear layer).
         norm: a layer class, standing for its family whatever its rank (``IterNorm2d`` turns BatchNorm1d into
             IterNorm1d), or the family's name: "IterNorm", "DBN", "POPNorm", "BatchNorm", "SyncIterNorm", "SyncDBN",
-            "SyncBatchNorm", or "ConvNorm", for Conv1d and Conv2d. Of a layer that synchronizes it makes the one of the
+            "SyncBatchNorm", or "ConvNorm", for Conv1d and Conv2d. A layer that synchronizes becomes the one of the
             family that does, with its process_group. Layers that are of the family stay as they are.
         where: "all", "first" in the order of ``named_modules`` (the paper's IterNorm-L1), or a function that is asked
             once for each layer, with its first name and the layer.
@@ -100,8 +101,8 @@ def replace(
             what is kept, as ``eps`` and ``momentum``. ``affine=False``, ``center=False`` and ``scale=False`` drop what
             they name.
 
-    IterNorm, DBN and POP-Norm of a half type keep float32 statistics; a BatchNorm of one keeps them in its own type, to
-    which they are rounded.
+    IterNorm, DBN and POP-Norm of a half type keep float32 statistics; a BatchNorm of a half type keeps them in that
+    type, to which they are rounded.
 
     Returns:
         ``model``, or the new layer where the model itself is the layer. The logger ``normkernels.convert`` says at
@@ -154,7 +155,7 @@ def replace(
 
 
 def _chosen(model: nn.Module, family: str, where: Any) -> list[tuple[str, nn.Module]]:
-    """Layers to be replaced, each by its first name."""
+    """Return the layers to be replaced, each with its first name."""
     kinds = CONVOLUTIONS if family == "ConvNorm" else (_BatchNorm, BatchStatisticsLayer)
     synchronized = FAMILIES.get(SYNCHRONIZED.get(family, ""), ())
     done = FAMILIES[family] + synchronized
@@ -188,7 +189,7 @@ def _chosen(model: nn.Module, family: str, where: Any) -> list[tuple[str, nn.Mod
 
 
 def _check_references(model: nn.Module, planned: Sequence[_Replacement]) -> None:
-    """Nothing that can be seen would go on with an old layer."""
+    """Raise if anything that can be seen would go on with an old layer."""
     names = {id(old): name or "model" for name, old, _, _ in planned}
     for holder, module in model.named_modules():
         for attribute, value in vars(module).items():
@@ -201,7 +202,7 @@ def _check_references(model: nn.Module, planned: Sequence[_Replacement]) -> None
 
 
 def _parts(value: object, depth: int = 2) -> Iterator[object]:
-    """The value, and where it is a collection what is in it, and in collections in it."""
+    """Yield the value and, if it is a collection, the values in it and in collections in it."""
     yield value
     if depth and isinstance(value, list | tuple | set | dict):
         for part in value.values() if isinstance(value, dict) else value:
@@ -210,7 +211,7 @@ def _parts(value: object, depth: int = 2) -> Iterator[object]:
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Errors say which module they are about."""
+    """Make errors say which module they are about."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -218,7 +219,7 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _check_plain(old: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
-    """Nothing is lost with this layer but what the new one has."""
+    """Raise unless the new layer takes over everything that this one has."""
     kind = type(old).__name__
     if isinstance(old, LazyModuleMixin) and old.has_uninitialized_params():
         raise ValueError(f"expected a layer with parameters, got {kind} before its first batch")
@@ -228,7 +229,7 @@ def _check_plain(old: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
     extra = [name.strip("_").replace("_", " ") for name in HOOKS if getattr(old, name)]
     required = [p.default is p.empty for p in parameters(type(old)).values()]
     fresh = type(old)(*[1] * sum(required), device="meta")
-    # Not private ones, with which libraries mark layers, as transformers those that it has initialized.
+    # Private attributes do not count: libraries mark layers with them, as transformers does after initialization.
     attributes = {name for name in vars(old).keys() - vars(fresh).keys() if not name.startswith("_")}
     extra += sorted({*old._parameters, *old._buffers, *old._modules} - STATE | attributes)
     if extra:
@@ -264,11 +265,11 @@ def _norm(old: Any, family: str, group_size: int | None, options: dict[str, Any]
 def _made(
     layer: type[nn.Module], old: Any, channels: int, asked: int | None, options: dict[str, Any], like: Tensor | None
 ) -> nn.Module:
-    """A new layer with the options that the old one has as well, on the device and in the type of a tensor."""
+    """Make a new layer with the options that the old one has as well, on the device and in the type of a tensor."""
     check_options(layer, options)
     names = [name for name in parameters(layer) if name not in NOT_OPTIONS and name != "bias"]
     arguments = {name: getattr(old, name) for name in names if hasattr(old, name)}
-    # What is there counts: statistics may have been removed by hand.
+    # The tensors count, not the flags: statistics may have been removed by hand.
     arguments["affine"] = old.weight is not None or old.bias is not None
     arguments["track_running_stats"] = old.running_mean is not None
     arguments.update(options)
@@ -280,7 +281,7 @@ def _made(
 
 
 def _statistics(old: Any, new: Any) -> dict[str, Tensor]:
-    """Running statistics for the new layer to load; it reads a variance by itself."""
+    """Return running statistics for the new layer to load; it can itself read a variance."""
     state = {name: value for name, value in old._buffers.items() if value is not None}
     W = state.pop("running_whitening", None)
     if W is None:
@@ -291,7 +292,7 @@ def _statistics(old: Any, new: Any) -> dict[str, Tensor]:
         return {**state, "running_whitening": blocks}
     precision = in_float64(blocks).flatten().square()
     variance = 1 / precision - old.eps
-    # W was rounded, so that a variance of 0 may come out below.
+    # W was rounded, so that a variance of 0 may come out negative.
     bound = 4 * torch.finfo(W.dtype).eps / precision
     if not W.is_meta and not ((blocks > 0).all() and (variance >= -bound).all()):
         raise ValueError(
@@ -302,7 +303,7 @@ def _statistics(old: Any, new: Any) -> dict[str, Tensor]:
 
 
 def _regrouped(W: Tensor, size: int) -> Tensor:
-    """The same matrix (G, d, d), in diagonal blocks of another size."""
+    """Return the same matrix (G, d, d), in diagonal blocks of another size."""
     if W.shape[1] == size:
         return W
     dense = torch.block_diag(*W)
@@ -323,7 +324,7 @@ def _conv_norm(old: Any, options: dict[str, Any]) -> nn.Module:
     own = [name for name in parameters(type(old)) if hasattr(old, name)]
     check_options(layer, options, fixed={*own, "device", "dtype"})
     arguments = {**{name: getattr(old, name) for name in own}, "bias": old.bias is not None, **options}
-    # Elsewhere its constructor would draw a random weight, for nothing and out of the generator's order.
+    # On another device the constructor would draw a random weight, for nothing, and change the generator's state.
     new: Any = layer(**arguments, device="meta", dtype=old.weight.dtype)
     new.weight, new.bias = old.weight, old.bias
     if new.affine_weight is not None:
@@ -334,7 +335,7 @@ def _conv_norm(old: Any, options: dict[str, Any]) -> nn.Module:
 def _decorrelated(
     model: nn.Module, family: str, name: bool | str, last: nn.Module, group_size: int | None, options: dict[str, Any]
 ) -> _Replacement:
-    """The paper's DF: a norm before the linear layer of this name."""
+    """Return the replacement for the paper's DF: a norm before the linear layer of this name."""
     if family not in WHITENING:
         raise ValueError(f"decorrelate_features: expected {', '.join(WHITENING)} to decorrelate with, got {family}")
     if not isinstance(name, str):

@@ -23,8 +23,9 @@ def update_norm_stats(loader: Iterable[Any], model: nn.Module, device: torch.dev
     ``torch.optim.swa_utils.AveragedModel``), whose statistics nothing has estimated, and to replace the moving
     averages of training. Batches of one size weigh their samples equally.
 
-    A layer that no batch reaches, or none with finite statistics, keeps its own; so does a BatchNorm or SyncBatchNorm
-    if only one batch's are not finite, which the others leave out; and a layer frozen by ``track_running_stats=False``.
+    A layer keeps its own statistics if no batch with finite statistics reaches it, or if ``track_running_stats=False``
+    freezes it. A BatchNorm or SyncBatchNorm keeps them if the statistics of even one batch are not finite; other layers
+    leave such a batch out.
 
     Args:
         loader: of batches, or of tuples or lists whose first element is one.

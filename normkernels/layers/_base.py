@@ -13,9 +13,9 @@ from normkernels.ops._checks import check_data, check_flag, check_integer, check
 
 
 class BatchStatisticsLayer(nn.Module):
-    """Parameters, running statistics and their updates, checks of the input, types, checkpoints.
+    """Base class: parameters, running statistics and their updates, checks of the input, types, checkpoints.
 
-    Not an nn._BatchNorm: convert_sync_batchnorm would turn it into SyncBatchNorm.
+    It is not an nn._BatchNorm, which convert_sync_batchnorm would turn into SyncBatchNorm.
     """
 
     _version = 1
@@ -39,7 +39,10 @@ class BatchStatisticsLayer(nn.Module):
         statistics: Mapping[str, tuple[int, ...]],
         parameters: tuple[str, ...] = ("weight", "bias"),
     ) -> None:
-        """statistics: name and shape of the running statistics besides the mean. parameters: those that are used."""
+        """Make parameters and buffers.
+
+        statistics: name and shape of the running statistics besides the mean. parameters: those that are used.
+        """
         super().__init__()
         self.num_features = check_integer("num_features", num_features, minimum=1)
         check_number("eps", eps)
@@ -66,7 +69,7 @@ class BatchStatisticsLayer(nn.Module):
         self.reset_parameters()
 
     def reset_running_stats(self) -> None:
-        """Mean 0, no batch seen; what a layer keeps besides is for it to reset."""
+        """Set the mean to 0 and the count of batches to 0; a subclass resets what it keeps besides."""
         if self.track_running_stats:
             assert self.running_mean is not None and self.num_batches_tracked is not None
             self.running_mean.zero_()
@@ -86,7 +89,7 @@ class BatchStatisticsLayer(nn.Module):
         )
 
     def _running(self) -> tuple[Tensor, Tensor] | None:
-        """The running statistics where they are to be used, None where the batch's are."""
+        """Return the running statistics where they are to be used, None where the batch's are."""
         if self.training or self.running_mean is None:
             return None
         mean, second = [getattr(self, name) for name in self._statistics]
@@ -96,10 +99,11 @@ class BatchStatisticsLayer(nn.Module):
 
     @torch.no_grad()
     def _update(self, *batch: Tensor) -> None:
-        """Running averages, left alone as a whole by a batch whose statistics are not finite; the host does not wait.
+        """Update the running averages, but not by a batch whose statistics are not finite; the host does not wait.
 
-        In few operations, for on a GPU each is a launch. A mean that is not finite makes the second statistic NaN, so
-        that one tells for both; the sum of its zeros cannot overflow, as that of finite variances can.
+        There are few operations, because on a GPU each is a launch. A mean that is not finite makes the second
+        statistic NaN, so that testing the second is enough. It is multiplied by 0 before it is summed, because a sum
+        of finite variances can overflow.
         """
         assert self.num_batches_tracked is not None
         finite = (batch[1] * 0).sum() == 0
@@ -130,7 +134,7 @@ class BatchStatisticsLayer(nn.Module):
             check_like("running_mean", self.running_mean, (self.num_features,), (statistics_dtype(x.dtype),), x)
 
     def _check_batch(self, x: Tensor) -> None:
-        """Batch statistics need a batch."""
+        """Raise if there is only one value per channel, because batch statistics need more."""
         if x.numel() == x.shape[1]:
             raise ValueError(
                 f"expected more than one value per channel when batch statistics are used, got input of shape "
@@ -138,7 +142,7 @@ class BatchStatisticsLayer(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchStatisticsLayer:
-        """Statistics stay float32 when the layer is cast to a half type: rounding them would change the function."""
+        """Keep statistics float32 when the layer is cast to a half type: rounding them would change the function."""
         before = {name: getattr(self, name) for name in self._statistics}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -149,7 +153,7 @@ class BatchStatisticsLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict = dict(state_dict)
-        for name in self._statistics:  # assign=True takes what it gets
+        for name in self._statistics:  # with assign=True they are taken as they come
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor):
                 state_dict[prefix + name] = value.to(statistics_dtype(value.dtype))

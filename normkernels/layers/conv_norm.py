@@ -102,7 +102,7 @@ class _ConvNorm(_ConvNd):
         affine_weight = torch.empty((out_channels, 1, *each[0]), device=device, dtype=dtype)
         self.register_parameter("affine_weight", nn.Parameter(affine_weight) if affine else None)
         self._reset_affine()
-        # (before, after) of each dimension; nn.Conv2d keeps them as F.pad takes them, the last dimension first.
+        # (before, after) for each dimension; nn.Conv2d keeps them as F.pad takes them, the last dimension first.
         sides = self._reversed_padding_repeated_twice
         self._sides = [(sides[i], sides[i + 1]) for i in range(len(sides) - 2, -1, -2)]
         self._spectra = _Spectra()
@@ -115,7 +115,7 @@ class _ConvNorm(_ConvNd):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if hasattr(self, "affine_weight"):  # not yet when nn.Conv2d's constructor calls
+        if hasattr(self, "affine_weight"):  # it does not exist yet when nn.Conv2d's constructor calls
             self._reset_affine()
 
     @torch.no_grad()
@@ -124,7 +124,7 @@ class _ConvNorm(_ConvNd):
             self.affine_weight.copy_(self._identity(self.affine_weight))
 
     def _identity(self, like: Tensor) -> Tensor:
-        """Kernels that leave everything in place, of a weight's type and on its device."""
+        """Return kernels that leave everything in place, of a weight's type and on its device."""
         identity = like.new_zeros((self.out_channels, 1, *self.kernel_size))
         center: Any = (..., *((k - 1) // 2 for k in self.kernel_size))
         identity[center] = 1
@@ -134,7 +134,7 @@ class _ConvNorm(_ConvNd):
         return f"{super().extra_repr()}, affine={self.affine}, eps={self.eps}, detach_spectrum={self.detach_spectrum}"
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight  # once: under a parametrization every access computes it
+        weight = self.weight  # read once: under a parametrization every access computes it
         self._check_input(x, weight)
         if x.dim() == self._dims + 1:
             return self._forward(x.unsqueeze(0), weight).squeeze(0)
@@ -158,18 +158,18 @@ class _ConvNorm(_ConvNd):
         return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, *[1] * self._dims)
 
     def _unstrided(self, x: Tensor, weight: Tensor, full: list[tuple[int, int]], reach: list[int]) -> Tensor:
-        """The convolution of x padded by ``full``. About half of the padding is left to the convolution.
+        """Return the convolution of x padded by ``full``. About half of the padding is left to the convolution.
 
-        Not all: oneDNN's gradient in the weight takes twice as long with a padding of k - 1 as with (k - 1) // 2 (12
-        instead of 6.5 ms for (32, 64, 32, 32) and 3 x 3). Rejected: an autograd function that pads in backward
-        only. It keeps x instead of the padded copy, a seventh less, and is no faster.
+        Not all is left to it: oneDNN's gradient in the weight takes twice as long with a padding of k - 1 as with
+        (k - 1) // 2 (12 instead of 6.5 ms for (32, 64, 32, 32) and 3 x 3). Rejected: an autograd function that pads in
+        backward only. It keeps x instead of the padded copy, a seventh less, and is no faster.
         """
         own = [r // 2 for r in reach]
         rest = [p - o for sides, o in zip(reversed(full), reversed(own), strict=True) for p in sides]
         return self._conv(F.pad(x, rest) if any(rest) else x, weight, None, 1, own, self.dilation, self.groups)
 
     def _affine(self, y: Tensor, kernels: Tensor) -> Tensor:
-        """r_k and the bias."""
+        """Apply r_k and the bias."""
         own = [(k - 1) // 2 for k in self.kernel_size]
         if any(k % 2 == 0 for k in self.kernel_size):
             y = F.pad(y, [side for k in reversed(self.kernel_size) for side in (0, 1 - k % 2)])
@@ -187,7 +187,7 @@ class _ConvNorm(_ConvNd):
         return self._spectra.get(weight, (*size, *self.dilation, self.eps), compute)
 
     def train(self, mode: bool = True) -> _ConvNorm:
-        self._spectra.clear()  # for the memory: training does not need the copy of the weight
+        self._spectra.clear()  # to free memory: training does not need the copy of the weight
         super().train(mode)
         return self
 
@@ -230,7 +230,7 @@ class _Spectra:
         self.clear()
 
     def __reduce__(self) -> tuple[type[_Spectra], tuple[()]]:
-        return _Spectra, ()  # copies and pickles of a layer start without
+        return _Spectra, ()  # copies and pickles of a layer start without spectra
 
     @staticmethod
     def can_keep(weight: Tensor) -> bool:

@@ -18,8 +18,8 @@ class _POPNorm(BatchStatisticsLayer):
               s = \frac1m \sum_i \tilde x_i^2 = \sigma^2 + \beta^2
 
     It belongs before the convolution or linear layer whose input it normalizes (Figure 1), where BatchNorm comes after
-    it; :func:`normkernels.convert.to_pop_norm` rewrites a network. With batch statistics in training, and running
-    averages of mean and variance in evaluation, from which and beta the second moment s follows.
+    it; :func:`normkernels.convert.to_pop_norm` rewrites a network. It uses batch statistics in training, and running
+    averages of mean and variance in evaluation; the second moment s follows from these and beta.
 
     Args:
         num_features: C, the size of dimension 1.
@@ -70,7 +70,7 @@ class _POPNorm(BatchStatisticsLayer):
         self.scale = scale
 
     def reset_running_stats(self) -> None:
-        """Mean 0, variance 1, no batch seen."""
+        """Set the mean to 0, the variance to 1 and the count of batches to 0."""
         super().reset_running_stats()
         if self.running_var is not None:
             self.running_var.fill_(1)

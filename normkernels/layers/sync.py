@@ -25,12 +25,12 @@ from normkernels.ops.iter_norm.sync import sync_iter_norm
 
 
 class _Sync(_Whitening):
-    """What SyncIterNorm and SyncDBN add: the statistics of all ranks while training."""
+    """Base class of SyncIterNorm and SyncDBN: while training, they use the statistics of all ranks."""
 
     _ranks = (2, 3, 4, 5)
-    _group_name: str | None = None  # of the process group: a name can be copied and pickled
+    _group_name: str | None = None  # the process group's: a name can be copied and pickled
     _traced = False  # whether it has run in compiled code, where its ranks have compared layers of its kind
-    _kind: str  # what they compare, in one word: with dynamic=True Dynamo takes the numbers for variables
+    _kind: str  # the string that ranks compare: with dynamic=True Dynamo would take numbers for variables
 
     @property
     def process_group(self) -> Any:
@@ -45,14 +45,14 @@ class _Sync(_Whitening):
         self._group_name, self._traced, self._kind = group_name, False, repr(self)
 
     def _whitened(self, x: Tensor) -> tuple[Tensor, ...]:
-        if not self.training:  # and without running statistics: this rank's own, as in SyncBatchNorm
+        if not self.training:  # evaluation without running statistics: this rank's own, as in SyncBatchNorm
             return super()._whitened(x)
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(
                 f"{self}: expected torch.distributed.init_process_group(...) before the first forward pass in training "
                 f"mode, got no process group"
             )
-        group = self._group_name or dist.group.WORLD  # by name, as Dynamo cannot look it up; of WORLD it has a guard
+        group = self._group_name or dist.group.WORLD  # a name, as Dynamo cannot look the group up; it guards WORLD
         data = (self._kind, x.dtype, x.requires_grad)
         if torch.compiler.is_compiling():
             self._traced = True  # not read here: Dynamo would compile again for its other value
@@ -83,7 +83,7 @@ def _named(name: str) -> Any:
 
 
 class _Agreement:
-    """What the ranks of a group have found to be the same on all of them."""
+    """The layers and kinds of layers that the ranks of a group have found to be the same on all of them."""
 
     def __init__(self) -> None:
         self.layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -93,14 +93,15 @@ class _Agreement:
 _agreements: weakref.WeakKeyDictionary[Any, _Agreement] = weakref.WeakKeyDictionary()
 
 
-@constant  # Dynamo asks while it traces, and keeps the answer
+@constant  # Dynamo calls it while it traces, and keeps the result
 def _size_of_group(
     group_name: str | None, kind: str, dtype: torch.dtype, differentiated: bool, layer: nn.Module | None = None
 ) -> int:
-    """Number of ranks, which compare each layer once; in compiled code, which layers of a kind may share, each kind.
+    """Return the number of ranks, after these have compared their layers.
 
+    They compare each layer once; in compiled code, which layers of one kind may share, they compare each kind once.
     Ranks whose layers differ would wait for each other for ever, or add unlike sums. So would ranks of which some
-    compare and others do not: what has run in compiled code is not compared when one of them falls back to eager.
+    compare and others do not: a layer that has run in compiled code is not compared when a rank falls back to eager.
     """
     group = dist.group.WORLD if group_name is None else _named(group_name)
     size = dist.get_world_size(group)
@@ -124,10 +125,10 @@ class SyncIterNorm(_Sync, _IterNorm):
     .. math:: y = \mathrm{diag}(\gamma)\, W (x - \mu) + \beta \quad \text{on each rank, with } \mu, \Sigma
               \text{ of the samples of all ranks}
 
-    Ranks may have different numbers of samples, or none: the result is that of one process with the whole batch. One
-    all-reduce forward, of 1 + C + C (d + 1) / 2 float64 numbers, and one backward, of C + C (d + 1) / 2 float32 numbers
-    (docs/distributed.md). Every rank must call the layer equally often, forward and backward; a rank whose batch is
-    empty calls it with an empty one. In evaluation, and with one rank, it is IterNorm.
+    Ranks may have different numbers of samples, or none: the result is that of one process with the whole batch. It
+    takes one all-reduce forward, of 1 + C + C (d + 1) / 2 float64 numbers, and one backward, of C + C (d + 1) / 2
+    float32 numbers (docs/distributed.md). Every rank must call the layer equally often, forward and backward; a rank
+    whose batch is empty calls it with an empty one. In evaluation, and with one rank, it is IterNorm.
 
     Args:
         process_group: the ranks to share statistics with; None for all.
@@ -170,10 +171,10 @@ class SyncIterNorm(_Sync, _IterNorm):
     def convert_sync_iternorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
         """Turn all IterNorm and DBN layers of ``module`` into SyncIterNorm and SyncDBN, in place.
 
-        As torch.nn.SyncBatchNorm.convert_sync_batchnorm; call it before DistributedDataParallel and fully_shard. The
-        layers keep their identity, and with it names, parameters, statistics, hooks and who shares them. Those that are
-        synchronized already get ``process_group``, unless it is None. For a network with BatchNorm see
-        :func:`normkernels.convert.replace`.
+        It is to these what torch.nn.SyncBatchNorm.convert_sync_batchnorm is to BatchNorm; call it before
+        DistributedDataParallel and fully_shard. The layers stay the same objects, with their names, parameters,
+        statistics and hooks, and stay shared where they are shared. Layers that are synchronized already get
+        ``process_group``, unless it is None. For a network with BatchNorm see :func:`normkernels.convert.replace`.
 
         Returns: ``module``.
 
@@ -205,7 +206,7 @@ class SyncIterNorm(_Sync, _IterNorm):
 class SyncDBN(_Sync, _DBN):
     """DBN that whitens with the samples of all ranks while it trains; see :class:`normkernels.SyncIterNorm`.
 
-    ``SyncIterNorm.convert_sync_iternorm`` makes it of the DBN layers of a network.
+    ``SyncIterNorm.convert_sync_iternorm`` turns the DBN layers of a network into it.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from normkernels.ops._checks import SCALINGS, check_choice, check_integer, resol
 
 
 class _Whitening(BatchStatisticsLayer):
-    """What IterNorm and DBN share."""
+    """Base class of IterNorm and DBN."""
 
     _method: ClassVar[str]
 
@@ -37,7 +37,7 @@ class _Whitening(BatchStatisticsLayer):
         self.group_size = d
 
     def reset_running_stats(self) -> None:
-        """Mean 0, whitening matrix I (section 3.3), no batch seen."""
+        """Set the mean to 0, the whitening matrix to I (section 3.3) and the count of batches to 0."""
         super().reset_running_stats()
         if self.running_whitening is not None:
             eye = torch.eye(self.running_whitening.shape[1], device=self.running_whitening.device)
@@ -60,7 +60,7 @@ class _Whitening(BatchStatisticsLayer):
         return y
 
     def _whitened(self, x: Tensor) -> tuple[Tensor, ...]:
-        """y, mean and W with batch statistics; y alone of an empty batch."""
+        """Return y, mean and W with batch statistics; y alone for an empty batch."""
         self._check_batch(x)
         result = ops.iter_norm(
             x, self.group_size, eps=self.eps, weight=self.weight, bias=self.bias, **self._op_options()
@@ -68,7 +68,7 @@ class _Whitening(BatchStatisticsLayer):
         return result if x.numel() > 0 else result[:1]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Accept a BatchNorm checkpoint: its running variance is a diagonal whitening matrix, inference the same."""
+        """Accept a BatchNorm checkpoint: its running variance becomes a diagonal matrix with the same inference."""
         variance = state_dict.get(prefix + "running_var")
         if self.running_whitening is not None and variance is not None and variance.shape == (self.num_features,):
             state_dict = dict(state_dict)
@@ -85,7 +85,7 @@ class _IterNorm(_Whitening):
 
     .. math:: y = \mathrm{diag}(\gamma)\, W (x - \mu) + \beta, \qquad W \approx (\Sigma + \epsilon I)^{-1/2}
 
-    With batch statistics in training (Algorithm 1) and running averages of mu and W in evaluation (eq. 8).
+    It uses batch statistics in training (Algorithm 1) and running averages of mu and W in evaluation (eq. 8).
 
     Args:
         num_features: C, the size of dimension 1.

@@ -1,5 +1,8 @@
-"""The primitives: reduce (moments), small matrix (inverse_sqrt), mix (whiten), these three fused (iter_norm), their
-diagonal case (pop_norm), ConvNorm's kernel_spectrum and spectral_filter, and BNP's precondition."""
+"""The primitives that layers and optimizers are made of.
+
+They are reduce (moments), small matrix (inverse_sqrt), mix (whiten), these three fused (iter_norm), their diagonal case
+(pop_norm), ConvNorm's kernel_spectrum and spectral_filter, and BNP's precondition.
+"""
 
 from normkernels.ops import _library
 from normkernels.ops.inverse_sqrt.op import inverse_sqrt

@@ -14,12 +14,15 @@ METHODS = ("newton", "eigh")
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64 data, float32 for everything narrower: means, covariances, buffers."""
+    """Return the type of means, covariances and buffers: float64 for float64 data, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_tensor(name: str, value: object) -> None:
-    """``value`` is a tensor. And none that carries a tangent unseen: compiled code would drop it without a word."""
+    """Raise unless ``value`` is a tensor.
+
+    Also raise in compiled code under forward-mode differentiation: it would silently drop the tangent of a tensor.
+    """
     if torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
         raise NotImplementedError(
             "forward mode AD: expected reverse mode, got torch.compile inside of forward_ad.dual_level()"
@@ -29,7 +32,7 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def check_data(name: str, x: object) -> None:
-    """``x`` is a floating-point (N, C, *) tensor with at least one channel."""
+    """Raise unless ``x`` is a floating-point (N, C, *) tensor with at least one channel."""
     check_tensor(name, x)
     assert isinstance(x, Tensor)
     if x.dtype not in DTYPES:
@@ -41,7 +44,7 @@ def check_data(name: str, x: object) -> None:
 
 
 def check_like(name: str, value: object, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], x: Tensor) -> None:
-    """``value`` has this shape, one of these types, and lies on ``x``'s device."""
+    """Raise unless ``value`` is a tensor of this shape and one of these types, on ``x``'s device."""
     check_tensor(name, value)
     assert isinstance(value, Tensor)
     if tuple(value.shape) != shape:
@@ -54,16 +57,16 @@ def check_like(name: str, value: object, shape: tuple[int, ...], dtypes: tuple[t
 
 
 def check_affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    """weight and bias are (C,), in the data's own type or the statistics' type (as under autocast)."""
+    """Raise unless weight and bias are (C,), in the data's own type or the statistics' type (as under autocast)."""
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
             check_like(name, value, (x.shape[1],), (x.dtype, statistics_dtype(x.dtype)), x)
 
 
 def resolve_group_size(channels: int, group_size: int) -> int:
-    """Channels whitened together: min(group_size, C), which must divide C.
+    """Return the number of channels whitened together: min(group_size, C), which must divide C.
 
-    Shrinking to a divisor silently, as other implementations do, changes the model; so it is refused.
+    Other implementations silently take a smaller divisor. That changes the model, so it is refused here.
     """
     group_size = check_integer("group_size", group_size, minimum=1)
     if group_size >= channels:
@@ -78,7 +81,7 @@ def resolve_group_size(channels: int, group_size: int) -> int:
 
 
 def check_integer(name: str, value: Any, minimum: int) -> int:
-    """value as an int (or SymInt): NumPy's integers are accepted, bools and floats are not."""
+    """Return value as an int (or SymInt): NumPy's integers are accepted, bools and floats are not."""
     if not isinstance(value, int | torch.SymInt) and hasattr(value, "__index__") and not isinstance(value, Tensor):
         value = operator.index(value)
     if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
@@ -97,7 +100,7 @@ def check_number(name: str, value: object, minimum: float = 0.0, maximum: float 
 
 
 def check_flag(name: str, value: object) -> None:
-    """True or False, also as 1 or 0 or NumPy's: any other value is true or not by accident ("no" is true)."""
+    """Raise unless a value is True or False, also as 1 or 0 or NumPy's: "no" would be true by accident."""
     if isinstance(value, Tensor | str) or value not in (True, False):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
 

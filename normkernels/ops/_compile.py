@@ -1,4 +1,4 @@
-"""What torch.compile is told, without importing torch._dynamo for it: that takes a second, and imports triton."""
+"""A mark for torch.compile that needs no import of torch._dynamo: that takes a second, and imports triton."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def constant(function: Function) -> Function:
-    """As torch.compiler.assume_constant_result: Dynamo calls it while it traces, and keeps the result."""
+    """Mark a function as torch.compiler.assume_constant_result does: Dynamo calls it once and keeps the result."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -1,8 +1,8 @@
 """The compiled CUDA kernels, if they are here: normkernels._C, which registers them in PyTorch's dispatcher.
 
-Python is not in the path of a call that they serve. What they do not serve they hand on, by calling
-``normkernels_next::<op>`` with the reason; _library.py defines these. Only a torch built for CUDA can load the
-extension, so without one nothing is tried.
+Python is not in the path of a call that they serve. They hand on a call that they do not serve, by calling
+``normkernels_next::<op>`` with the reason; _library.py defines these ops. Only a torch built for CUDA can load the
+extension, so any other torch does not try.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from normkernels import _build
 from normkernels.ops._triton import first_line
 
 PACKAGE = Path(__file__).resolve().parent.parent
-OTHER_GPU = "expected a GPU that the extension was compiled for"  # how csrc/plans.cu begins this reason
+OTHER_GPU = "expected a GPU that the extension was compiled for"  # csrc/plans.cu begins this reason so
 REBUILD = "build again with `pip install --no-build-isolation --force-reinstall --no-deps .`"
 
 
 @functools.cache
 def load() -> tuple[ModuleType | None, str]:
-    """(the extension, "") or (None, why not). The first call imports it and so registers the kernels."""
+    """Return (the extension, "") or (None, why not). The first call imports it and so registers the kernels."""
     if torch.version.cuda is None:
         return None, f"torch {torch.__version__} is built without CUDA"
     if not any((PACKAGE / f"_C{suffix}").is_file() for suffix in importlib.machinery.EXTENSION_SUFFIXES):
@@ -38,14 +38,14 @@ def load() -> tuple[ModuleType | None, str]:
         from normkernels import _C
 
         return _C, ""
-    except Exception as error:  # of the dynamic linker, of the dispatcher: the package works without it
+    except Exception as error:  # from the dynamic linker or the dispatcher: the package works without the extension
         reason = f"the extension was built but cannot be imported ({first_line(error)}); {REBUILD}"
         warnings.warn(f"normkernels: {reason}", stacklevel=2)
         return None, reason
 
 
 def availability() -> tuple[bool, str]:
-    """Whether the kernels can run here, and why (not)."""
+    """Return whether the kernels can run here, and why (not)."""
     module, reason = load()
     if module is None:
         return False, reason
@@ -67,7 +67,7 @@ def refusal(
     group_size: int | None = None,
     plane: Sequence[int] | None = None,
 ) -> str:
-    """Why the kernels do not serve a call, "" if they do; None leaves that out of the answer."""
+    """Return why the kernels do not serve a call, "" if they do; an option that is None is left out of the answer."""
     module, reason = load()
     if module is None:
         return reason
@@ -76,7 +76,7 @@ def refusal(
     return module.refusal(op, type, group_size or 0, list(plane or ()), 10 * major + minor)
 
 
-# Architecture, multiprocessors and shared memory of a block: an H200's, for plans where there is no GPU.
+# Architecture, multiprocessors and a block's shared memory of an H200, for plans where there is no GPU.
 PLANNED = (90, 132, 232448)
 
 
@@ -88,9 +88,10 @@ def launch_plan(
     group_size: int | None = None,
     plane: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """The launches of an op: kernel, grid, threads, shared_bytes, read_bytes and written_bytes, on the current GPU.
+    """Return an op's launches on the current GPU: kernel, grid, threads, shared_bytes, read_bytes and written_bytes.
 
-    Raises ValueError for what the kernels do not serve, RuntimeError where they are not here.
+    Where there is no GPU, they are those on an H200. Raises ValueError for a call that the kernels do not serve,
+    RuntimeError where the extension cannot be loaded.
     """
     module, reason = load()
     if module is None:
@@ -104,12 +105,12 @@ def launch_plan(
 
 
 def registered(op: str, key: str) -> bool:
-    """Whether a kernel serves tensors of this dispatch key: a compiled one, as long as Python registers none there."""
+    """Return whether there is a kernel for this dispatch key: a compiled one, unless Python has registered one."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"normkernels::{op}", key)
 
 
 def set_error(error: BaseException) -> None:
-    """Leave the text of an exception to the C++ that called: all that it gets to know else is that there was one."""
+    """Give the text of an exception to the C++ code that called, which otherwise only learns that there was one."""
     module, _ = load()
     if module is not None:
         module.set_error(f"{type(error).__name__}: {error}")

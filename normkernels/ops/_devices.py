@@ -1,4 +1,4 @@
-"""What a device lacks: float64 on Apple's and some of Intel's GPUs, Fourier transforms on others."""
+"""Abilities that some devices lack: float64 on Apple's and some of Intel's GPUs, Fourier transforms on others."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def has_float64(device: torch.device) -> bool:
 
 
 def widest(value: Tensor) -> torch.dtype:
-    """Return the widest real type that can be computed in where ``value`` is: float64, or else float32."""
+    """Return the widest real type for computations on ``value``'s device: float64, or else float32."""
     return torch.float64 if value.dtype == torch.float64 or has_float64(value.device) else torch.float32
 
 
 def with_float64(value: Tensor) -> Tensor:
     """Return ``value`` where float64 can be computed: as it is, or on the CPU, with one warning; differentiable.
 
-    For what is small or rare: the host waits for it. A device without float64 lacks complex numbers and decompositions
-    of matrices more often than not, so what needs these goes the same way.
+    Use it for small or rare tensors, because the host waits for it. A device without float64 lacks complex numbers and
+    decompositions of matrices more often than not, so computations that need these use it, too.
     """
     if value.dtype == torch.float64 or has_float64(value.device) or value.device.type == "cpu":
         return value
@@ -49,14 +49,14 @@ def has_fft(device: torch.device) -> bool:
 
 
 def _tell_once(message: str) -> None:
-    from normkernels.ops._library import _warn_once  # which imports what asks for devices
+    from normkernels.ops._library import _warn_once  # here, because it imports modules that import this one
 
     _warn_once(message)
 
 
 @functools.cache
 def _transforms(device: torch.device) -> bool:
-    """Whether a small transform there succeeds: what a device has depends on its driver, too, and no table says it."""
+    """Return whether a small transform succeeds on a device: that depends on its driver, too, and no table tells."""
     try:
         torch.fft.irfft2(torch.fft.rfft2(torch.ones(1, 2, 2, dtype=torch.float32, device=device)), s=(2, 2))
     except RuntimeError:  # NotImplementedError is one

@@ -16,40 +16,40 @@ from torch import Tensor
 
 from normkernels.ops._tiles import constant
 
-LONGEST = 2**15  # sums; longer ones are cut, or digits would have a single bit
-BITS = 57  # at least so many are kept of an entry, from those of the largest one of its matrix on
+LONGEST = 2**15  # the longest sum; longer ones are cut, or digits would have a single bit
+BITS = 57  # the fewest bits that are kept of an entry, counted from the first one of the matrix's largest entry
 Pair = tuple[Tensor, Tensor]
-Parts = tuple[Tensor, ...]  # that add up to the number, the largest first
+Parts = tuple[Tensor, ...]  # they add up to the number, the largest first
 Waves = tuple[Parts, Parts]
 
 
 def two_sum(a: Tensor, b: Tensor) -> Pair:
-    """a + b, rounded, and what rounding has taken (Knuth)."""
+    """Return a + b, rounded, and what rounding has taken away (Knuth)."""
     total = a + b
     of_b = total - a
     return total, (a - (total - of_b)) + (b - of_b)
 
 
 def powers_of_two(x: Tensor) -> Pair:
-    """The largest power of two that is not above x > 0, within 2^-120 and 2^120, and its inverse.
+    """Return the largest power of two that is not above x > 0, within 2^-120 and 2^120, and its inverse.
 
-    From the bits of the exponent: not every device rounds divisions and exponentials as it should.
+    They are made of the exponent's bits, because not every device rounds divisions and exponentials as it should.
     """
     exponent = (x.view(torch.int32) & 0x7F800000).clamp(7 << 23, 247 << 23)
     return exponent.view(torch.float32), (0x7F000000 - exponent).view(torch.float32)
 
 
 def normalized(x: Parts) -> tuple[Parts, Tensor]:
-    """Matrices over a power of two for each, so that no entry exceeds 1/2, and that power. Exact."""
+    """Return matrices, each divided by a power of two so that no entry exceeds 1/2, and that power. This is exact."""
     power, inverse = powers_of_two(x[0].abs().amax((-2, -1), keepdim=True))
     return tuple(0.25 * part * inverse for part in x), 4 * power
 
 
 def digits(x: Parts, bits: int, count: int) -> Tensor:
-    """The first digits (count, ...) of ``normalized`` numbers for B = 2^bits, the largest first, each at most B.
+    """Return the first digits (count, ...) of ``normalized`` numbers for B = 2^bits, the largest first, at most B each.
 
-    A digit is what rounding one place later adds. So those of a float32 number are exact, and at most B / 2. Of the
-    parts of a sum, which are 24 bits apart, no more than two have a digit at the same place.
+    A digit is what rounding one place later adds. So the digits of a float32 number are exact, and at most B / 2. The
+    parts of a sum are 24 bits apart, so no more than two of them have a digit at the same place.
     """
     scale = places(bits, count, x[0].device).view(-1, *[1] * x[0].dim())
     found = []
@@ -61,12 +61,12 @@ def digits(x: Parts, bits: int, count: int) -> Tensor:
 
 @constant
 def places(bits: int, count: int, device: torch.device) -> Tensor:
-    """B^0 to B^count."""
+    """Return B^0 to B^count."""
     return torch.tensor([2.0 ** (bits * n) for n in range(count + 1)], dtype=torch.float32, device="cpu").to(device)
 
 
 def bits_of_digits(terms: int, plain: int) -> tuple[int, int]:
-    """Bits of a digit and number of digits, so that sums of ``terms`` products for each digit stay within 2^24.
+    """Return bits of a digit and number of digits, so that sums of ``terms`` products for each digit stay within 2^24.
 
     plain: how many of both factors are float32 numbers, not sums of several.
     """
@@ -74,7 +74,7 @@ def bits_of_digits(terms: int, plain: int) -> tuple[int, int]:
 
 
 def plus(x: Parts, term: Tensor) -> Parts:
-    """x + term, all that three numbers hold of it."""
+    """Return x + term, as far as three numbers hold it."""
     parts = []
     for part in x[:-1]:
         total, term = two_sum(part, term)
@@ -83,14 +83,14 @@ def plus(x: Parts, term: Tensor) -> Parts:
 
 
 def renormalized(x: Parts) -> Parts:
-    """The first of three parts rounds their sum, the second what is left."""
+    """Return three parts with the same sum: the first one rounds the sum, the second one what is left."""
     first, rest = two_sum(x[0], x[1])
     second, third = two_sum(rest, x[2])
     return *two_sum(first, second), third
 
 
 def product(a: Parts, b: Parts, fold: Callable[[Tensor], Tensor] | None = None, folded: int = 1) -> Parts:
-    """a @ b, and of each matrix (*, m, n) ``fold``, which adds up at most ``folded`` entries to one."""
+    """Return a @ b, or ``fold`` of each of its matrices (*, m, n), which adds up at most ``folded`` entries to one."""
     inner = a[0].shape[-1]
     if inner * folded > LONGEST and inner > 1:
         cut = inner // 2
@@ -98,11 +98,11 @@ def product(a: Parts, b: Parts, fold: Callable[[Tensor], Tensor] | None = None, 
         tail = product(tuple(part[..., cut:] for part in a), tuple(part[..., cut:, :] for part in b), fold, folded)
         return renormalized(functools.reduce(plus, tail, head))
     (a, of_a), (b, of_b) = normalized(a), normalized(b)
-    plain = sum(len(parts) == 1 for parts in (a, b))  # whose digits are half as large
+    plain = sum(len(parts) == 1 for parts in (a, b))  # the digits of these are half as large
     bits, count = bits_of_digits(inner * folded, plain)
     left = digits(a, bits, count).movedim(0, -2).flatten(-2)
     right = digits(b, bits, count).flip(0).movedim(0, -3).flatten(-3, -2)
-    # At place n + 1 all pairs of digits whose product belongs there, in one product.
+    # Place n + 1 gets all pairs of digits whose product belongs there, by one matrix product.
     sums = torch.stack([left[..., : n * inner] @ right[..., -n * inner :, :] for n in range(1, count + 1)])
     if fold is not None:
         sums = fold(sums.flatten(0, 1)).unflatten(0, sums.shape[:2])
@@ -113,7 +113,7 @@ def product(a: Parts, b: Parts, fold: Callable[[Tensor], Tensor] | None = None, 
 
 
 def waves(n: int, reach: int, dilation: int, device: torch.device) -> Waves:
-    """cos and sin of 2 pi u t / n for frequencies u and lags t = -reach..reach, dilated: (n, 2 reach + 1) each."""
+    """Return cos and sin of 2 pi u t / n for frequencies u, dilated lags t = -reach..reach: (n, 2 reach + 1) each."""
     parts = parts_of_waves(n, reach, dilation, device)
     return parts[:3], parts[3:]
 
@@ -134,7 +134,7 @@ def parts_of_waves(n: int, reach: int, dilation: int, device: torch.device) -> P
 
 
 def cosine_transform(x: Parts, rows: Waves, columns: Waves) -> Parts:
-    """cos_h x cos_w^T - sin_h x sin_w^T, as two products."""
+    """Return cos_h x cos_w^T - sin_h x sin_w^T, computed as two products."""
     both = product(x, tuple(torch.cat(parts).mT for parts in zip(*columns, strict=True)))
     half = both[0].shape[-1] // 2
     along = tuple(torch.cat((part[..., :half], -part[..., half:]), -2) for part in both)

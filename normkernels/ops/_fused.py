@@ -1,4 +1,4 @@
-"""What the fused training ops, iter_norm and pop_norm, share: how they are called and differentiated."""
+"""Parts that the fused training ops, iter_norm and pop_norm, share: how they are called and differentiated."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from normkernels.ops import _onnx
 
 
 def call(function: type[torch.autograd.Function], op: Callable[..., Any], *arguments: Any) -> Any:
-    """``function`` on the arguments of ``op``.
+    """Call ``function`` with the arguments of ``op``.
 
-    Dynamo cannot trace a Function where nothing needs a gradient: there it gets the op. Outside of it the Function must
-    stay, for it is what refuses forward-mode differentiation.
+    Dynamo cannot trace a Function where nothing needs a gradient: there the op is called. Outside Dynamo the Function
+    must stay, because it refuses forward-mode differentiation.
     """
     _onnx.check_running_statistics()
     differentiated = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
@@ -29,8 +29,8 @@ def gradients(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> list[Tensor | None]:
-    """Of x, weight and bias, through the primitives that ``path`` is made of, for backward(create_graph=True)."""
-    # Through aliases, so that a graph which connects x, weight and bias with each other is not walked here, too.
+    """Return the gradients of x, weight and bias, through the primitives of ``path``, for double backward."""
+    # They go to aliases, so that a graph which connects x, weight and bias with each other is not walked here, too.
     x = x.view_as(x)
     weight = None if weight is None else weight.view_as(weight)
     bias = None if bias is None else bias.view_as(bias)
@@ -40,5 +40,5 @@ def gradients(
 
 
 def in_types(values: Sequence[Tensor], parameters: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients of weight and bias in the parameters' types, None where there is no parameter."""
+    """Return the gradients of weight and bias in the parameters' types, None where there is no parameter."""
     return [None if p is None else value.to(p.dtype) for value, p in zip(values, parameters, strict=True)]

@@ -2,8 +2,8 @@
 
 PyTorch's dispatcher is the only dispatcher. Every op is defined here once, with its eager implementation under
 CompositeExplicitAutograd: that is the fallback on every device. The faster backends' implementations are registered
-under their device's key and so take precedence there, the compiled ones by the library that has them, the others from
-here, over them; ``use_backend`` replaces the registrations from here for the time of a ``with`` block, which costs
+under their device's key and so take precedence there: the compiled ones by the extension, the others from here, over
+the compiled ones. ``use_backend`` replaces the registrations from here for the time of a ``with`` block, which costs
 nothing outside of it.
 
 A compiled kernel leaves a call to the next backend by calling the op's twin in the namespace ``normkernels_next``,
@@ -37,7 +37,7 @@ KEYS = ("CPU", "CUDA")
 # The file that NORMKERNELS_BACKEND_ORDER names is laid over it.
 ORDER: dict[str, tuple[str, ...]] = {"default": BACKENDS}
 
-# Op -> backend -> implementation. Those of "cuda" are registered by the extension and not here.
+# Op -> backend -> implementation. The implementations of "cuda" are registered by the extension and not here.
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
 _compiled: set[tuple[str, str]] = set()  # (op, dispatch key) of the kernels that the extension has registered
 _warned: set[str] = set()
@@ -84,12 +84,12 @@ def define(
 
 
 def ops() -> tuple[str, ...]:
-    """Names of all ops, in order of definition."""
+    """Return the names of all ops, in order of definition."""
     return tuple(_IMPLEMENTATIONS)
 
 
 def falling_back(op: str, kernels: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
-    """``kernels``, or ``eager`` where they raise Unsupported."""
+    """Return a function that calls ``kernels``, or ``eager`` where they raise Unsupported."""
 
     def call(*args: Any) -> Any:
         try:
@@ -104,10 +104,11 @@ def falling_back(op: str, kernels: Callable[..., Any], eager: Callable[..., Any]
 def handed_on(
     op: str, kernels: Callable[..., Any] | None, eager: Callable[..., Any], texts: Sequence[int] = ()
 ) -> Callable[..., Any]:
-    """What serves a call that a compiled kernel leaves to the next backend, for a reason, its last argument.
+    """Return a function that serves a call which a compiled kernel leaves to the next backend.
 
-    Triton's ``kernels`` serve it where they can, else ``eager``. One warning tells that, unless the reason is empty.
-    The reason, and the arguments number ``texts``, come as UTF-8: LibTorch would leak strings (csrc/tensors.h).
+    Its last argument is the reason. Triton's ``kernels`` serve the call where they can, else ``eager``. One warning
+    tells that, unless the reason is empty. The reason, and the arguments number ``texts``, come as UTF-8: LibTorch
+    would leak strings (csrc/tensors.h).
     """
 
     def call(*args: Any) -> Any:
@@ -134,7 +135,7 @@ def handed_on(
 
 
 def reporting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` for a call from C++, which gets the text of its errors this way."""
+    """Wrap ``function`` for a call from C++, which gets the text of its errors this way."""
 
     def call(*args: Any) -> Any:
         try:
@@ -153,7 +154,7 @@ def _warn_once(message: str) -> None:
 
 
 def device_of(args: Sequence[Any]) -> torch.device:
-    """Of the first tensor among an op's arguments, or in the first list of them that has one; without one, the CPU."""
+    """Return the device of the first tensor among an op's arguments, or in lists among them; without one, the CPU."""
     tensors = (each for arg in args for each in (arg if isinstance(arg, list | tuple) else (arg,)))
     return next((each.device for each in tensors if isinstance(each, Tensor)), torch.device("cpu"))
 
@@ -189,7 +190,7 @@ def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def traceable_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``full_precision`` for functions that are no ops, so that torch.compile traces into them.
+    """Wrap a function as ``full_precision`` does. It may be no op: torch.compile traces into it.
 
     Compiled, they run only without autocast: Dynamo cannot trace the other switches.
     """
@@ -206,14 +207,14 @@ def traceable_full_precision(function: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _restore_precision(kind: Any, before: str) -> None:
-    """Back to the precision in force before, and to inheriting it ("none") where that comes to the same."""
+    """Restore the precision that was in force before, by inheriting it ("none") where that gives the same."""
     kind.fp32_precision = "none"
     if kind.fp32_precision != before:
         kind.fp32_precision = before
 
 
 def availability(backend: str) -> tuple[bool, str]:
-    """Whether a backend can run here, and why (not)."""
+    """Return whether a backend can run here, and why (not)."""
     _check_backend(backend, BACKENDS)
     if backend == "cuda":
         return _cuda.availability()
@@ -231,7 +232,7 @@ def availability(backend: str) -> tuple[bool, str]:
 def explain(
     op: str, tensor: Tensor, *, group_size: int | None = None, plane: Sequence[int] | None = None
 ) -> tuple[str, str]:
-    """(backend, reason) for ``op`` applied to a tensor like this one; see backend_of for the options."""
+    """Return (backend, reason) for ``op`` applied to a tensor like this one; see backend_of for the options."""
     if op not in _IMPLEMENTATIONS:
         raise ValueError(f"op: expected one of {', '.join(_IMPLEMENTATIONS)}, got {op!r}")
     if not isinstance(tensor, Tensor):
@@ -250,12 +251,12 @@ def explain(
             return backend, chosen if backend == _chosen else availability(backend)[1]
         passed_over.append(f"{backend}: {reason}")
         if backend == "triton" and availability(backend)[0] and backend in _IMPLEMENTATIONS[op] and tensor.is_cuda:
-            break  # what it does not serve it leaves to eager, whatever the order
+            break  # a call that Triton does not serve goes to eager, whatever the order
     return "eager", "; ".join(passed_over)
 
 
 def _refusal(backend: str, op: str, tensor: Tensor, group_size: int | None, plane: Sequence[int] | None) -> str:
-    """Why a backend that is not eager leaves a call to the next one, "" if it does not."""
+    """Return why a backend that is not eager leaves a call to the next one, "" if it does not."""
     available, reason = availability(backend)
     if backend not in _IMPLEMENTATIONS[op] and not (backend == "cuda" and (op, "CUDA") in _compiled):
         return "does not implement it" if available or backend == "triton" else reason
@@ -275,7 +276,7 @@ def _refusal(backend: str, op: str, tensor: Tensor, group_size: int | None, plan
 
 
 def backend_of(op: str, tensor: Tensor, *, group_size: int | None = None, plane: Sequence[int] | None = None) -> str:
-    """Name of the backend ("cuda", "triton" or "eager") that serves ``op`` on a tensor like this one.
+    """Return the name of the backend ("cuda", "triton" or "eager") that serves ``op`` on a tensor like this one.
 
     Whether kernels serve a call may also depend on group_size, the channels whitened together, or on plane, the size
     (H, W) of the spectrum of a filter; None leaves that out of the answer.
@@ -305,14 +306,14 @@ def use_backend(backend: str) -> Iterator[None]:
 def _choose(backend: str) -> None:
     global _chosen, _overrides, _compiled
     if _overrides is not None:
-        # Before, not after, the next one is registered: the dispatcher warns of kernels that replace kernels.
+        # This comes before the next registration: the dispatcher warns of kernels that replace kernels.
         _overrides._destroy()
         _overrides = None
     _chosen = backend
     _compiled = {(op, key) for op in _IMPLEMENTATIONS for key in KEYS if _cuda.registered(op, key)}
     _overrides = torch.library.Library("normkernels", "IMPL")
     with warnings.catch_warnings():
-        # Where a compiled kernel is, replacing it is meant.
+        # A compiled kernel is replaced on purpose.
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
         for op in _IMPLEMENTATIONS:
             for key in KEYS:
@@ -322,25 +323,25 @@ def _choose(backend: str) -> None:
 
 
 def _implementation(op: str, key: str) -> Callable[..., Any] | None:
-    """What to register for an op under a dispatch key; nothing where the compiled kernel is to show through."""
+    """Return what to register for an op under a dispatch key; None where the compiled kernel is to serve it."""
     implementations = _IMPLEMENTATIONS[op]
     for backend in _candidates(op) if key == "CUDA" or _chosen != "auto" else ():
         if backend == "cuda" and (op, key) in _compiled:
             return None
-        usable = key == "CUDA" or backend == _chosen  # on a CPU nothing but what was chosen, or eager
+        usable = key == "CUDA" or backend == _chosen  # on a CPU only the chosen backend, or eager
         if backend in implementations and usable and (backend != "triton" or _triton.installed()):
             return implementations[backend]
     return implementations["eager"]
 
 
 def _candidates(op: str) -> tuple[str, ...]:
-    """The backends that may serve an op, in order, without eager, which follows them."""
+    """Return the backends that may serve an op, in order, without eager, which follows them."""
     order = _order(op) if _chosen == "auto" else BACKENDS[BACKENDS.index(_chosen) :]
     return order[: order.index("eager")]
 
 
 def _next_backends(op: str) -> tuple[str, ...]:
-    """Those after the compiled kernels."""
+    """Return the backends after cuda, in order of preference."""
     order = _order(op) if "cuda" in _order(op) else BACKENDS
     return order[order.index("cuda") + 1 :]
 
@@ -352,13 +353,13 @@ def _order(op: str) -> tuple[str, ...]:
 
 @functools.cache
 def order() -> dict[str, tuple[str, ...]]:
-    """ORDER, and over it the file that NORMKERNELS_BACKEND_ORDER names."""
+    """Return ORDER, with the entries of the file that NORMKERNELS_BACKEND_ORDER names in place of its own."""
     extra = os.environ.get("NORMKERNELS_BACKEND_ORDER")
     return ORDER | read_order(Path(extra)) if extra else ORDER
 
 
 def read_order(path: Path) -> dict[str, tuple[str, ...]]:
-    """A file such as {"default": ["cuda", "triton", "eager"], "whiten": ["triton", "cuda", "eager"]}.
+    """Read a file such as {"default": ["cuda", "triton", "eager"], "whiten": ["triton", "cuda", "eager"]}.
 
     Raises ValueError that names what was expected.
     """

@@ -1,4 +1,4 @@
-"""What evaluation computes, in operators that ONNX has: torch.onnx.export traces this instead of the opaque ops.
+"""Evaluation in operators that ONNX has: torch.onnx.export traces these functions instead of the opaque ops.
 
 Rejected: these functions in torch._decomp's table, where torch's exporter looks, too. With an entry there Inductor
 refuses an op wherever the environment has CI set, and its fake with symbolic sizes is no longer the op's own.
@@ -21,14 +21,14 @@ from normkernels.ops.whiten.eager import affine
 CPU = torch.device("cpu")
 
 
-@constant  # Dynamo, by which torch.onnx.export traces a second time, would say no
+@constant  # while Dynamo traces, with which torch.onnx.export tries a second time, the answer would be no
 def exporting() -> bool:
-    """Whether torch.onnx.export traces. The first question costs 20 ns, the second a microsecond."""
+    """Return whether torch.onnx.export traces. The first test costs 20 ns, the second a microsecond."""
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def check_running_statistics() -> None:
-    """For what uses a batch's: of that there is no ONNX, and an export would fail later, in torch's words."""
+    """Raise in an export: functions that use a batch's statistics call this. Exports of them would fail later."""
     if exporting():
         raise ValueError(
             "torch.onnx.export: expected layers in evaluation mode with running statistics, got one that uses the "
@@ -37,7 +37,7 @@ def check_running_statistics() -> None:
 
 
 def whiten(x: Tensor, mean: Tensor, W: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """A (x - mean) + beta. Centred first, whatever the mean: A x + (c - A mean) may lose digits."""
+    """Return A (x - mean) + beta. x is centred first, whatever the mean: A x + (c - A mean) may lose digits."""
     A = affine(W, weight)
     groups, d, _ = A.shape
     per_channel = (-1, *[1] * (x.dim() - 2))
@@ -56,10 +56,10 @@ def kernel_spectrum(weight: Tensor, size: Sequence[int], eps: float, dilation: S
 
 
 def spectral_filter(z: Tensor, v: Tensor, source: Sequence[int], target: Sequence[int]) -> Tensor:
-    """H (v H z) / (h w) with the two-dimensional Hartley transform H, which diagonalizes even filters.
+    """Return H (v H z) / (h w) with the two-dimensional Hartley transform H, which diagonalizes even filters.
 
-    A filter's even part is all that the real part of its result depends on. Not the blocks of spectral/eager.py, which
-    cost half the products and depend on whether lengths are even: here they may be unknown.
+    The real part of the result depends only on the filter's even part. Rejected: the blocks of spectral/eager.py. They
+    take half the products, but depend on whether lengths are even, and here lengths may be unknown.
     """
     h, w = v.shape[1:]
     rows, columns = (*source[:2], z.shape[2]), (*source[2:], z.shape[3])
@@ -70,9 +70,9 @@ def spectral_filter(z: Tensor, v: Tensor, source: Sequence[int], target: Sequenc
 
 
 def waves(n: int, window: spectral.Window, dilation: int = 1, device: torch.device = CPU) -> spectral.Waves:
-    """cos and sin of 2 pi u t / n for frequencies u and positions t of a window, dilated: (n, count), float64.
+    """Return cos and sin of 2 pi u t / n for frequencies u, dilated positions t of a window: (n, count), float64.
 
-    Made on the CPU, whatever traces: not every device has float64, and in the exported graph there are no devices.
+    They are made on the CPU: not every device has float64, and in the exported graph there are no devices.
     """
     start, step, count = window
     position = (torch.arange(count, dtype=torch.float64, device=CPU) * step + start) * dilation
@@ -82,7 +82,7 @@ def waves(n: int, window: spectral.Window, dilation: int = 1, device: torch.devi
 
 
 def hartley(z: Tensor, rows: spectral.Waves, columns: spectral.Waves) -> Tensor:
-    """sum of z(s, t) (cos + sin)(u s + w t): cos u s (cos + sin)(w t) + sin u s (cos - sin)(w t)."""
+    """Return the sum of z(s, t) (cos + sin)(u s + w t): cos u s (cos + sin)(w t) + sin u s (cos - sin)(w t)."""
     (cos_h, sin_h), (cos_w, sin_w) = rows, columns
     plus, minus, cos_h, sin_h = (
         wave.to(z.dtype).to(z.device) for wave in ((cos_w + sin_w).T, (cos_w - sin_w).T, cos_h, sin_h)

@@ -1,7 +1,7 @@
 """Float32 products on a CPU that torch's own mm and matmul do at half the speed.
 
-torch hands every matrix product to its BLAS. On a CPU whose AVX-512 that BLAS does not recognise it does 180 to 210
-GFLOP/s (2 Zen 5 cores), where oneDNN, which torch uses for convolutions, does 280 to 430 on the shapes below
+torch hands every matrix product to its BLAS. On a CPU whose AVX-512 this BLAS does not recognise, it does 180 to 210
+GFLOP/s (2 Zen 5 cores). There oneDNN, which torch uses for convolutions, does 280 to 430 on the shapes below
 (bench/experiments/products.py).
 """
 
@@ -19,21 +19,21 @@ _linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.bac
 
 
 def fast(x: Tensor) -> bool:
-    """Whether oneDNN serves products of tensors like x."""
+    """Return whether oneDNN serves products of tensors like x."""
     return _linear is not None and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def times_transposed(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T (m, n) of a (m, k) and b (n, k), both with dense rows. Only for tensors that are ``fast``."""
+    """Return a b^T (m, n) of a (m, k) and b (n, k), both with dense rows. Only for tensors that are ``fast``."""
     result: Tensor = _linear(a, b, None, "none", [], "")
     return result
 
 
 def times_columns(matrix: Tensor, planes: Tensor, bias: Tensor | None = None) -> Tensor:
-    """matrix (d, k) times each of the planes (n, k, l), plus a bias for each row: (n, d, l).
+    """Return matrix (d, k) times each of the planes (n, k, l), plus a bias for each row: (n, d, l).
 
-    As a convolution: planes are images of one channel, the rows of the matrix d kernels as high as the images. oneDNN
-    then reorders nothing but the output, where k channels of a 1x1 convolution are reordered as well.
+    It is a convolution: planes are images of one channel, and the rows of the matrix are d kernels as high as the
+    images. oneDNN then reorders only the output; for a 1x1 convolution it would reorder the k channels as well.
     """
     (d, k), positions = matrix.shape, planes.shape[2]
     return conv2d(planes.unsqueeze(1), matrix.reshape(d, 1, k, 1), bias).view(len(planes), d, positions)

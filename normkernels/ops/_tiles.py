@@ -1,4 +1,4 @@
-"""How the eager backend walks over activations: views as images, and cache-sized tiles.
+"""Views of activations as images, and the cache-sized tiles in which the eager backend walks over them.
 
 Letters: n samples in a tile, C channels in G groups of d, l positions.
 
@@ -8,7 +8,7 @@ through main memory, and each centred copy is a fresh allocation whose pages hav
 reused piece of memory and multiplied there.
 
 Rejected: a batched product per sample on views of x, which cannot centre first, and one product for every layout.
-Which one serves which is said where it is used: ``outer`` in moments/eager.py, ``product`` in whiten/eager.py.
+``outer`` in moments/eager.py and ``product`` in whiten/eager.py say which product serves which layout.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ MAX_TILE_THREADS = 8  # bounds the memory that each calling thread keeps: 48 MiB
 
 
 def as_image(x: Tensor) -> Tensor:
-    """View of x (N, C, *) as (N, C, 1, L), and of (N, C) as (1, C, 1, N): its samples are the pixels of one image.
+    """View x (N, C, *) as (N, C, 1, L), and (N, C) as (1, C, 1, N), with its samples as the pixels of one image.
 
-    A copy only where the spatial dimensions do not collapse. Not (N, C, L, 1), whose strides torch does not take for
-    channels_last, and a convolution then copies.
+    It is a copy only where the spatial dimensions do not collapse. Rejected: (N, C, L, 1), whose strides torch does not
+    take for channels_last, so that a convolution copies.
     """
     image = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
     if image.shape[2] == 1:
@@ -42,15 +42,15 @@ def as_image(x: Tensor) -> Tensor:
 
 
 def of_image(image: Tensor, x: Tensor) -> Tensor:
-    """An image (like as_image(x)) in x's shape: a view where as_image(x) is one."""
+    """Return an image (like as_image(x)) in x's shape: a view where as_image(x) is one."""
     planes = image.squeeze(2)
     return (planes if len(planes) == len(x) else planes.transpose(0, 2)).reshape(x.shape)
 
 
 def output_layout(x: Tensor, spatial: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
-    """Shape and strides of an output like x: channels innermost where x has them innermost, else contiguous.
+    """Return shape and strides of an output like x: channels innermost where x has them innermost, else contiguous.
 
-    Not those of empty_like: for an x with gaps they need not collapse to (N, C, L), and these always do.
+    The strides of empty_like would not do: for an x with gaps they need not collapse to (N, C, L); these always do.
     spatial: other spatial dimensions than x's.
     """
     shape = [*x.shape[:2], *(x.shape[2:] if spatial is None else spatial)]
@@ -63,25 +63,25 @@ def output_layout(x: Tensor, spatial: Sequence[int] | None = None) -> tuple[list
 
 
 def empty_output(x: Tensor, spatial: Sequence[int] | None = None) -> Tensor:
-    """Uninitialized tensor of output_layout(x, spatial)."""
+    """Return an uninitialized tensor of output_layout(x, spatial)."""
     return x.new_empty_strided(*output_layout(x, spatial))
 
 
 def in_layout_of(x: Tensor, value: Tensor) -> Tensor:
-    """value, of x's shape, with the strides of empty_output(x)."""
+    """Return value, of x's shape, with the strides of empty_output(x)."""
     return value if list(value.stride()) == output_layout(x)[1] else empty_output(x).copy_(value)
 
 
 def tile_threads() -> int:
-    """Threads that share a tile."""
+    """Return the number of threads that share a tile."""
     return min(torch.get_num_threads(), MAX_TILE_THREADS)
 
 
 def tiles(image: Tensor) -> Iterator[tuple[slice, slice]]:
     """Cut an image (N, C, 1, L) into (samples, positions) slices of about TILE_ELEMENTS for each thread.
 
-    Elsewhere than on a CPU a tile is the whole: there a pass costs less than the launches of its tiles. So it is on a
-    CPU that pretends to be such a device (``has_float64``), where sums of several tiles would need float64.
+    On other devices than a CPU one tile is the whole image, because a pass costs less than the launches of its tiles.
+    The same holds for a CPU that pretends to lack float64 (``has_float64``), which sums of several tiles would need.
     """
     samples, channels, _, positions = image.shape
     if image.numel() == 0:
@@ -104,7 +104,7 @@ def tiles(image: Tensor) -> Iterator[tuple[slice, slice]]:
 def stack(
     *sources: tuple[Tensor, Tensor | None], groups: int, dtype: torch.dtype, rows: bool = False, slot: str = ""
 ) -> Tensor:
-    """Tiles minus shifts, their groups stacked: (n, G * parts * d, 1, l), each group's parts side by side.
+    """Return tiles minus shifts, their groups stacked: (n, G * parts * d, 1, l), each group's parts side by side.
 
     sources: pairs of a tile (n, C, 1, l) and a shift (C,) or None. The result has the first one's layout, or with
     ``rows`` that of (channels, n, l): all values of a channel in one row. On a CPU its memory belongs to the thread and
@@ -130,7 +130,7 @@ def stack(
 
 
 def channels_innermost(x: Tensor) -> bool:
-    """Whether the channels of x (N, C, *) are next to each other in memory, as in channels_last."""
+    """Return whether the channels of x (N, C, *) are next to each other in memory, as in channels_last."""
     return x.dim() > 2 and x.shape[1] > 1 and x.stride(1) == 1
 
 
@@ -141,8 +141,8 @@ def constant(make: Callable[..., Made]) -> Callable[..., Made]:
     """Keep what ``make`` returns for each of its arguments, the last of which is a device, for good.
 
     On a GPU the first call waits for the result, so that other streams may read it. Inside of a graph capture that is
-    impossible and the memory would belong to the graph: there nothing is kept. Nothing is ever dropped, for a captured
-    graph may still read it.
+    impossible and the memory would belong to the graph: there nothing is kept. Nothing is ever dropped, because a
+    captured graph may still read it.
     """
     made: dict[tuple[object, ...], Made] = {}
 
@@ -169,7 +169,7 @@ _kept = threading.local()
 
 
 def workspace(like: Tensor, size: int, dtype: torch.dtype, slot: str = "") -> Tensor:
-    """Uninitialized memory: on a CPU the thread's own, overwritten by the next call for the same slot."""
+    """Return uninitialized memory: on a CPU the thread's own, overwritten by the next call for the same slot."""
     if like.device.type != "cpu":
         return torch.empty(size, dtype=dtype, device=like.device)
     key = f"{dtype} {slot}"

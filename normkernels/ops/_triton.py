@@ -1,4 +1,4 @@
-"""What the Triton backend can serve, its configurations, and the one place that launches a kernel.
+"""The calls that the Triton backend can serve, its configurations, and the one place that launches a kernel.
 
 Importing this does not import triton: that takes half a second and triton may be missing. The kernels are in the
 triton.py of each primitive's folder, imported when one is first used.
@@ -28,14 +28,14 @@ TABLE = Path(__file__).with_name("triton_configs.json")
 
 
 class Unsupported(Exception):  # noqa: N818 -- no error: it never leaves the package
-    """A reason, in words, why a call is left to the eager backend. Nothing that was launched before it counts."""
+    """A reason, in words, why a call is left to the eager backend. Launches before it do not count."""
 
 
 # --- what runs here -----------------------------------------------------------------------------------------------
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors: TRITON_INTERPRET=1 before triton is imported."""
+    """Return whether Triton's interpreter runs the kernels, on CPU tensors: TRITON_INTERPRET=1 at triton's import."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -45,7 +45,7 @@ def installed() -> bool:
 
 @functools.cache
 def defect() -> str:
-    """What keeps Triton from working here, or nothing. It needs a C compiler for its binding to the driver."""
+    """Return what keeps Triton from working here, or "". It needs a C compiler for its binding to the driver."""
     try:
         from triton.runtime import driver
 
@@ -100,10 +100,10 @@ _tf32 = False
 class use_tf32:  # noqa: N801 -- used like a function
     """Inside the ``with`` block, let the Triton kernels mix float32 data by single TF32 products.
 
-    Only where torch's own setting allows it too: ``torch.backends.cuda.matmul.fp32_precision`` is "tf32", as after
-    ``torch.set_float32_matmul_precision("high")``. It concerns the products with activations that give y and dx, whose
-    error relative to their largest value becomes about 1e-3 instead of 1e-6 (docs/triton.md); statistics and Newton's
-    iteration never run in TF32. Process-wide, like torch's setting.
+    It takes effect only where torch's own setting allows it too: ``torch.backends.cuda.matmul.fp32_precision`` is
+    "tf32", as after ``torch.set_float32_matmul_precision("high")``. It concerns the products with activations that give
+    y and dx, whose error relative to their largest value becomes about 1e-3 instead of 1e-6 (docs/triton.md);
+    statistics and Newton's iteration never run in TF32. It is process-wide, like torch's setting.
     """
 
     def __enter__(self) -> None:
@@ -116,7 +116,7 @@ class use_tf32:  # noqa: N801 -- used like a function
 
 
 def tf32_allowed() -> bool:
-    """Whether both the user of this package and torch's setting ask for TF32."""
+    """Return whether both the user of this package and torch's setting ask for TF32."""
     return _tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
@@ -125,10 +125,10 @@ def tf32_allowed() -> bool:
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is compiled.
+    """The options with which a kernel is compiled.
 
-    block: columns of a tile, or the step of a product of small matrices. rows: of a result that one program computes,
-    at most; for single channels those of a tile. precision: of the products, as Triton calls it.
+    block: columns of a tile, or the step of a product of small matrices. rows: the most rows of a result that one
+    program computes; for single channels, the rows of a tile. precision: Triton's name of the products' precision.
     """
 
     block: int
@@ -153,7 +153,7 @@ def read_table(path: Path) -> dict[Key, Config]:
 
 @functools.cache
 def table() -> dict[Key, Config]:
-    """The package's table, and over it the one that NORMKERNELS_TRITON_CONFIGS names (see bench/tune.py)."""
+    """Return the package's table, with entries replaced by those of NORMKERNELS_TRITON_CONFIGS (see bench/tune.py)."""
     chosen = read_table(TABLE)
     if extra := os.environ.get("NORMKERNELS_TRITON_CONFIGS"):
         chosen |= read_table(Path(extra))
@@ -162,7 +162,7 @@ def table() -> dict[Key, Config]:
 
 @functools.cache
 def configuration(kernel: str, size: int, layout: str, dtype: torch.dtype, arch: int) -> Config:
-    """The entry for this architecture, or for the newest older one of its kind.
+    """Return the entry for this architecture, or for the newest older one of its kind.
 
     GPUs for desktops have less shared memory: from sm_120 on they use what sm_80 does, not sm_90's or sm_100's entries.
 
@@ -180,18 +180,18 @@ def configuration(kernel: str, size: int, layout: str, dtype: torch.dtype, arch:
         raise Unsupported(f"expected an entry for {entry} in {TABLE.name}, got none")
     config = max(older, key=lambda entry: entry[0])[1]
     if interpreted() and _recording is None:
-        # It knows no split products. Small tiles, so that the small tensors of tests are cut, too.
+        # The interpreter knows no split products. Its tiles are small, so that the small tensors of tests are cut, too.
         return replace(config, block=min(config.block, 16), precision="ieee")
     return config
 
 
 def padded(size: int) -> int:
-    """The side of a tile: a power of two, at least 16, the smallest that tensor cores multiply."""
+    """Return the side of a tile: a power of two, at least 16, the smallest that tensor cores multiply."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def tile_size(group_size: int) -> int:
-    """The size by which the table knows a pass: 1 for single channels, which no tensor core multiplies."""
+    """Return the size by which the table knows a pass: 1 for single channels, which no tensor core multiplies."""
     return 1 if group_size == 1 else padded(group_size)
 
 
@@ -201,7 +201,7 @@ def tile_size(group_size: int) -> int:
 class Columns(NamedTuple):
     """A tensor (N, C, *) as columns: C values for each of N * L samples, with the strides to find them.
 
-    run: columns that are next to each other in memory and start at multiples of it; a power of two up to 16.
+    run: the number of columns that are next to each other in memory, a power of two up to 16; runs start at multiples.
     """
 
     data: Tensor
@@ -217,7 +217,7 @@ class Columns(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """As kernels take it."""
+        """The arguments that kernels take for it."""
         return (self.data, self.sample_stride, self.channel_stride, self.position_stride, self.positions)
 
     @property
@@ -227,14 +227,14 @@ class Columns(NamedTuple):
 
     @property
     def layout(self) -> str:
-        """What is next to each other in memory; "odd" where positions are, in planes whose size is odd or nearly so."""
+        """The dimension that is dense in memory; "odd" for positions, in planes whose size is odd or nearly so."""
         if self.position_stride != 1:
             return "channels"
         return "positions" if self.run >= 4 else "odd"
 
 
 def columns(x: Tensor) -> Columns:
-    """x in place; a copy only where its spatial dimensions do not collapse into one."""
+    """Return x as columns, in place; it is copied only where its spatial dimensions do not collapse into one."""
     image = as_image(x)
     n, _, _, positions = image.shape
     sample_stride, channel_stride, _, position_stride = image.stride()
@@ -250,21 +250,21 @@ def columns(x: Tensor) -> Columns:
 def within_32_bits(operand: Tensor) -> Tensor:
     """Return a small operand as it is, or a compact copy where offsets in it do not fit 32 bits.
 
-    Kernels compute these in 32 bits: only activations are large, and have offsets of 64.
+    Kernels compute these offsets in 32 bits; only activations, which are large, have offsets of 64 bits.
     """
     last = sum((n - 1) * stride for n, stride in zip(operand.shape, operand.stride(), strict=True))
     return operand if last < 2**31 else operand.contiguous()
 
 
 class Split(NamedTuple):
-    """How a pass over ``columns`` is cut: ``parts`` programs for each group, each with ``chunk`` columns."""
+    """The cut of a pass over ``columns``: ``parts`` programs for each group, each with ``chunk`` columns."""
 
     parts: int
     chunk: int
 
 
 WAVES = 2  # programs for each multiprocessor
-WARPS = 32  # for each where a pass is elementwise, what registers allow: programs of so many warps together
+WARPS = 32  # warps of all programs on a multiprocessor in an elementwise pass, as many as registers allow
 
 
 def split(total: int, groups: int, block: int, device: torch.device, waves: int = WAVES) -> Split:
@@ -301,7 +301,7 @@ def check_entries(op: str, tensor: Tensor, group_size: int) -> None:
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: Any, config: Config, device: torch.device, **meta: Any
 ) -> None:
-    """Run a kernel on the device's current stream. Every launch of the package is this one."""
+    """Run a kernel on the device's current stream. Every launch of the package goes through here."""
     if _recording is not None:
         _recording.record(kernel, grid, arguments, config, meta)
         return
@@ -315,10 +315,10 @@ def launch(
 
 
 def from_compiling(error: Exception) -> bool:
-    """Whether Triton could not compile or load a kernel.
+    """Return whether an error says that Triton could not compile or load a kernel.
 
-    It needs too much shared memory, its assembler does not know the architecture, there is no C compiler, or a cache
-    folder cannot be written. Errors of the GPU are RuntimeErrors of another kind.
+    Possible reasons: the kernel needs too much shared memory, Triton's assembler does not know the architecture, there
+    is no C compiler, or a cache folder cannot be written. Errors of the GPU are RuntimeErrors of another kind.
     """
     return (
         type(error).__module__.startswith("triton.")
@@ -334,8 +334,8 @@ def first_line(error: Exception) -> str:
 class recording:  # noqa: N801 -- used like a function
     """Inside the ``with`` block kernels are not run: ``record(kernel, grid, arguments, config, meta)`` gets them.
 
-    For a GPU of the given architecture, on tensors of any device: what a launch would be can be compiled, counted and
-    tested where there is no such GPU.
+    Launches are those for a GPU of the given architecture, on tensors of any device. So they can be compiled, counted
+    and tested where there is no such GPU.
     """
 
     def __init__(self, architecture: int, record: Callable[..., None]) -> None:
@@ -356,7 +356,7 @@ _recording: recording | None = None
 
 
 def implementation(module: str, name: str) -> Callable[..., Any]:
-    """The function ``name`` of a triton.py, imported when it is first called."""
+    """Return the function ``name`` of a triton.py, which is imported at the first call."""
 
     @functools.cache
     def resolve() -> Callable[..., Any]:

@@ -1,10 +1,10 @@
 """Triton kernels for groups of one channel: moments, sums of products and an affine map of each channel.
 
 A tile has ROWS channels and BLOCK columns of each. Where positions are next to each other in memory it has few channels
-and many columns; where channels are, enough channels that whole sectors are read. A pass leaves its sums (parts, C);
-whoever needs the result merges them, in a fixed order. pop_norm's maps do so at their start, each program for its own
-channels: that costs it some KiB from the second-level cache, and spares a launch, or a ticket that one would have to
-zero.
+and many columns; where channels are, it has enough channels that whole sectors are read. A pass leaves its sums
+(parts, C); the kernel that needs the result merges them, in a fixed order. pop_norm's maps do so at their start, each
+program for its own channels. That reads some KiB from the second-level cache, and saves a launch, or a ticket that
+would have to be zeroed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def partial_channel_moments(
     shift_out, delta_out, square_out,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Mean of one part of the columns, in two numbers shift + delta, and the sum of squares about it.
+    """Compute the mean of one part of the columns, in two numbers shift + delta, and the sum of squares about it.
 
     The shift is the mean of the part's first tile, which stays in registers.
     """
@@ -70,9 +70,9 @@ def partial_channel_cross(
     sum_y_out, sum_x_out, cross_out,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, Y_RUN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """sum y, sum (x - mean) and sum y (x - mean) of one part of the columns.
+    """Compute sum y, sum (x - mean) and sum y (x - mean) of one part of the columns.
 
-    Without a mean it is zero, and sum x is left out; without x there is sum y alone.
+    A missing mean counts as zero, and sum x is left out then; without x, only sum y is computed.
     """
     part = tl.program_id(1)
     channel, offset = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
@@ -112,10 +112,10 @@ def partial_channel_cross(
 def merged_moments(
     shift, delta, square, parts, chunk, columns, channels, channel, ROWS: tl.constexpr, BATCH: tl.constexpr
 ):
-    """Mean in float32, what its rounding left out (the exact one is their sum), and variance, by Chan's formula.
+    """Return mean in float32, what its rounding left out (the exact mean is their sum), and variance (Chan's formula).
 
-    All relative to the first part's shift: its difference to another one's is exact to its own rounding, so float32
-    does, and float64, of which GPUs for desktops have a 64th, is not needed.
+    All is relative to the first part's shift: its difference to another part's is exact to its own rounding. So float32
+    is enough, and float64, which is 64 times slower on GPUs for desktops, is not needed.
     """
     real = channel < channels
     m = columns.to(tl.float32)
@@ -143,14 +143,14 @@ def merged_moments(
 
 @triton.jit
 def slots(part, parts, channels, channel):
-    """Where vectors (parts, C) have these parts' entries of these channels, and which of them exist."""
+    """Return where vectors (parts, C) have these parts' entries of these channels, and which of them exist."""
     at = part.to(tl.int64)[None, :] * channels + channel[:, None]
     return at, (channel < channels)[:, None] & (part < parts)[None, :]
 
 
 @triton.jit
 def from_pivot(shift, delta, pivot, part, parts, channels, channel):
-    """The parts' means minus the pivot; zero beyond the last part."""
+    """Return the parts' means minus the pivot; zero beyond the last part."""
     at, mask = slots(part, parts, channels, channel)
     apart = tl.load(shift + at, mask=mask, other=0.0) - pivot[:, None] + tl.load(delta + at, mask=mask, other=0.0)
     return tl.where(mask, apart, 0.0)
@@ -201,9 +201,9 @@ def map_columns(
     y, y_sample_stride, y_channel_stride, y_position_stride, y_positions, channel, channels, columns, chunk,
     BLOCK: tl.constexpr, RUN: tl.constexpr, RUN2: tl.constexpr, Y_RUN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """y = factor (x - shift) + factor2 (x2 - shift2) + constant on the program's part of the columns. x2 may be None.
+    """Set y = factor (x - shift) + factor2 (x2 - shift2) + constant on the program's part of the columns.
 
-    The vectors have an entry for each of the program's channels.
+    x2 may be None. The vectors have an entry for each of the program's channels.
     """
     offset = tl.arange(0, BLOCK)
     start, stop = bounds(tl.program_id(1), chunk, columns, WIDE, Y_RUN)
@@ -224,7 +224,7 @@ def map_columns(
 
 @triton.jit
 def of_channels(values, channel, channels, default: tl.constexpr):
-    """values[channel] in float32, or the default where there is no vector or no channel."""
+    """Return values[channel] in float32, or the default where there is no vector or no channel."""
     if values is None:
         result = tl.full(channel.shape, default, tl.float32)
     else:
@@ -241,7 +241,7 @@ def channel_map(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr, RUN2: tl.constexpr, Y_RUN: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """y = weight (factor (x - shift) + factor2 (x2 - shift2)) + bias.
+    """Set y = weight (factor (x - shift) + factor2 (x2 - shift2)) + bias.
 
     shift, x2 and shift2, weight, and bias may be None; second: where the second factors begin.
     """
@@ -266,7 +266,7 @@ def channel_map(
 
 
 class Partials(NamedTuple):
-    """What a pass left: three vectors (parts, C), and how it was cut."""
+    """The results of a pass: three vectors (parts, C), and how it was cut."""
 
     vectors: Tensor
     cut: Split
@@ -274,7 +274,7 @@ class Partials(NamedTuple):
 
 
 def prepared(kernel: str, x: Tensor) -> tuple[Config, int, Split]:
-    """Configuration, blocks of channels, and how the columns are cut."""
+    """Return the configuration, the number of blocks of channels, and how the columns are cut."""
     seen = columns(x)
     config = configuration(kernel, 1, seen.layout, x.dtype, architecture(x.device))
     blocks = triton.cdiv(x.shape[1], config.rows)
@@ -293,7 +293,7 @@ def reduce_moments(x: Tensor) -> Partials:
 
 
 def reduce_cross(y: Tensor, x: Tensor | None, mean: Tensor | None) -> Partials:
-    """Of y (x - mean); without a mean, and without x, some of the vectors are not written."""
+    """Run the pass for sum y (x - mean); without a mean, and without x, some of the vectors are not written."""
     left = columns(y)
     right = left if x is None else columns(x)
     config, blocks, cut = prepared("cross_moments", y if x is None else x)
@@ -322,7 +322,7 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def merge_channel_cross(y: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """sum y (x - mean) (C, 1, 1), sum y (C,) and sum (x - mean) (C,), in float32."""
+    """Return sum y (x - mean) (C, 1, 1), sum y (C,) and sum (x - mean) (C,), in float32."""
     partials, channels = reduce_cross(y, x, mean), x.shape[1]
     sum_y, sum_x, cross = torch.empty_like(mean), torch.empty_like(mean), mean.new_empty((channels, 1, 1))
     config = configuration("merge", 1, "", torch.float32, architecture(x.device))
@@ -335,7 +335,7 @@ def merge_channel_cross(y: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Ten
 
 
 class Map(NamedTuple):
-    """What every kernel that ends with ``map_columns`` takes: sources, the result, its columns; grid and the rest."""
+    """The arguments of every kernel that ends with ``map_columns``: sources, the result, its columns; grid and rest."""
 
     sources: list[tuple[Any, ...]]
     result: tuple[Any, ...]
@@ -344,7 +344,7 @@ class Map(NamedTuple):
 
 
 def mapping(sources: list[Tensor], result: Tensor) -> Map:
-    """One or two sources; the arguments of a second one that is not there are None."""
+    """Return the arguments for a map of one or two sources; those of a second one that is not there are None."""
     seen, out = [columns(source) for source in sources], columns(result)
     config, blocks, cut = prepared("mix" if len(sources) == 1 else "stacked_mix", result)
     absent: list[tuple[Any, ...]] = [(None, 0, 0, 0, 1)]
@@ -367,7 +367,7 @@ def map_channels(
     like: Tensor,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """weight (matrix @ [source - shift; ...]) + bias, as ``mix`` for any group size. matrix: (C, 1, sources)."""
+    """Return weight (matrix @ [source - shift; ...]) + bias, as ``mix`` for any group size; matrix: (C, 1, sources)."""
     result = empty_output(like)
     given = mapping([source for source, _ in sources], result)
     (_, first_shift), (_, second_shift) = [*sources, (None, None)][:2]

@@ -1,4 +1,4 @@
-"""torch.vmap: ops treat channels, or groups of them, apart, so models side by side are more channels of one call."""
+"""Rules for torch.vmap: ops treat channels, or groups of them, apart, so more models are more channels of one call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DIMENSIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 
 
 def rule(op: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """Of ``call``, which takes and returns what ``op`` does."""
+    """Return the vmap rule of ``call``, which takes and returns what ``op`` does."""
     taken, returned = DIMENSIONS[op]
 
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
@@ -46,7 +46,7 @@ def rule(op: str, call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def side_by_side(value: Tensor, mapped: int | None, dim: int, count: int) -> Tensor:
-    """``count`` models' channels in one dimension, the first model's first; copies of what they share."""
+    """Return ``count`` models' channels in one dimension, the first model's first; shared values are copied."""
     if mapped is None:
         value = value.unsqueeze(dim).expand(*value.shape[:dim], count, *value.shape[dim:])
     else:
@@ -55,7 +55,7 @@ def side_by_side(value: Tensor, mapped: int | None, dim: int, count: int) -> Ten
 
 
 def register(op: str, autograd: type[torch.autograd.Function] | None, library: torch.library.Library) -> None:
-    """For the raw op, which backward calls, and for its Function."""
+    """Register the rule for the raw op, which backward calls, and for its Function."""
     if op not in DIMENSIONS:
         return
     torch.library.register_vmap(f"normkernels::{op}", rule(op, getattr(torch.ops.normkernels, op)), lib=library)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Of one layer's input: mean and biased variance (I,) per input channel over all rows, and how many there are."""
+    """Statistics of one layer's input: mean and biased variance (I,) per input channel over all rows, and counts."""
 
     rows: int  # every position of every sample
     samples: int  # N
@@ -28,18 +28,21 @@ class Batch:
 
     @staticmethod
     def of(x: Tensor, output: Tensor, weight: Tensor) -> Batch:
-        """x and output of a Linear, (*, in) with the samples first, or of a convolution, (N, C, *) or (C, *)."""
+        """Return the statistics of one call.
+
+        x and output: of a Linear, (*, in) with the samples first, or of a convolution, (N, C, *) or (C, *).
+        """
         if weight.dim() == 2:
             x = x.unsqueeze(0) if x.dim() == 1 else x.movedim(-1, 1)  # a view: positions are rows, as in a convolution
         elif x.dim() < weight.dim():
             x = x.unsqueeze(0)
-        # The op itself: what the public function does for gradients is not needed, and shows in small layers.
+        # The op itself is called: the public function's work for gradients is not needed, and shows in small layers.
         mean, _, variance = torch.ops.normkernels.moments(x, 1, False)
         rows = x.numel() // x.shape[1]
         return Batch(rows, x.shape[0], output.numel() // weight.shape[0], mean, variance.flatten())
 
     def merged(self, other: Batch) -> Batch:
-        """Chan's formula: nothing cancels, however large the means."""
+        """Return both together, by Chan's formula: nothing cancels, however large the means."""
         rows = self.rows + other.rows
         t, delta = other.rows / rows, other.mean - self.mean
         return Batch(
@@ -54,7 +57,7 @@ class Batch:
 class Running:
     """Running means and variances of all layers on one device and in one type, end to end: a few launches update all.
 
-    Made anew when the model has moved.
+    It is made anew when the model has moved.
     """
 
     def __init__(self, layers: Sequence[Layer], device: torch.device, dtype: torch.dtype) -> None:
@@ -70,10 +73,10 @@ class Running:
         return values.split(self.sizes)
 
     def update(self, rho: float) -> None:
-        """Step 2 of Algorithms 2 and 3 for the layers with a batch.
+        """Do step 2 of Algorithms 2 and 3 for the layers with a batch.
 
-        No synchronization with the host: a layer whose batch is not finite keeps what it had, by a mask, and one
-        without a batch is averaged with itself, which changes no bit.
+        The host does not wait: a layer whose batch is not finite keeps its statistics, by a mask, and a layer without a
+        batch is averaged with itself, which changes no bit.
         """
         new = [layer for layer in self.layers if layer.batch is not None]
         if not new:
@@ -94,11 +97,11 @@ class Running:
 
 
 def merge_ranks(layers: Sequence[Layer], seen: bool, group: Any, world_size: int) -> bool:
-    """Give every rank the statistics of all: DDP averages gradients, and preconditioned by each rank's own statistics
-    the replicas would drift apart. Returns whether any rank has seen a forward pass.
+    """Give every rank the statistics of all ranks; return whether any rank has seen a forward pass.
 
-    One collective, and one wait for it: q^2 needs the numbers of samples on the host. All layers take part on every
-    rank, those without a batch with weight 0, so that all vectors have the same length.
+    DDP averages gradients: if each rank preconditioned them by its own statistics, the replicas would drift apart. It
+    takes one collective, and one wait for it, because q^2 needs the numbers of samples on the host. All layers take
+    part on every rank, layers without a batch with weight 0, so that all vectors have the same length.
     """
     counts = [(b.rows, b.samples, b.outputs) if (b := layer.batch) else (0, 0, 0) for layer in layers]
     values = [getattr(layer.batch or layer, name) for name in ("mean", "variance") for layer in layers]
@@ -113,7 +116,7 @@ def merge_ranks(layers: Sequence[Layer], seen: bool, group: Any, world_size: int
     table = gathered[:, : len(header)].cpu().double()
     by_layer = table[:, 1:].view(world_size, len(layers), 3)  # rows, samples, outputs
     totals = by_layer.sum(0)
-    weights = by_layer[:, :, 0] / totals[:, 0]  # NaN where no rank has rows, and nothing is read
+    weights = by_layer[:, :, 0] / totals[:, 0]  # NaN where no rank has rows; it is not read then
     sizes = [len(layer.mean) for layer in layers]
     weights = weights.repeat_interleave(torch.tensor(sizes), 1).to(device, dtype)
     means, variances = gathered[:, len(header) :].chunk(2, 1)

@@ -1,4 +1,4 @@
-"""Which layers BNP preconditions: every Linear and convolution whose weight is a parameter of its own."""
+"""The layers that BNP preconditions: every Linear and convolution whose weight is a parameter of its own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Layer:
 
     @property
     def label(self) -> str:
-        """What messages call it."""
+        """The name in messages."""
         return self.name or "model"
 
     @property
@@ -58,15 +58,15 @@ class Layer:
     def gather(self, batch: Batch, weight: Tensor) -> None:
         """Add a forward pass to the ones since the last step, or since the gradients were dropped.
 
-        A gradient that was there after a backward pass and is None now went to nobody: GradScaler skipped the step, or
-        a generator's loss went through its discriminator. Its statistics go with it. Only the accumulation's own hook
-        tells that from a second call before the first backward pass.
+        A gradient that was there after a backward pass and is None now was used by nobody: GradScaler skipped the step,
+        or a generator's loss went through its discriminator. Its statistics are dropped with it. Only the
+        accumulation's own hook can tell that from a second call before the first backward pass.
         """
         if self.watched is not weight:
             self.unwatch()
             self.forget()
             self.watched = weight
-            # Autograd holds the hook where gc does not look: with a way back to the weight, neither would ever go.
+            # Autograd holds the hook where gc does not look: if it referred to the weight, neither would ever be freed.
             layer = weakref.ref(self)
             self.handle = weight.register_post_accumulate_grad_hook(lambda _: _mark(layer()))
         if self.accumulated and weight.grad is None:
@@ -74,7 +74,7 @@ class Layer:
         self.batch = batch if self.batch is None else self.batch.merged(batch)
 
     def check(self) -> None:
-        """The weights are still parameters of the modules, for as many input channels as the statistics."""
+        """Raise unless the weights are still the modules' parameters, for the statistics' number of input channels."""
         for module in self.modules:
             _check_parameters(self.name, module)
         channels = self.weight.shape[1] * self.groups
@@ -85,7 +85,7 @@ class Layer:
             )
 
     def check_call(self, x: object, output: object) -> None:
-        """Subclasses of the layers may take and return what they like."""
+        """Raise unless input and output are tensors that can be used: subclasses of the layers may take others."""
         for what, value in (("input", x), ("output", output)):
             if not isinstance(value, Tensor):
                 got = type(value).__name__
@@ -114,7 +114,7 @@ def _mark(layer: Layer | None) -> None:
 
 
 def find_layers(model: nn.Module, skip: Sequence[str | nn.Module]) -> list[Layer]:
-    """In the order of named_modules. Errors as BNP documents them."""
+    """Return the layers in the order of named_modules. Errors are those that BNP documents."""
     skipped = _skipped(model, skip)
     names = {module: name for name, module in model.named_modules()}
     found = {module: name for module, name in names.items() if isinstance(module, TYPES) and module not in skipped}
@@ -188,5 +188,5 @@ def _check_parameters(name: str, module: nn.Module) -> None:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The model itself has no name."""
+    """Return the names in a line for messages; the model itself has no name."""
     return ", ".join(name or "model" for name in names) or "none"

@@ -92,14 +92,14 @@ class BNP:
         nk.optim.BNP(model).attach(optimizer)
 
     Args:
-        model: whose layers to precondition.
+        model: the model whose layers to precondition.
         rho: weight of the past in the running averages, in [0, 1].
         eps1: times the largest variance of the layer is added to all, without unit.
         eps2: added to all variances, in the units of the input squared. With both 0 a layer with a channel of
             variance 0 has no preconditioner, and its gradients are left alone as not finite.
         skip: layers to leave alone, by name (as in ``model.named_modules()``) or as modules; a container stands for
             all layers in it.
-        process_group: whose ranks to merge, None for all; False to merge none.
+        process_group: the group whose ranks to merge, None for all; False to merge none.
 
     A row of a gradient (all weights of one output, and its bias) that is not finite is left as it is, with one warning
     that names the layers; on a GPU it comes a step or more later, as nothing waits for the device.
@@ -136,8 +136,8 @@ class BNP:
                 if any(isinstance(hook, _Hook) and hook.gather for hook in module._forward_hooks.values()):
                     raise ValueError(f"model: expected layers without BNP, got one on {layer.label}; remove() it first")
         self._hooks = [
-            # First of the hooks, before one of them changes the output. Not a pre-hook: the input is what the layer
-            # has got after all of these, r s can be read off the output, and a call that fails leaves nothing behind.
+            # It is the first of the hooks, before one of them changes the output. It is no pre-hook, so that it gets
+            # the input that all of these have left, can read r s off the output, and leaves no trace of a failed call.
             module.register_forward_hook(_Hook(self._gather, layer), prepend=True, with_kwargs=True)
             for layer in self._layers
             for module in layer.modules
@@ -150,7 +150,9 @@ class BNP:
         self._left: list[_Left] = []
 
     def step(self) -> None:
-        """Update the statistics and precondition the gradients, in place. Once between backward and optimizer.step().
+        """Update the statistics and precondition the gradients, in place.
+
+        Call it once between backward and ``optimizer.step()``.
 
         Raises:
             RuntimeError: no layer was called in training mode since the last step (on any rank), or BNP is attached.
@@ -207,7 +209,7 @@ class BNP:
         self._hooks, self._attached, self._seen = [], None, False
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """For each layer's name: running mean and variance (I,), samples N and positions r s of its last step."""
+        """Return, by layers' names, running mean and variance (I,), samples N and positions r s of the last step."""
         return {
             layer.name: {
                 "mean": layer.mean.clone(),
@@ -226,7 +228,7 @@ class BNP:
             ValueError: it is of other layers or shapes, a number is not finite, or a variance is negative.
             TypeError: a value has the wrong type.
 
-        Nothing is changed then.
+        Nothing is changed where it raises.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a mapping, got {type(state_dict).__name__}")
@@ -251,12 +253,12 @@ class BNP:
         raise TypeError("BNP: it belongs to its model; make one for the copy of the model and load the state_dict")
 
     def _gather(self, layer: Layer, module: nn.Module, x: Any, output: Any) -> None:
-        # In the middle of a backward pass it is activation checkpointing that calls the layer a second time.
+        # In the middle of a backward pass, activation checkpointing calls the layer a second time.
         if not module.training or torch._C._current_graph_task_id() != -1 or _is_transformed():
             return
         layer.check()
         weight = module.weight
-        # Under functional_call the weight is not the module's own, and nor will be the gradient.
+        # Under functional_call the weight is not the module's own, and neither will be the gradient.
         if not isinstance(weight, nn.Parameter):
             return
         if not weight.requires_grad:
@@ -281,7 +283,7 @@ class BNP:
                 "closure: expected none while BNP is attached, got one; it would compute gradients that are not "
                 "preconditioned. Call BNP's step() at the end of the closure instead"
             )
-        # GradScaler leaves it to fused optimizers to skip a step. Then gradients that are not finite are no news.
+        # GradScaler leaves it to fused optimizers to skip a step. Then gradients that are not finite need no warning.
         self._step(skipped=getattr(optimizer, "found_inf", None))
 
     @_disable_dynamo
@@ -296,7 +298,7 @@ class BNP:
                     f"{layer.label}: expected a weight of its own, got that of {owner.label}; make another BNP after "
                     f"weights are tied"
                 )
-            if layer.watched is not layer.weight:  # of a functional_call with another module's parameters
+            if layer.watched is not layer.weight:  # from a functional_call with another module's parameters
                 layer.forget()
         self._arrange()
         seen = self._seen or any(layer.batch is not None for layer in self._layers)
@@ -319,9 +321,9 @@ class BNP:
         self._seen = False
         self._precondition(skipped)
 
-    @torch.inference_mode(False)  # or a step in it would leave tensors that no other may change
+    @torch.inference_mode(False)  # a step inside of inference mode would make tensors that no other step may change
     def _arrange(self) -> None:
-        """Running statistics where the weights are, and in their statistics' type: the model may have moved."""
+        """Put running statistics where the weights are, in their statistics' type: the model may have moved."""
         places = [(layer.weight.device, statistics_dtype(layer.weight.dtype)) for layer in self._layers]
         if places != self._places:
             self._running = [
@@ -367,7 +369,7 @@ class BNP:
 
 
 class _Left:
-    """How many rows of some layers were left alone, on its way to the host."""
+    """The numbers of rows of some layers that were left alone, on their way to the host."""
 
     def __init__(self, names: Sequence[str], rows: Tensor) -> None:
         self.names = names
@@ -396,13 +398,14 @@ class _Hook:
         return _Hook, (None, None)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        # torch.export(strict=True) traces this, and has no graph breaks. The flag, for Dynamo takes is_exporting() for
-        # true in torch 2.11 whenever it compiles.
+        # torch.export(strict=True) traces this, and allows no graph breaks. The flag itself is read, because Dynamo
+        # takes is_exporting() for true in torch 2.11 whenever it compiles.
         if not torch.compiler._is_exporting_flag:
             self._gather(module, args, kwargs, output)
 
-    # Traced, what is gathered is guarded on, and steps and micro-batches compile again. The decorator is torch.optim's:
-    # torch.compiler.disable imports torch._dynamo, more than a second, with the package, this one at the first call.
+    # If Dynamo traced it, it would guard on the gathered values and compile again for steps and micro-batches. The
+    # decorator is torch.optim's, which imports torch._dynamo (more than a second) at the first call;
+    # torch.compiler.disable would import it with the package.
     @_disable_dynamo
     @torch.no_grad()
     def _gather(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -414,7 +417,7 @@ _TRACERS = [getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "
 
 
 def _is_transformed() -> bool:
-    """Whether the call is one of torch.func, whose gradients go elsewhere, or of a tracer, which has no data."""
+    """Return whether the call is one of torch.func, whose gradients go elsewhere, or of a tracer, which has no data."""
     if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
         return True
     return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
@@ -433,7 +436,7 @@ def _check_state(layer: Layer, state: object) -> None:
             raise ValueError(f"{name}: expected shape {tuple(layer.mean.shape)}, got {tuple(value.shape)}")
         if value.is_complex():
             raise TypeError(f"{name}: expected real numbers, got {value.dtype}")
-        value = value.to(layer.mean.dtype)  # where it may overflow
+        value = value.to(layer.mean.dtype)  # it may overflow in this type
         if not (value.isfinite() & (value >= minimum)).all():
             bounds = "at least 0" if minimum == 0 else "only"
             raise ValueError(f"{name}: expected finite numbers {bounds}, got {value.tolist()}")

@@ -1,4 +1,4 @@
-"""ONI, weight standardization and centered weight normalization: what a layer's weight is made of.
+"""ONI, weight standardization and centered weight normalization, which compute a layer's weight from parameters.
 
 All three see the weight as a matrix of rows, one for each output channel: (n, d) with n = C_O and d the fan-in.
 """
@@ -18,7 +18,7 @@ from normkernels.ops.inverse_sqrt.op import inverse_sqrt
 
 
 def oni(module: nn.Module, name: str = "weight", num_iterations: int = 5, scale: float = 1.0) -> nn.Module:
-    r"""Orthogonal rows, or columns, by Newton's iteration (ONI; Huang et al., 2020).
+    r"""Make a weight's rows, or columns, orthogonal by Newton's iteration (ONI; Huang et al., 2020).
 
     .. math::
         W = a B_T V, \quad V = Z_c / \sqrt{\lVert Z_c Z_c^\top \rVert_F}, \quad
@@ -29,10 +29,11 @@ def oni(module: nn.Module, name: str = "weight", num_iterations: int = 5, scale:
     Z_c is Z minus its mean along the longer side (the paper's row mean for n < d), whereby W has it zero, too. A square
     Z is not centred: centred it would be singular, and W not orthogonal.
 
-    T controls how far: an iteration multiplies small singular values of V by 1.5, and none exceeds 1. For N(0, 1) of
-    (64, 576) those of W are at least .96 after T = 5 and .9999 after 7, of (512, 4608) .80 and .99. A random square Z
-    is nearly singular and may take 20; in float32 its smallest singular value then stays below 1, as eps is added to
-    Z Z^T, relative to its trace: 1.2e-7 (2e-16 in float64). W depends on Z's direction only: Z may be of any scale.
+    T controls how orthogonal they are: an iteration multiplies small singular values of V by 1.5, and none exceeds 1.
+    For N(0, 1) of (64, 576) those of W are at least .96 after T = 5 and .9999 after 7, of (512, 4608) .80 and .99. A
+    random square Z is nearly singular and may take 20; in float32 its smallest singular value then stays below 1, as
+    eps is added to Z Z^T, relative to its trace: 1.2e-7 (2e-16 in float64). W depends on Z's direction only: Z may be
+    of any scale.
 
     Args:
         module: a Linear, Conv or ConvTranspose of any rank, kernel and groups, or anything with such a weight.
@@ -57,7 +58,7 @@ def oni(module: nn.Module, name: str = "weight", num_iterations: int = 5, scale:
 
 
 def weight_standardization(module: nn.Module, name: str = "weight", eps: float = 1e-10) -> nn.Module:
-    r"""Mean 0 and variance 1 for the weights of each output channel (Qiao et al., 2019).
+    r"""Give the weights of each output channel mean 0 and variance 1 (Qiao et al., 2019).
 
     .. math:: w = (z - \mathrm{mean}(z)) / \sqrt{\mathrm{var}(z) + \epsilon}
 
@@ -77,16 +78,16 @@ def weight_standardization(module: nn.Module, name: str = "weight", eps: float =
 
 
 def centered_weight_norm(module: nn.Module, name: str = "weight") -> nn.Module:
-    r"""Filters of mean 0 and learned length (centered weight normalization; Huang et al., 2017).
+    r"""Give filters mean 0 and a learned length (centered weight normalization; Huang et al., 2017).
 
     .. math:: w = g \, (v - \mathrm{mean}(v)) / \lVert v - \mathrm{mean}(v) \rVert
 
-    Parameters as in torch's weight_norm: g (C_O, 1, ...) is ``original0`` and v ``original1``. g starts as the length
-    of the centred weight, so the layer starts with its own weight less the mean. The paper's filters of fixed length
-    are ``module.parametrizations.weight.original0.requires_grad_(False)``.
+    Parameters are as in torch's weight_norm: g (C_O, 1, ...) is ``original0`` and v ``original1``. g starts as the
+    length of the centred weight, so the layer starts with its own weight less the mean. The paper's filters of fixed
+    length are ``module.parametrizations.weight.original0.requires_grad_(False)``.
 
-    w does not depend on v's scale. A filter of equal weights, so any with a fan-in of 1, is zero and finite, and
-    starting there, g = 0, it stays.
+    w does not depend on v's scale. A filter of equal weights, so any with a fan-in of 1, is zero and finite; one that
+    starts there, with g = 0, stays zero.
 
     Args, returns, raises: as oni.
     """
@@ -94,11 +95,11 @@ def centered_weight_norm(module: nn.Module, name: str = "weight") -> nn.Module:
 
 
 class _Rows(nn.Module):
-    """(n, d) rows of output channels from a weight, and back."""
+    """Base class that turns a weight into (n, d) rows of output channels, and back."""
 
     def __init__(self, transposed_groups: int) -> None:
         super().__init__()
-        self.transposed_groups = transposed_groups  # of a ConvTranspose, whose output channels are dimension 1; else 0
+        self.transposed_groups = transposed_groups  # a ConvTranspose's: output channels are dimension 1; else 0
 
     def rows(self, weight: Tensor) -> Tensor:
         if self.transposed_groups:
@@ -130,15 +131,15 @@ class _ONI(_Rows):
 
 @traceable_full_precision
 def orthogonalize(Z: Tensor, num_iterations: int) -> Tensor:
-    """B_T V of ``oni`` for a float32 or float64 matrix Z (n, d)."""
+    """Return B_T V of ``oni`` for a float32 or float64 matrix Z (n, d)."""
     n, d = Z.shape
     if n > d:
         return orthogonalize(Z.mT, num_iterations).mT
     Z = Z / _magnitude(Z)  # squares neither overflow nor underflow
     if n < d:
         Z = Z - Z.mean(1, keepdim=True)
-    # Trace 1 for the Gram matrix: eps below is relative, and lifts eigenvalues that rounding has made negative, from
-    # where the iteration diverges. Half of it was not enough for weights of rank 1 to 25 and T = 40.
+    # The Gram matrix gets trace 1, so that eps below is relative to it. eps lifts eigenvalues that rounding has made
+    # negative, from where the iteration diverges. Half of it was not enough for weights of rank 1 to 25 and T = 40.
     norm = torch.linalg.vector_norm(Z)
     V = Z / torch.where(norm > 0, norm, 1.0)
     gram = V @ V.mT
@@ -173,7 +174,7 @@ class _CenteredWeightNorm(_Rows):
         return length.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1)), weight
 
     def _polar(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit rows and their lengths (n, 1); a centred row of zeros stays one."""
+        """Return unit rows and their lengths (n, 1); a centred row of zeros stays a row of zeros."""
         rows = self.rows(v)
         magnitude = _magnitude(rows, 1)
         rows = rows / magnitude
@@ -183,14 +184,17 @@ class _CenteredWeightNorm(_Rows):
 
 
 def _magnitude(rows: Tensor, dim: int | None = None) -> Tensor:
-    """Largest absolute value, 1 where that is 0. A constant for autograd: what is divided by it is scale-invariant."""
+    """Return the largest absolute value, 1 where that is 0.
+
+    It is a constant for autograd, because the results of what is divided by it do not depend on scale.
+    """
     largest = rows.detach().abs()
     largest = largest.amax() if dim is None else largest.amax(dim, keepdim=True)
     return torch.where(largest > 0, largest, 1.0)
 
 
 def _transposed_groups(module: nn.Module, name: str) -> int:
-    """The checks that all three share; then the groups of a ConvTranspose, 0 for every other layer."""
+    """Do the checks that all three share; return the groups of a ConvTranspose, 0 for every other layer."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
     if not isinstance(name, str):

@@ -72,7 +72,10 @@ def test_bim_takes_the_gradient_where_it_is() -> None:
 @pytest.mark.parametrize("targeted", [False, True])
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), (-0.5, 2.0)])
 def test_agrees_with_adversarial_robustness_toolbox(targeted: bool, bounds: tuple[float, float]) -> None:
-    """Its BIM in float32. A gradient whose sign its rounding decides would differ; here none is that small."""
+    """The result is that of the toolbox's BIM in float32.
+
+    A gradient whose sign its rounding decides would differ; here none is that small.
+    """
     evasion = pytest.importorskip("art.attacks.evasion")
     from art.estimators.classification import PyTorchClassifier
 
@@ -127,7 +130,10 @@ def test_types_of_samples(dtype: torch.dtype) -> None:
 def test_bim_of_any_type_stays_within_eps_and_bounds(
     dtype: torch.dtype, bounds: tuple[float, float], eps: float, way: float
 ) -> None:
-    """Exactly, in float64; and the type's next number would be outside (float64's may round to eps)."""
+    """The result is exactly within eps and bounds, in float64, and the type's next number is not.
+
+    The latter is not tested for float64, where it may round to eps.
+    """
     x = bounds[0] + torch.linspace(0.01, 0.99, 4000, dtype=D)[:, None] * (bounds[1] - bounds[0])
     x = torch.cat([x.clamp(-65000, 65000) * scale for scale in (1.0, 0.01, 1e-4)]).to(dtype)
 
@@ -149,7 +155,7 @@ def test_bim_of_any_type_stays_within_eps_and_bounds(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_small_steps_of_half_types_add_up(dtype: torch.dtype) -> None:
-    """A step of an eighth of the spacing at 1, ten times: more than a spacing. In the type itself none would move."""
+    """Ten steps of an eighth of the spacing at 1 add up to one spacing; in the type itself none would move x."""
     step, x = torch.finfo(dtype).eps / 8, torch.ones(3, 2, dtype=dtype)
     got = bim(Linear(torch.ones(2, dtype=dtype)), x, torch.zeros(3, dtype=torch.int64),
               eps=0.5, step_size=step, num_steps=10, bounds=(0.0, 2.0))  # fmt: skip
@@ -201,11 +207,11 @@ def test_models_that_are_not_differentiable() -> None:
             bim(model, x, y, **BIM)
     with pytest.raises(ValueError, match="gradient of the loss: expected finite values"):
         bim(lambda x: net(x) * math.inf, x, y, **BIM)
-    assert simba(lambda x: F.one_hot(net(x).argmax(1), 3).double(), x, y, **SIMBA).queries.sum() > 0  # which needs none
+    assert simba(lambda x: F.one_hot(net(x).argmax(1), 3).double(), x, y, **SIMBA).queries.sum() > 0  # no gradient here
 
 
 def test_bim_where_the_gradient_is_zero() -> None:
-    """No error: such samples come back."""
+    """Samples whose gradient is zero come back as they were, without an error."""
     net, (x, y) = network().eval(), images()
     assert torch.equal(bim(lambda x: net(x.round()), x, y, **BIM), x)
 
@@ -220,7 +226,7 @@ def test_bim_in_inference_mode() -> None:
 
 
 def test_logits_that_say_nothing() -> None:
-    """The largest of NaN is NaN's own place: 0, which may be y."""
+    """Logits that are not finite are an error: the largest of NaN is at NaN's own place, 0, which may be y."""
     x, y = images()
     for attack, options in ((simba, SIMBA), (accuracy, {})):
         for value in (math.nan, math.inf):
@@ -251,7 +257,7 @@ def test_bad_models_and_classes(attack: Any, model: Any, y: Tensor, error: type[
 
 
 def test_bim_of_other_losses_takes_what_they_take() -> None:
-    """One logit a sample, and signs for classes."""
+    """The loss may take one logit a sample, and signs for classes."""
     x, sign = torch.rand(4, 3, dtype=D), torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=D)
     got = bim(lambda x: x.sum(1), x, sign, **BIM, loss=lambda score, sign: F.softplus(-sign * score))
     tolerances.assert_identity(got, (x - 0.1 * sign[:, None]).clamp(0, 1))
@@ -262,7 +268,7 @@ def test_bim_of_other_losses_takes_what_they_take() -> None:
 
 @pytest.mark.parametrize("targeted", [False, True])
 def test_simba_of_a_linear_model_that_does_not_give_way(targeted: bool) -> None:
-    """Of every entry one of +eps and -eps helps, so all are changed by eps against w; + is asked first."""
+    """For every entry +eps or -eps helps, so all entries are changed by eps; +eps is asked first."""
     w, x = torch.randn(10, dtype=D), torch.rand(6, 10, dtype=D) * 0.4 + 0.3
     y = torch.zeros(6, dtype=torch.int64)
     b = 10.0 if targeted else -10.0
@@ -274,7 +280,7 @@ def test_simba_of_a_linear_model_that_does_not_give_way(targeted: bool) -> None:
 
 
 def test_simba_against_algorithm_1() -> None:
-    """Sample by sample and query by query, with the directions that were tried, as the model saw them."""
+    """The model sees, query by query, what Algorithm 1 asks with the directions that were tried."""
     net, (x, y) = network().eval(), images(1)
     y = net(x).argmax(1)
     seen: list[Tensor] = []
@@ -339,7 +345,7 @@ def test_simba_gives_the_same_from_the_same_seed() -> None:
 
 @pytest.mark.parametrize("frequencies", [None, 3])
 def test_cosine_basis(frequencies: int | None) -> None:
-    """Against scipy's orthonormal DCT-II: direction (c, u, v) has one coefficient, and it is 1."""
+    """The directions agree with scipy's orthonormal DCT-II: (c, u, v) has one coefficient, and it is 1."""
     x = torch.zeros(1, 2, 4, 5, dtype=D)
     directions = adversarial._Directions(x, "dct", frequencies)
     q = directions(torch.arange(directions.count))
@@ -365,7 +371,7 @@ def test_low_frequencies_only() -> None:
 
 
 def test_gaussian_noise() -> None:
-    """Mean 0 and the standard deviation asked for, which itself has std / sqrt(2 n)."""
+    """The noise has mean 0 and the standard deviation asked for, which itself has the deviation std / sqrt(2 n)."""
     x = torch.full((100_000,), 0.5)
     noise = gaussian_noise(x, 0.1, None) - x
     assert abs(noise.mean()) < tolerances.sampling(0.1, 100_000)

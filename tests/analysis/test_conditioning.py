@@ -21,7 +21,7 @@ D = torch.float64
 
 
 def samples(n: int, values: list[float], mean: float = 0.0) -> Tensor:
-    """(n, d) with these singular values once centered, in random directions."""
+    """Draw (n, d) with these singular values once centered, in random directions."""
     d = len(values)
     left = torch.linalg.qr(torch.cat([torch.ones(n, 1, dtype=D), torch.randn(n, d, dtype=D)], 1)).Q[:, 1:]
     right = torch.linalg.qr(torch.randn(d, d, dtype=D)).Q
@@ -88,7 +88,7 @@ def test_a_large_mean_is_no_rank_deficiency() -> None:
 
 
 def test_of_whitened_samples() -> None:
-    """IterNorm's Figure 4a: 1 for DBN (but for eps), BN's in between, less with more iterations."""
+    """The order is that of IterNorm's Figure 4a: 1 for DBN, more with fewer iterations, and most without a norm."""
     x = samples(400, [20.0, 8.0, 2.0, 1.0]) * 4
     values = [
         covariance_condition(norm(x))
@@ -137,7 +137,7 @@ def check(
     got: Any, H: Tensor, second: Tensor, mean: Tensor | None, variance: Tensor | None, bias: bool = True,
     dtype: torch.dtype = D,
 ) -> None:  # fmt: skip
-    """Against H^T S H and, with Theorem 3, G^T S G; mean and variance are those of the columns of H."""
+    """Check against H^T S H and, with Theorem 3, G^T S G; mean and variance are those of the columns of H."""
     plain = measures.hessian(H, second, bias)
     rank = int(
         torch.linalg.matrix_rank(torch.diag(second.sqrt()) @ (torch.cat([torch.ones(len(H), 1), H], 1) if bias else H))
@@ -166,7 +166,7 @@ def assert_condition(
 
 
 def activations(n: int, d: int) -> Tensor:
-    """Features of different size and mean, as of hidden layers."""
+    """Draw features of different size and mean, as those of hidden layers."""
     return (torch.randn(n, d, dtype=D) + 2) * torch.logspace(0, -2, d, dtype=D)
 
 
@@ -176,18 +176,18 @@ def columns(H: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_squared_loss(bias: bool) -> None:
-    """Proposition 2 with L'' = 2 / N, and eq. 12."""
+    """The Hessian is that of Proposition 2 with L'' = 2 / N, scaled as in eq. 12."""
     h, target = activations(40, 6), torch.randn(40, dtype=D)
     layer = nn.Linear(6, 3, bias=bias, dtype=D)
     mean, variance = columns(h)
     for unit in range(3):
         got = hessian_condition(lambda: squared(layer(h)[:, unit], target), layer, unit, mean=mean, variance=variance)  # noqa: B023
         check(got, measures.rows_of_linear(h), torch.full((40,), 2 / 40, dtype=D), mean, variance, bias)
-        assert got.preconditioned < got.plain / 100  # what the scaling is for: about kappa(D)^2
+        assert got.preconditioned < got.plain / 100  # the gain of the scaling, about kappa(D)^2
 
 
 def test_logistic_loss() -> None:
-    """L'' = p (1 - p) / N."""
+    """The Hessian has L'' = p (1 - p) / N."""
     h, label = activations(40, 6), torch.randint(2, (40,), dtype=D)
     layer = nn.Linear(6, 1, dtype=D)
     got = hessian_condition(
@@ -200,8 +200,11 @@ def test_logistic_loss() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [60, 7])
 def test_output_layer_of_a_network(n: int, dtype: torch.dtype) -> None:
-    """As in the paper's Figure 8, for cross-entropy: L'' = p_i (1 - p_i) / N. With 7 samples of 12 + 1 weights H has
-    rank 7, and only its nonzero eigenvalues count. float32's H has digits for the plain one only."""
+    """Cross-entropy has L'' = p_i (1 - p_i) / N, as in the paper's Figure 8.
+
+    With 7 samples of 12 + 1 weights H has rank 7, and only its nonzero eigenvalues count. float32's H has digits for
+    the plain condition number only.
+    """
     net = nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 4)).to(dtype)
     x, y = torch.randn(n, 5, dtype=dtype), torch.randint(4, (n,))
     h = net[:2](x).detach()
@@ -226,7 +229,7 @@ CONVOLUTIONS: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, Any]]]
 
 @pytest.mark.parametrize(("make", "shape", "options"), CONVOLUTIONS.values(), ids=CONVOLUTIONS.keys())
 def test_convolutions(make: Any, shape: tuple[int, ...], options: dict[str, Any]) -> None:
-    """Proposition 9, where every tap of an input channel has that channel's mean and variance (eq. 21 and 22)."""
+    """Proposition 9 holds, where every tap of an input channel has that channel's mean and variance (eq. 21 and 22)."""
     conv = make(shape[1], 4, **options, dtype=D)
     scale = torch.logspace(0, -1, shape[1], dtype=D).view(-1, *[1] * (len(shape) - 2))
     h = (torch.randn(shape, dtype=D) + 0.5) * scale
@@ -245,7 +248,7 @@ def test_convolutions(make: Any, shape: tuple[int, ...], options: dict[str, Any]
 
 @pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.BatchNorm1d(6, dtype=D), lambda: IterNorm1d(6, dtype=D)])
 def test_hidden_layers(norm: Callable[[], nn.Module]) -> None:
-    """No S is known there, and H may be indefinite: against autograd's Hessian of the loss as a function of w^."""
+    """In hidden layers no S is known and H may be indefinite: the reference is autograd's Hessian of the loss in w^."""
     net = nn.Sequential(nn.Linear(4, 6, dtype=D), norm(), nn.Tanh(), nn.Linear(6, 3, dtype=D))
     x, y = torch.randn(20, 4, dtype=D), torch.randint(3, (20,))
 
@@ -267,7 +270,7 @@ def test_hidden_layers(norm: Callable[[], nn.Module]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_smallest_nonzero_eigenvalue(rank: int, dtype: torch.dtype) -> None:
-    """Without a bias H = 2 / N X^T X, X of known singular values. What rounding makes of the others does not count."""
+    """Without a bias H = 2 / N X^T X, X of known singular values; eigenvalues that are only rounding do not count."""
     values = [2.0**-i for i in range(rank)] + [0.0] * (20 - rank)
     x = samples(60, values).to(dtype)
     layer = nn.Linear(20, 1, bias=False, dtype=dtype)
@@ -290,7 +293,7 @@ def test_columns_that_are_scaled_are_not_small() -> None:
 
 @pytest.mark.parametrize("power", [1, 0])
 def test_no_curvature(power: int) -> None:
-    """A loss that is linear in the weights, with and without a graph of the gradient: kappa of 0 is no number."""
+    """The loss is linear in the weights, with a graph of the gradient or without: kappa of 0 is no number."""
     layer, x = nn.Linear(3, 2), torch.randn(5, 3)
     loss = (lambda: layer(x).sum()) if power else (lambda: layer(x)[:, 1].square().sum() + layer(x)[:, 0].sum())
     got = hessian_condition(loss, layer, mean=x.mean(0), variance=x.var(0))
@@ -308,7 +311,7 @@ def test_bias_that_the_loss_does_not_use() -> None:
 
 
 def test_parametrized_weight() -> None:
-    """It is the weight that the layer uses, g v / |v|, whose Hessian is H^T S H."""
+    """The Hessian in the weight that the layer uses, g v / |v|, is H^T S H."""
     h = activations(20, 4)
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2, dtype=D))
     got = hessian_condition(lambda: layer(h)[:, 1].square().mean(), layer, 1)
@@ -339,7 +342,7 @@ def test_dbn_has_no_second_derivative() -> None:
     with pytest.raises(NotImplementedError, match="second derivative"):
         hessian_condition(lambda: net(torch.randn(9, 3)).square().mean(), net[0])
     after = nn.Linear(4, 2)
-    hessian_condition(lambda: after(net(torch.randn(9, 3))).square().mean(), after)  # none of it is needed
+    hessian_condition(lambda: after(net(torch.randn(9, 3))).square().mean(), after)  # it does not differentiate DBN
 
 
 def test_progress(capsys: pytest.CaptureFixture[str]) -> None:

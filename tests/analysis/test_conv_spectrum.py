@@ -15,7 +15,7 @@ D = torch.float64
 
 
 def circulant(weight: Tensor, size: tuple[int, ...], groups: int = 1, dilation: tuple[int, ...] = (1, 1, 1)) -> Tensor:
-    """(C_O * positions, C_I * positions), tap by tap, in the direction of nn.Conv2d."""
+    """Return the matrix (C_O * positions, C_I * positions), tap by tap, in the direction of nn.Conv2d."""
     c_out, c_in, *kernel = weight.shape
     A = torch.zeros(c_out, *size, c_in * groups, *size, dtype=D)
     for position in torch.cartesian_prod(*map(torch.arange, size)).view(-1, len(size)).tolist():
@@ -29,7 +29,7 @@ def circulant(weight: Tensor, size: tuple[int, ...], groups: int = 1, dilation: 
 
 
 def filters(spectrum: Tensor) -> Tensor:
-    """The circular filter of each channel as a block-diagonal matrix."""
+    """Return the circular filter of each channel as a block-diagonal matrix."""
     size = spectrum.shape[1:]
     blocks = []
     for s in spectrum:
@@ -43,7 +43,7 @@ def power(weight: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def convnorm(weight: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Eq. 6: v = (sum |a^|^2)^(-1/2)."""
+    """Return v = (sum |a^|^2)^(-1/2), eq. 6."""
     return power(weight, size).rsqrt()
 
 
@@ -68,7 +68,7 @@ EACH = pytest.mark.parametrize(("shape", "size", "options"), GEOMETRIES.values()
 
 @EACH
 def test_all_singular_values(shape: tuple[int, ...], size: tuple[int, ...], options: dict[str, Any]) -> None:
-    """Those of the dense matrix, whose remaining ones (of a tall one) do not exist."""
+    """The singular values are the largest ones of the dense matrix, and the spectral norm is the first of them."""
     weight = torch.randn(shape, dtype=D)
     values = conv_singular_values(weight, size, **options)
     groups = options.get("groups", 1)
@@ -80,7 +80,7 @@ def test_all_singular_values(shape: tuple[int, ...], size: tuple[int, ...], opti
 
 @EACH
 def test_with_a_spectrum(shape: tuple[int, ...], size: tuple[int, ...], options: dict[str, Any]) -> None:
-    """Any real filter after the convolution, as the real part of the product in the Fourier domain."""
+    """Any real filter after the convolution acts as the real part of the product in the Fourier domain."""
     weight = torch.randn(shape, dtype=D)
     spectrum = torch.randn(shape[0], *size, dtype=D)
     matrix = circulant(weight, size, options.get("groups", 1), options.get("dilation", (1, 1, 1)))
@@ -92,7 +92,7 @@ def test_with_a_spectrum(shape: tuple[int, ...], size: tuple[int, ...], options:
 
 @EACH
 def test_channel_condition(shape: tuple[int, ...], size: tuple[int, ...], options: dict[str, Any]) -> None:
-    """Of the rows of the dense matrix that belong to a channel."""
+    """The condition number is that of the rows of the dense matrix that belong to a channel."""
     weight = torch.randn(shape, dtype=D)
     dilation = options.get("dilation", (1, 1, 1))
     matrix = circulant(weight, size, options.get("groups", 1), dilation).unflatten(0, (shape[0], -1))
@@ -133,7 +133,7 @@ def test_chunks_do_not_matter(size: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_matrices_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """512 x 512 on 32 x 32 would be 2 GiB at once."""
+    """The matrices are computed in chunks: for 512 x 512 on 32 x 32 they would be 2 GiB at once."""
     largest = 0
     frequencies = conv_spectrum._frequencies
 
@@ -155,7 +155,7 @@ def test_matrices_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("size", [(7, 7), (8, 11), (34, 34)])
 @pytest.mark.parametrize("shape", [(6, 3, 3, 3), (4, 8, 5, 2), (5, 1, 3, 3)])
 def test_each_channel_becomes_a_tight_frame(shape: tuple[int, ...], size: tuple[int, int]) -> None:
-    """Q_k Q_k^T = I: condition number 1, where it was not."""
+    """Q_k Q_k^T = I: the condition number becomes 1, where it was not."""
     weight = torch.randn(shape, dtype=D)
     before = channel_condition(weight, size)
     after = channel_condition(weight, size, spectrum=convnorm(weight, size))
@@ -169,7 +169,7 @@ def test_each_channel_becomes_a_tight_frame(shape: tuple[int, ...], size: tuple[
 @pytest.mark.parametrize("shape", [(6, 3, 3, 3), (4, 8, 5, 2), (16, 16, 3, 3)])
 @pytest.mark.parametrize("normalized", [True, False])
 def test_proposition_3_1(shape: tuple[int, ...], normalized: bool) -> None:
-    """|Q| <= sqrt(sum |Q_k|^2); of ConvNorm, sqrt(C_O)."""
+    """|Q| <= sqrt(sum |Q_k|^2), which for ConvNorm is sqrt(C_O)."""
     weight = torch.randn(shape, dtype=D)
     spectrum = convnorm(weight, (9, 9)) if normalized else torch.ones(shape[0], 9, 9, dtype=D)
     norm = layer_spectral_norm(weight, 9, spectrum=spectrum)
@@ -180,7 +180,7 @@ def test_proposition_3_1(shape: tuple[int, ...], normalized: bool) -> None:
     assert channels.max() * (1 - 1e-12) <= norm <= bound
     if normalized:
         torch.testing.assert_close(bound, torch.tensor(math.sqrt(shape[0]), dtype=D))
-    # Filters that are all the same attain it.
+    # Filters that are all the same attain the bound.
     same = weight[:1].expand_as(weight).contiguous()
     torch.testing.assert_close(layer_spectral_norm(same, 9), layer_spectral_norm(same[:1], 9) * math.sqrt(shape[0]))
 
@@ -193,7 +193,7 @@ SOBEL = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]).view(1, 1, 3, 3)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [7, 8, 22])
 def test_spectral_zeros(dtype: torch.dtype, size: int) -> None:
-    """Exact ones at frequency 0, and one that rounding hides at a third of a turn: 1 + w + w^2 = 0."""
+    """Exact zeros at frequency 0 are found, and one that rounding hides at a third of a turn: 1 + w + w^2 = 0."""
     assert channel_condition(SOBEL.to(dtype), size).tolist() == [math.inf]
     assert channel_condition(SOBEL.to(dtype), size, spectrum=torch.full((1, size, size), 1e3)).tolist() == [math.inf]
     assert channel_condition(torch.ones(1, 1, 3, 1, dtype=dtype), 9).tolist() == [math.inf]
@@ -211,7 +211,7 @@ def test_spectral_zeros(dtype: torch.dtype, size: int) -> None:
 
 @pytest.mark.parametrize("scale", [1e-23, 1e12, 1e30])
 def test_any_scale(scale: float) -> None:
-    """Squares of 1e-23 underflow in float32; a ConvNorm spectrum makes up for the scale."""
+    """Any scale is right: squares of 1e-23 underflow in float32, and a ConvNorm spectrum makes up for the scale."""
     weight = torch.randn(4, 3, 3, 3)
     v = convnorm(weight.double(), (7, 7))
     scaled = (weight * scale, 7)

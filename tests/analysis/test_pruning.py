@@ -29,7 +29,7 @@ def test_small(make: Any) -> None:
 
 
 def test_similar() -> None:
-    """0 takes 1 and 3; 2 is within reach of 1, but not of 0, so it begins a group and takes 4; 5 is alone."""
+    """Channel 0 takes 1 and 3; 2 is within reach of 1, but not of 0, so it begins a group and takes 4; 5 is alone."""
     gamma, beta = [1.0, 1.5, 1.75, 1.0, 2.0, -1.0], [0.0, 0.0, 0.0, 0.5, 0.375, 0.0]
     net = nn.ModuleDict({"norm": layer(nn.BatchNorm2d, gamma, beta)})
     assert pruning_candidates(net, similar_within=0.5) == [
@@ -40,7 +40,7 @@ def test_similar() -> None:
 
 
 def test_distance_is_that_of_the_outputs() -> None:
-    """Eq. 4: gamma N + beta e and gamma' N + beta' e differ by the distance in root mean square, for any N(v)."""
+    """The output channels differ by the distance in root mean square, for any N(v) (eq. 4)."""
     norm = layer(nn.BatchNorm1d, [1.0, 1.3], [0.2, -0.2], eps=1e-30, dtype=torch.float64)
     y = norm(torch.randn(50, 1, dtype=torch.float64).expand(50, 2))
     (found,) = pruning_candidates(norm, similar_within=1)

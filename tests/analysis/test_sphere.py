@@ -22,7 +22,7 @@ D = torch.float64
     ("shape", "dim"), [((7,), 0), ((7,), -1), ((3, 5), 1), ((3, 5), 0), ((2, 3, 4), -2), ((4, 2), 1)]
 )
 def test_lemma_1(shape: tuple[int, ...], dim: int) -> None:
-    """Eq. 1 to 4: standardization, its norm, the orthogonal decomposition, the norm of v."""
+    """Eq. 1 to 4 hold: standardization, its norm, the orthogonal decomposition, the norm of v."""
     v = torch.randn(shape, dtype=D) * 3 + 1
     gamma, beta, direction = decompose(v, dim)
     rest = [n for i, n in enumerate(shape) if i != dim % len(shape)]
@@ -40,7 +40,7 @@ def test_lemma_1(shape: tuple[int, ...], dim: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_constant_vectors(dtype: torch.dtype) -> None:
-    """0.1 has no exact mean; neither has it a direction. A vector of one entry is constant."""
+    """A constant vector has no direction, even one of 0.1, which has no exact mean; one entry is a constant vector."""
     for v in (torch.full((3, 7), 0.1, dtype=dtype), torch.zeros(2, 5, dtype=dtype), torch.randn(4, 1, dtype=dtype)):
         gamma, beta, direction = decompose(v)
         assert not gamma.any() and not direction.any() and torch.equal(beta, v[:, 0])
@@ -56,7 +56,7 @@ def test_a_large_mean_costs_no_digits() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_any_size(dtype: torch.dtype) -> None:
-    """Squares of these are 0 or infinite."""
+    """Vectors are decomposed exactly at scales where their squares are 0 or infinite."""
     v = torch.randn(9, dtype=dtype)
     for exponent in (-100, 100) if dtype == torch.float32 else (-900, 900):
         for got, expected, power in zip(decompose(v * 2.0**exponent), decompose(v), (1, 1, 0), strict=True):
@@ -65,7 +65,7 @@ def test_any_size(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types_are_computed_in_float32(dtype: torch.dtype) -> None:
-    v = (torch.randn(3, 1000) * 1000).to(dtype)  # whose squares overflow in float16
+    v = (torch.randn(3, 1000) * 1000).to(dtype)  # their squares overflow in float16
     for got, exact in zip(decompose(v), decompose(v.double()), strict=True):
         assert (got.double() - exact).abs().max() <= tolerances.rounding(exact, dtype)
 
@@ -125,7 +125,7 @@ NORMS = {
 
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS.keys())
 def test_weights_before_a_normalization_are_orthogonal_to_their_gradient(norm: Any) -> None:
-    """Lemma 2. The weights of the last layer are not."""
+    """Lemma 2 holds for them. The weights of the last layer are not orthogonal to their gradient."""
     net, (x, y) = network(norm()), batch()
     gaps = scale_invariance_gap(net, F.cross_entropy(net(x), y))
     assert set(gaps) == {name for name, _ in net.named_parameters()}
@@ -133,7 +133,7 @@ def test_weights_before_a_normalization_are_orthogonal_to_their_gradient(norm: A
 
 
 def test_rows_before_batch_normalization() -> None:
-    """Lemma 3, W_i row by row; layer normalization is invariant to the scale of all rows together only."""
+    """Lemma 3 holds for W_i row by row; layer normalization is invariant to the scale of all rows together only."""
     for norm, invariant in ((nn.BatchNorm2d(6, eps=1e-30), True), (nn.GroupNorm(1, 6, eps=1e-30), False)):
         net, (x, y) = network(norm), batch()
         gaps = scale_invariance_gap(net, F.cross_entropy(net(x), y), per_row=True)
@@ -143,14 +143,14 @@ def test_rows_before_batch_normalization() -> None:
 
 
 def test_eps_leaves_its_share() -> None:
-    """eps / sigma^2, with sigma^2 about 1 / 3 after the default initialization."""
+    """The gap is about eps / sigma^2, with sigma^2 about 1 / 3 after the default initialization."""
     net, (x, y) = network(nn.BatchNorm2d(6, eps=1e-3)), batch()
     gap = scale_invariance_gap(net, F.cross_entropy(net(x), y))["0.weight"]
     assert 1e-6 < gap < 1e-2
 
 
 def test_is_the_cosine() -> None:
-    """L = w . a: the gradient is a. Any scale of either, beyond what squares of float64 hold."""
+    """L = w . a has the gradient a. The scale of either may be beyond what squares of float64 hold."""
     layer = nn.Linear(3, 1, bias=False, dtype=D)
     a = torch.tensor([1.0, 2.0, 2.0], dtype=D)
     for scale, size in itertools.product((1.0, 1e-200, 1e200), repeat=2):

@@ -47,7 +47,7 @@ def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
 
 @pytest.mark.parametrize(("samples", "batch_size"), [(6, 3), (7, 3), (7, 6), (5, 5), (3, 1)])
 def test_eq_10(samples: int, batch_size: int, passes: int) -> None:
-    """Batches partition the samples; only a last one that is short has others, as often as it takes to fill it."""
+    """Batches partition the samples; only a last one that is short gets others, as many as it takes to fill it."""
     num_draws = 4
     data = torch.randn(samples, 3, dtype=D)
     norm = Recorder(batch_norm if batch_size > 1 else torch.sin, data)
@@ -90,7 +90,7 @@ def test_full_batch_has_no_disturbance() -> None:
 
 
 def test_grows_with_whitening_and_shrinks_with_the_batch() -> None:
-    """The order of IterNorm's Figure 4b and of its Figure 5a."""
+    """The order is that of IterNorm's Figure 4b and of its Figure 5a."""
     data = torch.randn(512, 32, dtype=D)
     norms = [nn.BatchNorm1d(32, dtype=D), IterNorm1d(32, num_iterations=5, dtype=D), DBN1d(32, 32, dtype=D)]
     small, large = ([snd(norm, data, batch_size, 4).item() for norm in norms] for batch_size in (64, 256))
@@ -109,7 +109,7 @@ def test_a_module_stays_as_it_is(make: Any) -> None:
 
 
 class Counting(nn.Module):
-    """What it computes depends on how often it was called: batch renormalization's statistics are of this kind."""
+    """Its output depends on how often it was called, as batch renormalization's statistics do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ def test_a_generator_goes_on() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_types(dtype: torch.dtype) -> None:
-    """Sums are float64: what remains is the rounding of outputs of size 4 or less, in each of d entries."""
+    """Sums are float64: only the rounding of outputs of size 4 or less remains, in each of d entries."""
     data = torch.randn(64, 8, dtype=dtype)
     got, exact = (
         snd(norm, x, 16, 4, generator=torch.Generator().manual_seed(0))

@@ -19,7 +19,7 @@ D = torch.float64
 
 def test_weight_norms() -> None:
     net = nn.ModuleDict({"conv": nn.Conv2d(2, 3, 2), "norm": nn.BatchNorm2d(3), "head": nn.Linear(4, 4)})
-    net["head"].weight = nn.Parameter(torch.full((4, 4), 3e38))  # whose sum of squares is no float32
+    net["head"].weight = nn.Parameter(torch.full((4, 4), 3e38))  # their sum of squares is no float32
     net["tied"] = nn.Linear(4, 4, bias=False)
     net["tied"].weight = net["head"].weight
     norms = weight_norms(net)
@@ -40,7 +40,7 @@ def test_norms_grow_under_gradient_descent() -> None:
 
 
 def test_batch_norm_gaps() -> None:
-    """|gamma^2 - sigma^2| and |beta - mu|, of layers that have all four."""
+    """The gaps are |gamma^2 - sigma^2| and |beta - mu|, of layers that have all four."""
     net = nn.ModuleDict(
         {
             "norm": nn.BatchNorm2d(2),
@@ -86,7 +86,7 @@ def test_tracker(tmp_path: Path) -> None:
 
 
 def test_tracker_of_tensors_and_tuples(tmp_path: Path) -> None:
-    """A row for each field, of several values their mean; CSV, too."""
+    """Each field has a row, with the mean of several values, and so it is in the CSV file."""
     net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     with torch.no_grad():
         net[1].weight.copy_(torch.tensor([2.0, 3.0]))

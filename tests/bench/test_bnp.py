@@ -39,7 +39,7 @@ def test_wrong_gradients_are_not_timed(batch, monkeypatch):
 
 
 def test_operations_of_proposition_6():
-    """One layer of n inputs and n' outputs: 4 n N + 6 n n' + 2 n' + 8 n; the text's BatchNorm: 32 n N + 4 n."""
+    """A layer of n inputs and n' outputs takes 4 n N + 6 n n' + 2 n' + 8 n, the text's BatchNorm 32 n N + 4 n."""
     counts = bnp.operations(16)
     layers = [(3072, 100), (100, 100), (100, 10)]
     assert counts[bnp.BNP] == sum(4 * n * 16 + 6 * n * out + 2 * out + 8 * n for n, out in layers)

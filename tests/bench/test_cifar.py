@@ -45,7 +45,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def images_of(name: str) -> tuple[Tensor, Tensor]:
-    """Noise, whose brightness tells the label."""
+    """Draw noise whose brightness tells the label."""
     g = torch.Generator().manual_seed(list(COUNTS).index(name))
     labels = torch.randint(10, (COUNTS[name],), generator=g)
     noise = torch.randint(100, (COUNTS[name], 3, 32, 32), generator=g)
@@ -54,7 +54,7 @@ def images_of(name: str) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CIFAR-10's files, byte by byte as its page describes them, in the subfolder that the archive has."""
+    """Write CIFAR-10's files, byte by byte as its page describes them, into the subfolder that the archive has."""
     files = tmp_path_factory.mktemp("data") / "cifar-10-batches-bin"
     files.mkdir()
     for name in COUNTS:
@@ -152,7 +152,7 @@ def test_shares_cover_an_epoch_once() -> None:
 
 def test_resnet18() -> None:
     model = resnet18()
-    assert sum(p.numel() for p in model.parameters()) == 11_173_962  # of the usual implementations for CIFAR-10
+    assert sum(p.numel() for p in model.parameters()) == 11_173_962  # as in the usual implementations for CIFAR-10
     assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) == 20  # 17 and three projections
     sizes: list[torch.Size] = []
     tiny = resnet18("1/64").eval()
@@ -179,7 +179,7 @@ def test_schedules(schedule: str, rates: list[float]) -> None:
 
 
 def assert_equal(a: Any, b: Any) -> None:
-    """To the bit."""
+    """Check that two results are equal to the bit, but for the seconds."""
     assert type(a) is type(b)
     if isinstance(a, Tensor):
         assert torch.equal(a, b)
@@ -197,7 +197,7 @@ def assert_equal(a: Any, b: Any) -> None:
 
 @pytest.fixture(scope="module")
 def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Two epochs of IterNorm without a break."""
+    """Train two epochs of IterNorm without a break."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -387,7 +387,10 @@ runpy.run_module("bench.experiments.cifar", run_name="__main__")
 
 
 def test_two_processes_are_one(folder: Path, tmp_path: Path) -> None:
-    """In float64: the same images, and SyncIterNorm, so the same losses; the last share of an epoch is empty."""
+    """In float64 two processes have the losses of one: the images are the same, and the norm is SyncIterNorm.
+
+    The last share of an epoch is empty.
+    """
     (tmp_path / "rank.py").write_text(RANK)
     threads_and_devices = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     arguments = [*TINY, "--data", str(folder), "--out", str(tmp_path / "two")]

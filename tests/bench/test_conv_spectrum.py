@@ -19,7 +19,7 @@ def small() -> nn.Module:
 
 
 def edges() -> nn.Module:
-    """A spectral zero in the second of two depthwise filters, a zero filter, a 2 x 2 plane under a dilated kernel."""
+    """Build a spectral zero in one of two depthwise filters, a zero filter, a 2 x 2 plane under a dilated kernel."""
     depthwise, zero = nn.Conv2d(2, 2, 3, groups=2), nn.Conv2d(2, 2, 2, bias=False)
     with torch.no_grad():
         depthwise.weight[1] = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]])
@@ -32,7 +32,7 @@ def no_module() -> int:
 
 
 def test_layers_are_those_of_the_figure() -> None:
-    """The stem and 16 convolutions; each on the plane that reaches it."""
+    """The layers are the stem and 16 convolutions, each on the plane that reaches it."""
     network = small().train()
     planes = [plane for _, _, plane in convolutions(network, 32)]
     assert len(planes) == 17 + 3 and network.training
@@ -77,13 +77,13 @@ def test_main_writes_a_table_and_a_figure(tmp_path: Path, capsys: pytest.Capture
     assert float(rows[0]["spectral_norm"]) == layer_spectral_norm(network[0].weight, 16).item()
     assert (tmp_path / "out" / "conv_spectrum.png").read_bytes().startswith(b"\x89PNG")
     assert "conv_spectrum.png" in capsys.readouterr().out
-    main(["--model", f"{__name__}:edges", "--size", "16", "--out", str(tmp_path / "out")])  # infinite figures
+    main(["--model", f"{__name__}:edges", "--size", "16", "--out", str(tmp_path / "out")])  # some figures are infinite
 
 
 def test_default_network_is_resnet18() -> None:
     with torch.device("meta"):
         network = build(None)
-    assert sum(p.numel() for p in network.parameters()) == 11_173_962  # of the 32 x 32 form with ten classes
+    assert sum(p.numel() for p in network.parameters()) == 11_173_962  # as in the 32 x 32 form with ten classes
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_every_figure_has_its_table(out: Path) -> None:
 
 
 def test_seeds_are_fixed(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.manual_seed(1234)  # of no effect
+    torch.manual_seed(1234)  # it has no effect
     assert run("--quick", "--out", str(tmp_path)) == 0
     printed = capsys.readouterr().out
     for name in TABLES:
@@ -94,7 +94,7 @@ def test_points_are_what_they_say() -> None:
 
 
 def test_spectra() -> None:
-    """Eigenvalues of 40,000 samples have a relative standard error of sqrt(2 / 40,000) = 0.7%; five of them."""
+    """Eigenvalues of 40,000 samples have a relative standard error of sqrt(2 / 40,000) = 0.7%; five of these pass."""
     for spectrum, expected in (("isotropic", (1, 1, 1, 1)), ("decaying", (1, 1 / 2, 1 / 3, 1 / 4))):
         x = gaussian.samples(spectrum, 40_000, 4)
         values = torch.linalg.eigvalsh(x.T.cov()).flip(0)
@@ -115,7 +115,7 @@ def test_measuring_does_not_change_the_training(method: str) -> None:
 
 
 def test_preconditioner_is_bnps() -> None:
-    """mu = .01 mu_H and sigma^2 = .99 + .01 sigma_H^2 after one step, and the epsilons of step 3 of Algorithm 2."""
+    """One step gives mu = .01 mu_H and sigma^2 = .99 + .01 sigma_H^2, with the epsilons of step 3 of Algorithm 2."""
     model = hessian.network(0)
     bnp = BNP(model)
     x = torch.randn(60, 64, dtype=torch.float64)

@@ -75,7 +75,7 @@ def test_a_step_that_overruns_is_stopped_with_what_it_started(tmp_path):
 
 
 def test_without_time_nothing_is_started(tmp_path, capsys):
-    """The report is written all the same."""
+    """Without time only the report is written."""
     options = ["--device", "cpu", "--minutes", "0.1", "--kernel", "gpu_newton", "--out", str(tmp_path)]
     assert gpu_check.main(options) == 1
     assert (tmp_path / "README.md").read_text().count("no time left") == 4
@@ -130,7 +130,7 @@ def test_gradients_are_checked_and_measured(monkeypatch):
 
 
 def test_the_order_of_the_backends_is_that_of_their_times():
-    """Slower than eager is of no use; what has failed somewhere is not ranked."""
+    """A backend slower than eager is of no use; one that has failed somewhere is not ranked."""
     results = Results("a GPU", "torch 2", "abc1234", "cuda")
     results.records = [record("cuda", 2.0), record("triton", 1.0), record("eager", 8.0)]
     results.records += [record("cuda", 2.0, "9x64"), record("triton", 8.0, "9x64"), record("eager", 4.0, "9x64")]
@@ -154,7 +154,7 @@ def test_every_op_is_ranked_by_some_comparison():
 def test_the_host_is_timed_where_that_is_asked_for(monkeypatch):
     waits = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(0))
-    assert HostClock().time(lambda: waits.append(1)) > 0 and waits == [0, 1]  # not for what the call has queued
+    assert HostClock().time(lambda: waits.append(1)) > 0 and waits == [0, 1]  # no wait for what the call has queued
     assert isinstance(clock_for(torch.device("cuda"), host=True), HostClock)
     assert {comparison.kernel for comparison in gpu(CUDA) if comparison.host} == {"gpu_overhead"}
 
@@ -237,7 +237,7 @@ def test_a_context_is_around_every_call_and_is_left_after_a_failure():
 
 
 def gpu_results(samples):
-    """What a run would find, with these seconds for the first comparison of the suite."""
+    """Return what a run would find, with these seconds for the first comparison of the suite."""
     comparison = gpu(CUDA)[0]
     found = Results(**ORIGIN)
     left_out = {name: "not in this test" for name in comparison.names if name not in samples}
@@ -260,7 +260,7 @@ def test_the_best_layout_of_both_sides_counts():
 
 
 def test_a_side_without_a_figure_is_not_assumed():
-    """Of ours one will do: the fastest can only be faster. The others must all be there."""
+    """One figure of ours is enough, as the fastest can only be faster. The others must all be there."""
     both = (ITERNORM, ITERNORM_CL), (BATCHNORM, f"{BATCHNORM} channels_last")
     assert states(gpu_results({ITERNORM: 1e-4, BATCHNORM: 3e-4}), *both) == ["not measured"]
     complete = {ITERNORM: 1e-4, BATCHNORM: 3e-4, f"{BATCHNORM} channels_last": 4e-4}

@@ -16,7 +16,7 @@ from bench.networks.trial import trial
 
 
 class Scaled(nn.BatchNorm2d):
-    """A subclass, which no conversion takes."""
+    """A subclass of BatchNorm2d, which no conversion takes."""
 
 
 class Small(nn.Module):

@@ -38,7 +38,7 @@ SHAPES = {(12, 5): BatchRenorm1d, (4, 5, 6): BatchRenorm1d, (3, 5, 4, 2): BatchR
 
 
 def layer_and_data(shape: tuple[int, ...]) -> tuple[BatchRenorm1d | BatchRenorm2d, Tensor, Tensor]:
-    """A layer in float64 with running statistics and parameters of its own; x, whose channels differ, and dy."""
+    """Return a layer in float64 with statistics and parameters of its own, x, whose channels differ, and dy."""
     torch.manual_seed(len(shape))
     layer = SHAPES[shape](shape[1], dtype=torch.float64)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def layer_and_data(shape: tuple[int, ...]) -> tuple[BatchRenorm1d | BatchRenorm2
 
 
 def equation_3(layer: BatchRenorm1d | BatchRenorm2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, then s and d before clipping, mu_H and sigma_H; s and d constants."""
+    """Return y, then s and d before clipping, mu_H and sigma_H; s and d are constants."""
     dims = [i for i in range(x.dim()) if i != 1]
     mean = x.mean(dims, keepdim=True)
     std = ((x - mean).square().mean(dims, keepdim=True) + layer.eps).sqrt()

@@ -35,7 +35,7 @@ FAST = Link(latency=1e-6, bandwidth=2e11)
 
 
 def test_bytes_of_a_layer() -> None:
-    """64 channels: 2,080 entries of a triangle, or four of 136."""
+    """64 channels have 2,080 entries of a triangle or, in groups of 16, four times 136."""
     assert forward_bytes(64, 64) == 8 * (1 + 64 + 2080)
     assert forward_bytes(64, 16) == 8 * (1 + 64 + 4 * 136)
     assert forward_bytes(8, 64) == forward_bytes(8, 8)
@@ -61,10 +61,10 @@ def test_simulation_is_the_formula_on_equal_links(algorithm: str, ranks: int) ->
     ("algorithm", "ranks"), [*(("ring", n) for n in (2, 6, 8)), *(("halving-doubling", n) for n in (2, 8, 32))]
 )
 def test_messages_bring_everything_everywhere(algorithm: str, ranks: int) -> None:
-    """With 2 (n - 1) / n of the bytes through each rank, the least that an all-reduce can do."""
+    """2 (n - 1) / n of the bytes go through each rank, the least that an all-reduce can do."""
     known, sent = torch.eye(ranks, dtype=torch.bool), 0.0
     for sender, part in messages(algorithm, 1.0, ranks):
-        assert sorted(sender.tolist()) == list(range(ranks))  # each sends to one
+        assert sorted(sender.tolist()) == list(range(ranks))  # each rank sends to one rank
         known |= known[sender]
         sent += part
     assert known.all()
@@ -135,7 +135,7 @@ def test_links_of_the_command_line() -> None:
 
 @pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 def test_quick_run_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Times are not looked at; bytes are those of the model, which the run checks itself, too."""
+    """The bytes are those of the model, which the run checks itself, too. Times are not looked at."""
     out = tmp_path / "new"
     assert sync_cost.main(["--quick", "--link", "mine:2:10", "--out", str(out)]) == 0
     printed = capsys.readouterr().out

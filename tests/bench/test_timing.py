@@ -150,7 +150,7 @@ def test_poisoned_memory_is_nan_even_where_a_gradient_is_needed():
 
 @pytest.mark.parametrize(("late", "cycles"), [([False, False], [1, 1]), ([True, True, True, True], [1, 2, 4, 5])])
 def test_a_gpu_is_kept_busy_until_the_work_is_queued(monkeypatch, late, cycles):
-    """`late`: the device came to the work before all of it was queued. Then there is a longer spin, up to a limit."""
+    """The spin gets longer, up to a limit, when the device came to the work before all was queued (`late`)."""
 
     class Event:
         def __init__(self, enable_timing):

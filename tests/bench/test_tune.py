@@ -80,7 +80,7 @@ def test_the_table_is_read_as_it_was_written_and_overrides_the_packages(tmp_path
     _triton.configuration.cache_clear()
     try:
         assert _triton.table() == package | table
-        with _triton.recording(90, lambda *_: None):  # else the interpreter's
+        with _triton.recording(90, lambda *_: None):  # otherwise the configuration would be the interpreter's
             assert _triton.configuration(*MIX[:3], torch.float32, 90) == table[(*MIX, 90)]
             assert _triton.configuration(*MIX[:3], torch.float32, 80) == package[(*MIX, 80)]
     finally:
@@ -109,7 +109,7 @@ def test_data_is_laid_out_as_the_row_says(monkeypatch):
 
 @pytest.mark.parametrize("kernel", tune.KERNELS)
 def test_what_is_timed_runs_and_gives_numbers(kernel, monkeypatch):
-    """On the eager backend and little data: the arguments fit the ops' schemas."""
+    """The arguments fit the ops' schemas, on the eager backend and little data."""
     monkeypatch.setattr(tune, "CHANNELS", 16)
     monkeypatch.setattr(tune, "POSITIONS", 30 * 30 * 4)
     with nk.use_backend("eager"):
@@ -121,7 +121,7 @@ def test_what_is_timed_runs_and_gives_numbers(kernel, monkeypatch):
 @pytest.mark.skipif(not _triton.installed() or not _triton.interpreted(), reason="needs Triton's interpreter")
 @pytest.mark.parametrize("kernel", ["mix", "newton"])
 def test_a_kernel_is_tuned_in_the_interpreter(kernel, monkeypatch):
-    """The whole of it but the GPU: each candidate is launched, compared with eager and timed."""
+    """All but the GPU is tried: each candidate is launched, compared with eager and timed."""
     for name, value in {"CHANNELS": 16, "POSITIONS": 2 * 32 * 32, "ROUNDS": 1, "WARMUP": 0}.items():
         monkeypatch.setattr(tune, name, value)
     case = Case(kernel, 16, "" if kernel == "newton" else "positions", "float32")

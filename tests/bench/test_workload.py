@@ -63,7 +63,7 @@ def test_types(dtype):
 
 
 class Wrong(nn.BatchNorm2d):
-    """Right output, gradient off by two percent."""
+    """A layer with the right output and a gradient that is off by two percent."""
 
     def forward(self, x):
         y = super().forward(x)
@@ -115,7 +115,7 @@ def graph_call(device, mode="full"):
 
 @pytest.mark.parametrize("mode", ["full", "inference"])
 def test_the_outputs_of_a_graph_are_checked(monkeypatch, mode):
-    """With stand-ins for CUDA: capturing runs the call, a replay does nothing, and that is found out."""
+    """With stand-ins for CUDA, capturing runs the call and a replay does nothing, which is found out."""
 
     class Graph:
         replays = 0

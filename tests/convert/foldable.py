@@ -1,4 +1,4 @@
-"""What the tests of fold are made of: norms with numbers of their own, layers, data, small graphs."""
+"""Parts for the tests of fold: norms with numbers of their own, layers, data, small graphs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from normkernels.layers.sync import SyncDBN, SyncIterNorm
 
 LINEAR = [nn.Linear, nn.Conv1d, nn.ConvTranspose1d]
 LAYERS = [*LINEAR, nn.Conv2d, nn.ConvTranspose2d, nn.Conv3d, nn.ConvTranspose3d]
-CHANNELS = 8  # of every norm: two groups of 4
+CHANNELS = 8  # channels of every norm: two groups of 4
 
 Make = Callable[[int], Any]  # a norm for a rank: 1, 2 or 3
 
 
 def member(name: str, *args: Any, **options: Any) -> Make:
-    """Of a family: its 1d, 2d or 3d layer."""
+    """Return a function that makes the 1d, 2d or 3d layer of a family."""
     return lambda rank: getattr(nn if name.startswith("Batch") else nk, f"{name}{rank}d")(CHANNELS, *args, **options)
 
 
@@ -48,7 +48,7 @@ ITERNORM = NORMS["IterNorm"]
 
 
 def trained(norm: Any) -> Any:
-    """In evaluation, with numbers of its own everywhere; a whitening matrix that is not its transpose."""
+    """Put a norm into evaluation, with numbers of its own everywhere; a whitening matrix is not its transpose."""
     for name, value in norm.state_dict().items():
         if value.is_floating_point():
             value.copy_(torch.rand_like(value) + 0.2 if name == "running_var" else torch.randn_like(value))
@@ -80,7 +80,7 @@ def same_state(model: nn.Module, before: dict[str, Tensor]) -> bool:
 
 
 class Graph(nn.Module):
-    """A forward of a test's own over these modules."""
+    """A module with a test's own forward over these modules."""
 
     def __init__(self, forward: Callable[[Any, Tensor], Any], **modules: nn.Module) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def conv(**options: Any) -> nn.Conv2d:
 
 
 def bn(**options: Any) -> nn.BatchNorm2d:
-    """With a beta, so that it cannot be folded into the padded convolution behind it."""
+    """Return a norm with a beta, so that it cannot be folded into the padded convolution behind it."""
     norm = nn.BatchNorm2d(CHANNELS, **options)
     nn.init.constant_(norm.bias, 0.5)
     return norm
@@ -118,7 +118,10 @@ def hooked(module: nn.Module, kind: str) -> nn.Module:
 
 
 def refused(part: nn.Module, name: str, reason: str) -> None:
-    """With the norm's name. Not strictly, beside a pair that is folded, it stays, and all around it."""
+    """Check that fold refuses a part, with the norm's name.
+
+    If it is not strict, the part stays as it is, beside a pair that is folded.
+    """
     net = nn.Sequential(part.double(), conv(), bn().double()).eval()
     before = dict(net.named_modules())
     where = rf"\n  '0\.{name}' \({type(part.get_submodule(name)).__name__}\): .*{reason}"
@@ -139,7 +142,7 @@ def refused(part: nn.Module, name: str, reason: str) -> None:
 
 
 class Block(nn.Module):
-    """Of a ResNet, with activations as functions and as a module, in place."""
+    """A block of a ResNet, with activations as functions and as a module, in place."""
 
     def __init__(self, c: int, out: int, stride: int, norm: Any) -> None:
         super().__init__()

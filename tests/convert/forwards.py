@@ -28,7 +28,7 @@ Use = Callable[[Any, Tensor, Tensor], Any]
 
 
 class Block(nn.Module):
-    """conv and bn, whose output y and input x a forward uses."""
+    """A block of conv and bn; a forward uses their output y and the input x."""
 
     def __init__(self, use: Use) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def warped(y: Tensor) -> Tensor:
     return F.grid_sample(y, F.affine_grid(theta, y.size(), False))
 
 
-# The network converts completely.
+# With these forwards the network converts completely.
 TRACED: dict[str, Use] = {
     "nothing": lambda _, x, y: y,
     "factory": lambda _, x, y: y + torch.zeros(x.size(0), 8, 1, 1),
@@ -182,7 +182,7 @@ TRACED: dict[str, Use] = {
     "place": lambda _, x, y: placed(x, y),
 }  # fmt: skip
 
-# The block cannot be traced, for this reason; the rest of the network converts.
+# With these forwards the block cannot be traced, for this reason; the rest of the network converts.
 REFUSED: dict[str, tuple[Use, str]] = {
     "range": (lambda _, x, y: looped(y), "not known while the network is traced"),
     "int": (lambda _, x, y: y + torch.zeros(int(x.size(0)), 1, 1, 1), "trace"),
@@ -208,7 +208,7 @@ REFUSED: dict[str, tuple[Use, str]] = {
 
 
 class Factory(nn.Module):
-    """A size handed to a factory."""
+    """A forward that hands a size to a factory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -265,7 +265,7 @@ def norms(model: nn.Module) -> list[str]:
 
 
 def attempt(convert: Callable[[], Any]) -> Any:
-    """Return what it returns or, as text, the error that stands for a refusal."""
+    """Return what a conversion returns or, as text, the error that stands for a refusal."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

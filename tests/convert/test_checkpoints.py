@@ -19,14 +19,14 @@ AFFINE_SHAPES = [(1, 8), (1, 8, 1), (1, 8, 1, 1), (1, 8, 1, 1, 1)]
 
 
 def entries(groups: int = 2, d: int = 4, shape: tuple[int, ...] = (1, 8, 1, 1), seed: int = 0) -> dict[str, Tensor]:
-    """Of a layer of 8 channels, with another W for each group, not symmetric: a transposed one would show."""
+    """Draw the entries of a layer of 8 channels; each group has another W, not symmetric, to show a transposed one."""
     generator = torch.Generator().manual_seed(seed)
     sizes = {"weight": shape, "bias": shape, "running_mean": (groups, d, 1), "running_wm": (groups, d, d)}
     return {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
 
 
 def evaluation(x: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """Section 3.3 with the buffers as the original keeps them, groups as rows: a channel at a time."""
+    """Compute section 3.3 with the buffers as the original keeps them, groups as rows: a channel at a time."""
     weight, bias = state["weight"].flatten(), state["bias"].flatten()
     mean, wm = state["running_mean"], state["running_wm"]
     groups, d, _ = wm.shape
@@ -48,7 +48,7 @@ def network() -> nn.Sequential:
 
 
 def checkpoint(**changes: Any) -> dict[str, Any]:
-    """Of the network; a change to None drops the key."""
+    """Return a checkpoint of the network; a change to None drops the key."""
     torch.manual_seed(1)
     source = network()
     source(torch.randn(5, 3, 6, 6, dtype=torch.float64))
@@ -76,7 +76,7 @@ def test_it_evaluates_as_the_original(rank: int, shape: tuple[int, ...], d: int)
     before = {key: value.clone() for key, value in state.items()}
     result = load_iternorm_state(layer, state)
     assert result.missing_keys == [] and result.unexpected_keys == []
-    assert same(state, before)  # the caller's dict is his
+    assert same(state, before)  # the caller's dict is not changed
     x = torch.randn(SAMPLE[rank], dtype=torch.float64) + 2
     assert_identity(layer.eval()(x), evaluation(x, state))
     if rank == 1:
@@ -113,7 +113,7 @@ def test_training_goes_on() -> None:
 
 
 def test_type_of_the_model() -> None:
-    """As load_state_dict: values are rounded to the model's type, statistics to float32."""
+    """As in load_state_dict, values are rounded to the model's type, statistics to float32."""
     layer = nk.IterNorm2d(8, 4).half()
     state = entries()
     load_iternorm_state(layer, state)
@@ -131,7 +131,7 @@ def test_without_affine() -> None:
 
 
 def test_sync_iter_norm() -> None:
-    """An IterNorm, too, of every rank."""
+    """SyncIterNorm, which takes inputs of every rank, is loaded as IterNorm is."""
     layer = nk.SyncIterNorm(8, 4).double()
     load_iternorm_state(layer, entries())
     x = torch.randn(SAMPLE[2], dtype=torch.float64)
@@ -139,7 +139,7 @@ def test_sync_iter_norm() -> None:
 
 
 def test_shared_layer() -> None:
-    """Under both of its names, as in the state_dict of a shared module."""
+    """The layer has entries under both of its names, as in the state_dict of a shared module."""
     norm = nk.IterNorm2d(8, 4).double()
     model = nn.Sequential(norm, nn.ReLU(), norm)
     state = {f"{i}.{name}": value for i in (0, 2) for name, value in entries().items()}
@@ -149,7 +149,7 @@ def test_shared_layer() -> None:
 
 
 def test_metadata_is_handed_on() -> None:
-    """Modules read older checkpoints by it: a BatchNorm of version 1 had no counter."""
+    """Modules read older checkpoints by the metadata: a BatchNorm of version 1 had no counter."""
     model, state = network(), checkpoint(bn__num_batches_tracked=None)
     with pytest.raises(RuntimeError, match=r"bn\.num_batches_tracked"):
         state._metadata = {"bn": {"version": 2}}  # type: ignore[attr-defined]
@@ -159,7 +159,7 @@ def test_metadata_is_handed_on() -> None:
 
 
 def test_strict() -> None:
-    """Of other modules as in load_state_dict; a layer without any key is left alone if strict is False."""
+    """Other modules are as in load_state_dict; a layer without any key is left alone if strict is False."""
     state = checkpoint(conv__bias=None, extra=torch.ones(1))
     result = load_iternorm_state(network(), state, strict=False)
     assert (result.missing_keys, result.unexpected_keys) == (["conv.bias"], ["extra"])
@@ -197,7 +197,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     ("what", "strict"), [(what, strict) for what in WRONG for strict in (True, False) if strict or what != "nothing"]
 )
 def test_wrong_checkpoints(what: str, strict: bool) -> None:
-    """Named, and the model as it was."""
+    """The error names what is wrong, and the model is as it was."""
     changes, parts = WRONG[what]
     model = network()
     before = snapshot(model)

@@ -28,7 +28,10 @@ from tests.tolerances import assert_agree, assert_folded, assert_folded_network
 
 
 def check(layer: Any, norm: Any) -> Any:
-    """The layer that takes both's place: its kind and type, another one's weights, the same function."""
+    """Check the layer that fold puts in place of both, and return it.
+
+    Its kind, type and function are the same, its weights are others.
+    """
     net = nn.Sequential(layer, trained(norm).double()).eval()
     before = state(net)
     folded = fold(net)
@@ -61,7 +64,7 @@ def test_every_pair(layer_type: Any, norm: str, bias: bool) -> None:
     ids=str,
 )  # fmt: skip
 def test_convolutions(options: dict[str, Any]) -> None:
-    """What comes in front of W x changes nothing, and groups are whole."""
+    """Stride, dilation and padding come before W x and so change nothing; groups hold whole whitening groups."""
     check(make(nn.Conv2d, **options), ITERNORM(2).double())
 
 
@@ -72,7 +75,7 @@ def test_convolutions(options: dict[str, Any]) -> None:
 )
 @pytest.mark.parametrize("layer_type", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
 def test_transposed_convolutions(layer_type: Any, options: dict[str, Any]) -> None:
-    """Their weights are (I, O / groups, *)."""
+    """The weights of transposed convolutions are (I, O / groups, *)."""
     check(make(layer_type, **options), ITERNORM(rank_of(layer_type)).double())
 
 
@@ -82,7 +85,7 @@ def test_groups_of_whole_whitening_groups(groups: int, norm: str) -> None:
 
 
 def test_a_diagonal_whitening_matrix_may_be_misaligned() -> None:
-    """As IterNorm has with a BatchNorm's statistics: nothing is mixed."""
+    """A diagonal matrix mixes nothing; IterNorm has one with a BatchNorm's statistics."""
     norm = trained(ITERNORM(2).double())
     norm.running_whitening.copy_(torch.diag_embed(norm.running_whitening.diagonal(dim1=1, dim2=2)))
     net = nn.Sequential(make(nn.Conv2d, 8, groups=8), norm).eval()
@@ -137,7 +140,7 @@ def test_refused_in_front(options: dict[str, Any], reason: str) -> None:
 
 
 def test_decorrelated_features_go_into_the_classifier() -> None:
-    """The paper's DF: nothing is left of it either."""
+    """The paper's DF goes into the classifier, so that nothing is left of it either."""
     net = nn.Sequential(
         make(nn.Conv2d, 3), nn.BatchNorm2d(CHANNELS), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Linear(CHANNELS, 5),
@@ -163,7 +166,7 @@ def test_a_zero_gamma() -> None:
 @pytest.mark.parametrize("norm", ["BatchNorm", "POPNorm", "SyncBatchNorm"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_conv_norm(affine_conv: Any, norm: str, bias: bool) -> None:
-    """Its weight has no say in the scale; the kernels after the filter have."""
+    """ConvNorm's weight has no say in the scale; the kernels after the filter have, and are changed."""
     rank = rank_of(affine_conv)
     layer = make(affine_conv, stride=2, padding=1, bias=bias)
     layer.affine_weight.data.normal_()
@@ -180,7 +183,7 @@ def test_conv_norm(affine_conv: Any, norm: str, bias: bool) -> None:
 @pytest.mark.parametrize("norm", ["BatchNorm", "IterNorm", "POPNorm"])
 @pytest.mark.parametrize("layer_type", [nn.Linear, nn.Conv2d, nn.ConvTranspose2d], ids=lambda t: t.__name__)
 def test_rounded_once(layer_type: Any, norm: str, dtype: torch.dtype) -> None:
-    """The weights of the same fold in float64, in the layer's type; of two norms behind one layer, too."""
+    """The weights are those of the same fold in float64, rounded once, also with two norms behind one layer."""
     rank = rank_of(layer_type)
     norms = [trained(NORMS[norm](rank)), trained(ITERNORM(rank))]
     net = nn.Sequential(make(layer_type, dtype=dtype), *norms).eval()
@@ -192,7 +195,7 @@ def test_rounded_once(layer_type: Any, norm: str, dtype: torch.dtype) -> None:
 
 
 def test_half_types_run() -> None:
-    """And give the function of the float32 network, to the type's rounding of weights, sums and outputs."""
+    """Half types give the same function, up to the type's rounding of weights, sums and outputs."""
     net = nn.Sequential(make(nn.Conv2d, dtype=torch.bfloat16), trained(ITERNORM(2).to(torch.bfloat16))).eval()
     x = data(net[0], torch.bfloat16)
     assert fold(net)(x).dtype == net(x).dtype == torch.bfloat16

@@ -28,7 +28,7 @@ def vectors() -> Tensor:
 
 
 def sequences() -> Tensor:
-    """As many positions as features: which of the two is normalized, the shape does not tell."""
+    """Draw as many positions as features: the shape does not tell which of the two is normalized."""
     return torch.randn(5, CHANNELS, CHANNELS, dtype=torch.float64)
 
 
@@ -56,7 +56,7 @@ def test_sequences_in_front_of_a_linear_are_refused_when_they_come() -> None:
 
 
 def test_no_batch_in_front_of_a_convolution_is_refused_when_it_comes() -> None:
-    """There BatchNorm1d takes (C, L) for (N, C)."""
+    """Without a batch BatchNorm1d takes (C, L) for (N, C)."""
     net = nn.Sequential(make(nn.Conv1d, CHANNELS, kernel_size=1), trained(NORMS["BatchNorm"](1).double())).eval()
     folded = fold(net)
     assert_folded(folded, net[0], net[1], data(net[0]))
@@ -80,7 +80,7 @@ def test_vectors_are_shown(norm: str) -> None:
 
 @pytest.mark.parametrize("norm", RANKS)
 def test_sequences_are_shown(norm: str) -> None:
-    """The norm is no function of features there; beside a pair that folds, it stays."""
+    """On sequences the norm is no function of features; it stays, beside a pair that folds."""
     net = nn.Sequential(linear_and(norm), nn.ReLU(), make(nn.Conv1d, CHANNELS), trained(NORMS[norm](1).double()))
     reason = r"'0\.1' .*expected 2D input beside Linear, got 3D input in example_inputs"
     with pytest.raises(ValueError, match=reason):
@@ -99,7 +99,7 @@ def test_guards_compile_and_export() -> None:
     assert torch.equal(torch.export.export(folded, (x,)).module()(x), folded(x))
 
 
-# What inputs may be.
+# Kinds of inputs.
 
 
 @dataclass
@@ -109,7 +109,7 @@ class Output:
 
 
 class Several(nn.Module):
-    """Takes arguments of several kinds, and gives them nested."""
+    """A model that takes arguments of several kinds, and returns nested outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Several(nn.Module):
     ],
 )
 def test_kinds_of_inputs(inputs: dict[str, Any]) -> None:
-    """In any type; they stay as they are, whatever the model does with them."""
+    """Inputs may be of any type; they stay as they are, whatever the model does with them."""
     net = Several()
     before, seed = copy.deepcopy(inputs), torch.get_rng_state()
     folded = fold(net, example_inputs=inputs)
@@ -144,7 +144,7 @@ def test_kinds_of_inputs(inputs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_models_of_every_type(dtype: torch.dtype) -> None:
-    """What is merged is compared before it is rounded."""
+    """Merged weights are compared before they are rounded."""
     net = resnet().to(dtype)
     for inputs in (images(dtype), (images(torch.float32),), {"x": images()}):
         folded = fold(net, example_inputs=inputs)
@@ -152,11 +152,11 @@ def test_models_of_every_type(dtype: torch.dtype) -> None:
     assert all(torch.equal(p, q) for p, q in zip(folded.parameters(), fold(net).parameters(), strict=True))
 
 
-# What they show.
+# Differences that example inputs show.
 
 
 class Peeking(nn.Module):
-    """Reads a weight where tracing does not see it."""
+    """A model that reads a weight where tracing does not see it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class Peeking(nn.Module):
 
 
 def test_a_difference_is_shown() -> None:
-    """With the names of the norms that make it, in an output that is small beside the other one."""
+    """The error has the names of the norms that make a difference, in an output that is small beside the other."""
     net = Peeking()
     fold(net)
     with pytest.raises(ValueError, match=r"same outputs without 'second.1', got outputs that differ by") as raised:
@@ -221,7 +221,7 @@ def test_outputs_that_are_nothing() -> None:
 
 
 def test_example_inputs_of_a_model_without_norms() -> None:
-    """Are tried as well."""
+    """They are tried as well."""
     net = nn.Sequential(conv()).eval()
     with pytest.raises(ValueError, match=r"example_inputs: .*'0' raises"):
         fold(net, example_inputs=torch.randn(2, 3, 5, 5))

@@ -54,7 +54,7 @@ def test_every_convolution(layer_type: Any, channels: int, groups: int, size: in
 
 @pytest.mark.parametrize("grouped", GROUPED)
 def test_aligned_groups_stay(grouped: str) -> None:
-    """And norms that go into the layer behind them, at no cost."""
+    """The groups of the convolution stay, and norms go into the layer behind them at no cost."""
     aligned = nn.Sequential(conv(groups=2), norm_of("IterNorm", 2, 8, 4)).double().eval()
     folded = fold(aligned, grouped=grouped)
     assert folded[0].groups == 2 and type(folded[1]) is nn.Identity
@@ -66,7 +66,7 @@ def test_aligned_groups_stay(grouped: str) -> None:
 
 @pytest.mark.parametrize("grouped", GROUPED)
 def test_norms_behind(grouped: str) -> None:
-    """Go into the same layer."""
+    """Norms behind a whitening norm go into the same layer."""
     net = nn.Sequential(
         conv(groups=8), norm_of("IterNorm", 2, 8, 2), nn.Identity(), trained(bn().double()), norm_of("DBN", 2, 8, 4)
     ).eval()
@@ -79,7 +79,7 @@ def test_norms_behind(grouped: str) -> None:
 
 
 def test_conv_norm() -> None:
-    """Has a filter behind its groups, so that only another layer can mix channels."""
+    """ConvNorm has a filter behind its groups, so that only another layer can mix channels."""
     layer = make(nk.ConvNorm2d, 8, padding=1)
     net = nn.Sequential(layer, norm_of("IterNorm", 2, 8, 4)).eval()
     x = data(layer)
@@ -91,7 +91,7 @@ def test_conv_norm() -> None:
 @pytest.mark.parametrize("grouped", GROUPED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_types(grouped: str, dtype: torch.dtype) -> None:
-    """Of the convolution, frozen as it is; drawing nothing from the generator."""
+    """The new weights have the convolution's type and are frozen as it is; nothing is drawn from the generator."""
     net = nn.Sequential(conv(groups=8), norm_of("IterNorm", 2, 8, 4)).eval()
     exact = fold(net, grouped=grouped)
     net[0].to(dtype).requires_grad_(False)
@@ -124,7 +124,7 @@ def test_without_a_batch() -> None:
 
 
 def test_costs(caplog: pytest.LogCaptureFixture) -> None:
-    """Are what the layers have: weights, each of which is one multiply-add for each position."""
+    """The cost is the number of weights, each of which is one multiply-add for each position."""
     net = nn.Sequential(conv(groups=8), norm_of("IterNorm", 2, 8, 4)).eval()
     added = {}
     for grouped in GROUPED:
@@ -147,7 +147,7 @@ def test_wrong_choice() -> None:
 
 
 class Scale(nn.Module):
-    """Squeeze and excitation."""
+    """A squeeze-and-excitation block."""
 
     def __init__(self, c: int, act: nn.Module) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class Scale(nn.Module):
 
 
 class Grouped(nn.Module):
-    """A bottleneck of ResNeXt, or with a scale of RegNetY."""
+    """A bottleneck of ResNeXt or, with a scale, of RegNetY."""
 
     def __init__(self, c: int, out: int, stride: int, groups: int, scaled: bool) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class Grouped(nn.Module):
 
 
 class Inverted(nn.Module):
-    """An inverted residual of MobileNetV2, or with a scale of EfficientNet."""
+    """An inverted residual of MobileNetV2 or, with a scale, of EfficientNet."""
 
     def __init__(self, c: int, out: int, stride: int, kernel: int, scaled: bool) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class Inverted(nn.Module):
 
 
 def network(*blocks: nn.Module, act: nn.Module) -> nn.Module:
-    """With a stem and a classifier, whitened."""
+    """Build a whitened network of blocks, with a stem and a classifier."""
     c = blocks[0].get_submodule("conv1" if hasattr(blocks[0], "conv1") else "block.0.0").in_channels
     stem = nn.Sequential(nn.Conv2d(3, c, 3, 2, 1, bias=False), nn.BatchNorm2d(c), act)
     net = nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(4)).double()

@@ -14,7 +14,7 @@ from tests.tolerances import assert_folded, assert_folded_network
 
 
 class Simple(nn.Conv3d):
-    """As torchvision has it: a constructor of its own, and a static method that nothing calls."""
+    """A convolution as in torchvision: with a constructor of its own, and a static method that nothing calls."""
 
     def __init__(self, inputs: int, outputs: int, midplanes: int | None = None, stride: int = 1) -> None:
         super().__init__(inputs, outputs, (3, 3, 3), stride=stride, padding=1, bias=False)
@@ -25,7 +25,7 @@ class Simple(nn.Conv3d):
 
 
 class Same(nn.Conv2d):
-    """Initializes, describes and saves itself in other ways."""
+    """A convolution that initializes, describes and saves itself in other ways."""
 
     custom = 3
 
@@ -82,7 +82,7 @@ class OtherForward(nn.Conv2d):
 
 
 class OtherWeight(nn.Conv2d):
-    """Standardized on the way to the forward."""
+    """A convolution whose weight is halved on the way to the forward."""
 
     weight = property(lambda self: self._parameters["weight"] / 2)  # type: ignore[assignment]
 
@@ -103,7 +103,7 @@ class Mixed(OtherMixin, nn.Conv2d):
 
 
 class OtherOption(nn.Conv2d):
-    """Pads by more than it says."""
+    """A convolution that pads by more than it says."""
 
     padding = property(lambda self: (2, 2), lambda self, value: None)
 
@@ -124,7 +124,7 @@ def test_layers_that_inherit_some(kind: Any) -> None:
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """The interface of torchvision's and detectron2's."""
+    """A norm with the interface of torchvision's and detectron2's."""
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.rand(channels) + 0.2)
 
     def numbers(self) -> tuple[Tensor, ...]:
-        """Scale and shift."""
+        """Return scale and shift."""
         w, b, mean, var = (value.reshape(1, -1, 1, 1) for value in self.buffers())
         scale = w * (var + self.eps).rsqrt()
         return scale, b - mean * scale
@@ -145,7 +145,7 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 class Epsilon(FrozenBatchNorm2d):
-    """As in transformers: eps stands in the forward."""
+    """A norm as in transformers: eps is written in the forward."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
@@ -170,7 +170,7 @@ class Counting(FrozenBatchNorm2d):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("make_norm", [FrozenBatchNorm2d, lambda c: FrozenBatchNorm2d(c, 0.1), Epsilon, Counting])
 def test_frozen(make_norm: Any, dtype: torch.dtype) -> None:
-    """Behind a layer, and in front of one; the same merged numbers as those of the BatchNorm of these numbers."""
+    """Norms behind a layer and in front of one are folded, into the same numbers as those of an equal BatchNorm."""
     frozen, in_front = make_norm(8), make_norm(8)
     net = nn.Sequential(conv(), frozen, nn.ReLU(), in_front, conv(padding=0)).to(dtype).eval()
     plain = nn.Sequential(*net).eval()
@@ -193,7 +193,7 @@ class Activated(FrozenBatchNorm2d):
 
 
 class Biased(FrozenBatchNorm2d):
-    """An eps of another name."""
+    """A norm whose forward uses another eps than its attribute says."""
 
     def numbers(self) -> tuple[Tensor, ...]:
         w, b, mean, var = (value.reshape(1, -1, 1, 1) for value in self.buffers())

@@ -39,7 +39,7 @@ from tests.tolerances import assert_agree, assert_folded_network
 
 @pytest.mark.parametrize("norm", RESNETS)
 def test_resnet(norm: str) -> None:
-    """Every norm, under its name; nothing else changes but for the biases, and forward is its own."""
+    """Every norm becomes Identity under its name; nothing else changes but the biases, and the forward is its own."""
     net, x = resnet(norm), images()
     before, kinds = state(net), {name: type(m) for name, m in net.named_modules()}
     folded = fold(net)
@@ -54,7 +54,7 @@ def test_resnet(norm: str) -> None:
 
 
 def test_chain() -> None:
-    """Norms behind norms, Identity and Dropout between."""
+    """Norms behind norms are folded, with Identity and Dropout between."""
     net = nn.Sequential(
         make(nn.Conv2d), nn.Dropout(0.5), trained(member("BatchNorm")(2)), nn.Identity(), nn.Dropout2d(0.5),
         trained(member("DBN", 4)(2)), trained(member("POPNorm")(2)), nn.ReLU(), nn.Dropout(0.5),
@@ -66,7 +66,7 @@ def test_chain() -> None:
 
 
 def test_pop_norm_goes_into_the_next_layer() -> None:
-    """Which may have a norm behind it as well."""
+    """That layer may have a norm behind it as well."""
     net = nn.Sequential(
         nn.Conv2d(6, 8, 3), nn.Tanh(), trained(member("POPNorm")(2)), nn.Dropout(), nn.Conv2d(8, 8, 3, groups=2),
         trained(ITERNORM(2)), nn.Tanh(), trained(member("POPNorm", center=False)(2)), nn.Conv2d(8, 3, 3, padding=1),
@@ -79,7 +79,7 @@ def test_pop_norm_goes_into_the_next_layer() -> None:
 
 
 def test_pop_norm_goes_into_the_layer_before_it_first() -> None:
-    """There zeros that the next one pads with are none."""
+    """The next layer pads with zeros, which would not be zeros in front of the norm."""
     net = (
         nn.Sequential(nn.Conv2d(6, 8, 3), trained(member("POPNorm")(2)), nn.Conv2d(8, 8, 3, padding=1)).double().eval()
     )
@@ -117,17 +117,17 @@ def test_copies(how: Any) -> None:
 
 
 def test_it_trains_on() -> None:
-    """As a network without norms would."""
+    """The folded network has all gradients, as a network without norms would."""
     folded = fold(resnet())
     folded.train()(images()).square().sum().backward()
     assert all(p.grad is not None for p in folded.parameters())
 
 
-# What refers to what.
+# References between modules.
 
 
 class Referring(nn.Module):
-    """A list that is no ModuleList, a second name, a tied weight, and something kept from the last call."""
+    """A network with a list that is no ModuleList, a second name, a tied weight, and a value of the last call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ def test_references() -> None:
 
 
 def test_a_tied_weight_that_is_read() -> None:
-    """Under whichever of its names."""
+    """A tied weight is found under whichever of its names it is read."""
     for path in (
         lambda self, x: pair(self, x) + self.conv.weight.sum(),
         lambda self, x: pair(self, x) + self.tied.sum(),
@@ -182,7 +182,7 @@ class Stem(nn.Module):
 
 
 class Untraceable(nn.Module):
-    """With control flow that depends on data, around a block, a list of blocks and an activation alike."""
+    """A network whose control flow depends on data, around a block, a list of blocks and an activation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class Clipped(nn.Module):
 
 
 class Deep(nn.Module):
-    """Untraceable parts inside of a traceable whole: the whole's own pairs are found as well."""
+    """Untraceable parts inside of a traceable whole, whose own pairs are found as well."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ def test_untraceable(kind: Any) -> None:
 
 
 class Hidden(nn.Module):
-    """What it calls is not seen."""
+    """A module that hides what it calls from tracing."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -248,7 +248,7 @@ class Optional(nn.Module):
 
 
 class Taps(nn.Module):
-    """Goes through a Sequential, which tracing would show, if it were possible."""
+    """A network that goes through a Sequential, which tracing would show, if it were possible."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -315,7 +315,7 @@ UNSEEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 @pytest.mark.parametrize("name", UNSEEN)
 def test_what_tracing_does_not_see(name: str) -> None:
-    """Each of these was folded, into another function."""
+    """Each of these networks was once folded into another function. Now it is refused."""
     build, reason = UNSEEN[name]
     with pytest.raises(ValueError, match=reason):
         fold(build().eval())
@@ -353,7 +353,7 @@ def test_results_that_a_model_keeps_in_a_list() -> None:
 
 
 def test_a_module_with_hooks_is_a_black_box() -> None:
-    """Its pairs are its own business, but a norm behind it is not: a hook may change what comes out, or keep it."""
+    """Pairs inside of it are folded, but a norm behind it is not: a hook may change what comes out, or keep it."""
     pair = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     net = nn.Sequential(pair, nn.Sequential(nn.Conv2d(8, 8, 3)), nn.BatchNorm2d(8)).double().eval()
     seen: list[Any] = []
@@ -370,7 +370,7 @@ def test_a_module_with_hooks_is_a_black_box() -> None:
 
 
 def test_a_black_box_that_is_called_twice() -> None:
-    """Inside, each is called once."""
+    """Inside of the black box each module is called once."""
     part = Graph(
         lambda self, x: self.box(self.box(x)), box=hooked(nn.Sequential(conv(), bn().double()), "forward_hook")
     )

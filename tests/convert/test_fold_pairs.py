@@ -15,7 +15,7 @@ from tests.tolerances import assert_folded_network
 
 
 class Untraceable(nn.Module):
-    """Goes through a Sequential, and on by what it has computed; with a pair that can be traced."""
+    """A network that goes through a Sequential, then decides by its values; one pair can be traced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def test_pairs_are_folded_besides_what_is_found(example: bool) -> None:
 
 
 def test_some_pairs() -> None:
-    """What is not named stays, and is reported."""
+    """A norm that is not named stays, and is reported."""
     net, x = Untraceable(), data(conv())
     with pytest.raises(ValueError, match=r"'features\.4' (.|\n)*'sync'") as raised:
         fold(net, pairs=PAIRS[:1])
@@ -66,7 +66,7 @@ def test_pairs_that_are_found_anyway() -> None:
 
 
 def test_ranks_of_pairs() -> None:
-    """Input of another rank is refused as elsewhere."""
+    """Input of another rank is refused, as it is without pairs."""
     path = lambda self, x: pair(self, x) if x.sum() < 1e9 else x  # noqa: E731
     net = Graph(path, conv=make(nn.Linear, 8), bn=trained(nn.BatchNorm1d(8).double())).eval()
     folded = fold(net, pairs=[("conv", "bn")])
@@ -78,7 +78,7 @@ def test_ranks_of_pairs() -> None:
 
 
 def traceable(**modules: nn.Module) -> nn.Module:
-    """Two pairs one behind the other."""
+    """Return two pairs, one behind the other, that can be traced."""
     parts = {"conv": conv(), "bn": bn(), "conv2": conv(), "bn2": bn()}
     return Graph(lambda self, x: self.bn2(self.conv2(pair(self, x).relu())), **parts | modules).double().eval()
 
@@ -104,7 +104,7 @@ def traceable(**modules: nn.Module) -> nn.Module:
     ids=str,
 )
 def test_wrong_pairs(pairs: Any, error: type[Exception], said: str, strict: bool) -> None:
-    """Whatever strict says: they were asked for."""
+    """Wrong pairs are an error whatever strict says, because they were asked for."""
     net = traceable()
     with pytest.raises(error, match=said):
         fold(net, strict=strict, pairs=pairs)
@@ -136,7 +136,7 @@ def test_pairs_that_cannot_be_folded(name: str) -> None:
 
 
 def test_a_layer_of_another_forward() -> None:
-    """That is traced and does not call the norm."""
+    """The layer is in a forward that is traced and does not call the norm."""
     net = Untraceable()
     net.block = Graph(lambda self, x: self.conv(x).relu(), conv=conv())
     with pytest.raises(ValueError, match=r"'block\.conv' in front of it, got one in another forward"):
@@ -154,7 +154,7 @@ def test_training_mode() -> None:
 
 
 class Crossed(nn.Module):
-    """The norms are behind other layers than it seems, which tracing does not show."""
+    """A network whose norms are behind other layers than it seems, which tracing does not show."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,6 +169,6 @@ class Crossed(nn.Module):
 
 def test_pairs_that_are_not_neighbors_are_shown_by_example() -> None:
     net = Crossed()
-    fold(net, pairs=[("conv", "bn"), ("conv2", "bn2")])  # believed
+    fold(net, pairs=[("conv", "bn"), ("conv2", "bn2")])  # the caller is believed
     with pytest.raises(ValueError, match="example_inputs: expected the same outputs without 'bn', 'bn2', got outputs"):
         fold(net, pairs=[("conv", "bn"), ("conv2", "bn2")], example_inputs=data(conv()))

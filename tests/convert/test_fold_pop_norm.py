@@ -19,7 +19,7 @@ CONVOLUTIONS = [nn.Conv1d, nn.Conv2d, nn.Conv3d]
 
 
 def trained(layer_type: type, channels: int = 8, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
-    """A norm in evaluation whose statistics and parameters differ from channel to channel."""
+    """Return a norm in evaluation whose statistics and parameters differ from channel to channel."""
     norm = POP_NORMS[layer_type](channels, dtype=dtype, **options).eval()
     for value, ends in (
         (norm.weight, (-1.5, 2)), (norm.bias, (3, -1)), (norm.running_mean, (-1, 4)), (norm.running_var, (0.2, 9)),
@@ -35,7 +35,7 @@ def data(layer_type: type, channels: int = 8, dtype: torch.dtype = torch.float64
 
 
 def check(norm: Any, layer: Any, x: Tensor) -> Any:
-    """The same function, in one layer of the same kind, with both originals as they were."""
+    """Check the function of the folded layer, its kind, and that both originals are as they were; return it."""
     before = [{k: v.clone() for k, v in module.state_dict().items()} for module in (norm, layer)]
     folded = fold_pop_norm(norm, layer)
     assert type(folded) is type(layer) and folded.training is layer.training
@@ -55,7 +55,7 @@ def check(norm: Any, layer: Any, x: Tensor) -> Any:
 )  # fmt: skip
 @pytest.mark.parametrize("layer_type", POP_NORMS, ids=lambda t: t.__name__)
 def test_every_layer(layer_type: Any, options: dict[str, Any], bias: bool) -> None:
-    """A constant that the norm adds needs a bias."""
+    """The folded layer has a bias, for the constant that the norm adds."""
     layer = layer_type(8, 6, *(() if layer_type is nn.Linear else (3,)), bias=bias, dtype=torch.float64)
     folded = check(trained(layer_type, **options), layer, data(layer_type))
     assert isinstance(folded.bias, nn.Parameter)
@@ -68,7 +68,7 @@ def test_every_layer(layer_type: Any, options: dict[str, Any], bias: bool) -> No
 )
 @pytest.mark.parametrize("layer_type", CONVOLUTIONS, ids=lambda t: t.__name__)
 def test_every_convolution(layer_type: Any, options: dict[str, Any]) -> None:
-    """Groups: an output channel has constants of its own group's input channels only."""
+    """An output channel has constants of its own group's input channels only."""
     layer = layer_type(8, 16, **{"kernel_size": 2, "dtype": torch.float64} | options)
     check(trained(layer_type), layer, data(layer_type))
 
@@ -77,7 +77,7 @@ def test_every_convolution(layer_type: Any, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 @pytest.mark.parametrize("layer_type", CONVOLUTIONS, ids=lambda t: t.__name__)
 def test_padding_with_values_of_the_image(layer_type: Any, mode: str, padding: Any) -> None:
-    """They are normalized as the image is."""
+    """Such values are normalized as the image is."""
     layer = layer_type(8, 4, 3, padding=padding, padding_mode=mode, dtype=torch.float64)
     check(trained(layer_type), layer, data(layer_type))
 
@@ -92,7 +92,10 @@ PADDED = {
 
 @pytest.mark.parametrize("padded", PADDED.values(), ids=PADDED.keys())
 def test_zero_padding(padded: dict[str, Any]) -> None:
-    """Zeros stay zeros only where nothing is added: refused, but without centering, or where it cancels out."""
+    """Zeros stay zeros only where nothing is added.
+
+    So zero padding is refused, but not without centering, and not where the shift cancels out.
+    """
     layer = nn.Conv2d(8, 4, **{"kernel_size": 3, "dtype": torch.float64} | padded)
     x = data(nn.Conv2d)
     with pytest.raises(ValueError, match=r"layer: expected no zero padding.*padding"):
@@ -118,7 +121,7 @@ def test_without_centering_no_bias_comes(layer_type: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_rounded_once(dtype: torch.dtype) -> None:
-    """The weights are those of the same fold in float64, in the layer's type."""
+    """The weights are those of the same fold in float64, rounded to the layer's type."""
     norm, layer = trained(nn.Conv2d, dtype=dtype), nn.Conv2d(8, 4, 3, dtype=dtype)
     folded = fold_pop_norm(norm, layer)
     exact = fold_pop_norm(copy.deepcopy(norm).double(), copy.deepcopy(layer).double())

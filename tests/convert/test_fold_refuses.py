@@ -134,7 +134,7 @@ def test_refused_modules(name: str) -> None:
 
 
 def test_the_reason_is_the_innermost_modules() -> None:
-    """Which is not a list, that has no forward anyway."""
+    """A list has no forward, so it is not the innermost module."""
     path = FORWARDS["untraceable"][0]
     inner = Graph(lambda self, x: self.both[1](self.both[0](x)) if x.sum() else x, both=nn.ModuleList([conv(), bn()]))
     with pytest.raises(ValueError, match=r"'conv\.both\.1' .* expected 'conv' to have a forward .* got TraceError"):
@@ -142,7 +142,7 @@ def test_the_reason_is_the_innermost_modules() -> None:
 
 
 def test_a_forward_of_the_models_own() -> None:
-    """Which torch.fx does not see."""
+    """torch.fx does not see a forward that was set on the model itself."""
     net = Graph(pair, conv=conv(), bn=bn()).eval()
     net.forward = MethodType(lambda self, x: self.bn(self.conv(x).relu()), net)  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=r"'bn' .*'model' to have a forward.*not that of its class"):
@@ -167,7 +167,7 @@ def test_a_norm_behind_one_that_stays_stays() -> None:
 
 
 def test_overflow() -> None:
-    """In the layer's own type alone."""
+    """A merged weight overflows in float16, the layer's own type, alone."""
     net = nn.Sequential(conv(), filled(bn(), "running_var", 1e-12), nn.ReLU()).eval()
     net[1].eps, net[0].weight.data[3] = 0.0, 0.5
     fold(net)
@@ -211,7 +211,7 @@ def test_training_mode(strict: bool) -> None:
 
 
 def test_nothing_to_fold() -> None:
-    """An error, or a copy and a warning."""
+    """There is an error or, if not strict, a copy and a warning."""
     for net, reason in (
         (nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)), "got none|could be folded: none"),
         (fold(resnet()), "got none|could be folded: none"),
@@ -228,7 +228,7 @@ def test_nothing_to_fold() -> None:
 
 
 def test_each_reason_once() -> None:
-    """Behind the names of all norms of which it is true."""
+    """A reason stands behind the names of all norms of which it is true."""
     part = Graph(lambda self, x: self.b(self.a(F.relu(self.conv(x))).relu()).relu(), conv=conv(), a=bn(), b=bn())
     other = Graph(lambda self, x: self.d(self.c(x * x) * x) * x, c=nk.IterNorm2d(8), d=bn())
     net = nn.Sequential(part, other).eval()
@@ -244,7 +244,7 @@ def test_each_reason_once() -> None:
 
 
 def test_a_reason_that_differs_by_names() -> None:
-    """Once, with the names."""
+    """Such a reason stands once, with all the names."""
     net = nn.Sequential(*(Graph(pair, conv=Halved(8, 8, 3, padding=1), bn=bn()) for _ in range(3)), conv(), bn()).eval()
     net[1].conv = conv()
     with pytest.raises(ValueError) as raised:

@@ -43,7 +43,7 @@ class Features(Network):
 
 
 class Decorated(Network):
-    """Of which torch.fx sees a wrapper's arguments."""
+    """A network of which torch.fx sees a wrapper's arguments."""
 
     @torch.no_grad()
     def forward(self, x: Tensor, *, mask: Tensor | None = None, sizes: tuple[int, ...] = (4, 4)) -> Any:
@@ -52,7 +52,7 @@ class Decorated(Network):
 
 
 class Mode(Network):
-    """Says what to do by a string, and before the pair."""
+    """A network that is told by a string what to do, also before the pair."""
 
     def forward(self, x: Tensor, mode: str = "plain", bias: Tensor | None = None) -> Any:
         if mode == "twice":
@@ -64,7 +64,7 @@ class Mode(Network):
 
 
 class Either(Network):
-    """The pair on one way alone, both of it."""
+    """A network that calls the pair on one way alone, both layers of it."""
 
     def forward(self, x: Tensor, short: bool = False) -> Tensor:
         return self.other(x) if short else self.pair(x)
@@ -82,7 +82,7 @@ class Asserted(Network):
 
 
 class Shaped(Network):
-    """Computes something else for other shapes, as padding does."""
+    """A network that computes something else for other shapes, as padding does."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:
@@ -145,7 +145,7 @@ def test_what_a_shape_assertion_refuses_is_refused_still() -> None:
         folded(torch.randn(1, 4, 7, 6, dtype=torch.float64))
 
 
-# What is exact on some ways alone is refused.
+# Networks whose fold is exact on some ways alone are refused.
 
 
 class UsedWhenGiven(Network):
@@ -167,7 +167,7 @@ class NormWhenAsked(Network):
 
 
 class Changed(Network):
-    """Asks the same twice, with another answer."""
+    """A network that asks the same twice and gets another answer."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
         if mask is None:
@@ -227,7 +227,7 @@ class Endless(Network):
 
 
 class Padded(nn.Module):
-    """Decides by shapes, as convolutions of the padding "same" do."""
+    """A module that decides by shapes, as convolutions of the padding "same" do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ class Padded(nn.Module):
 
 
 class Deep(Network):
-    """More ways than are traced; the parts have few."""
+    """A network with more ways than are traced, whose parts have few."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -279,7 +279,7 @@ def test_what_has_no_end_or_no_way() -> None:
 
 
 class Passing(nn.Module):
-    """Hands on whatever it is given."""
+    """A wrapper that hands on whatever it is given."""
 
     def __init__(self, net: nn.Module, how: Callable[..., Any]) -> None:
         super().__init__()
@@ -295,7 +295,7 @@ def hand_on(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class Named(nn.Module):
-    """Hands on by name, too, and takes no more by place than it says."""
+    """A wrapper that hands on by name, too, and takes no more by place than it says."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -341,7 +341,7 @@ NOT_THIN: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("name", NOT_THIN)
 def test_what_does_more_than_hand_on(name: str) -> None:
-    """May call the modules of the Sequential by themselves."""
+    """Such a wrapper may call the modules of the Sequential by themselves."""
     net = Passing(sequence(), NOT_THIN[name]).eval()
     with warnings.catch_warnings(), pytest.raises(ValueError, match=r"'net' to have a forward .*may call one by one"):
         fold(net)

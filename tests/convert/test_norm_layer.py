@@ -20,7 +20,7 @@ from normkernels.convert import norm_layer
 
 
 def get_norm_layer(layer: Any) -> Callable[..., nn.Module]:
-    """What timm does: a class, function or partial, taken apart to its keywords alone."""
+    """Take a class, function or partial apart to its keywords alone, as timm does."""
     assert isinstance(layer, type | types.FunctionType | functools.partial)
     if isinstance(layer, functools.partial):
         return functools.partial(layer.func, **layer.keywords) if layer.keywords else layer.func
@@ -28,7 +28,7 @@ def get_norm_layer(layer: Any) -> Callable[..., nn.Module]:
 
 
 class ResNet(nn.Module):
-    """In timm's convention with device and dtype, in torchvision's without."""
+    """A network in timm's convention with device and dtype, in torchvision's without."""
 
     def __init__(self, norm_layer: Callable[..., nn.Module], channels: int = 8, **factory: Any) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ def test_copies(duplicate: Callable[[Any], Any]) -> None:
 
 
 def test_timm_sees_that_it_brings_no_activation() -> None:
-    """For layers with one it takes a function as it is, and otherwise asks a table for the name, after a set."""
+    """timm takes a function as it is for layers with one; else it looks in a set, then for the name in a table."""
     func = norm_layer("IterNorm").func
     assert not isinstance(func, types.FunctionType)
     assert func not in {nn.BatchNorm2d}

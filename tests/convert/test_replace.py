@@ -31,7 +31,7 @@ SAME_IN_EVALUATION = [name for name in FAMILIES if name != "POPNorm"]
 
 
 class Net(nn.Module):
-    """BatchNorm2d of its own, in a list, in a nested module, and one that two branches share; BatchNorm1d."""
+    """A network with BatchNorm2d of its own, in a list, nested, and shared by two branches; and BatchNorm1d."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def images(dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def trained(dtype: torch.dtype = torch.float64) -> Net:
-    """With running statistics and parameters that are not the initial ones."""
+    """Return a network whose running statistics and parameters are not the initial ones."""
     net = Net().to(dtype)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for _ in range(3):
@@ -120,7 +120,7 @@ def test_the_model_itself_is_the_layer() -> None:
 
 
 def test_training_is_the_new_layers() -> None:
-    """Not BatchNorm under another name: whitened, and with running matrices that leave the diagonal."""
+    """The layer is not BatchNorm under another name: it whitens, and its running matrices leave the diagonal."""
     net = nn.Sequential(norm())
     x = torch.randn(64, 8, 3, 3, dtype=torch.float64)
     x[:, 1] += x[:, 0]
@@ -208,7 +208,7 @@ def test_there_and_back(family: str) -> None:
 
 
 def test_back_where_a_channel_never_varied() -> None:
-    """(0 + eps)^(-1/2) is rounded: squared again it may be above 1 / eps, and the variance below 0."""
+    """(0 + eps)^(-1/2) is rounded: its square may be above 1 / eps, and the variance below 0."""
     bn = nn.BatchNorm2d(64)
     bn.running_var.zero_()
     for eps in (1e-5, 1e-3, 3e-4, 0.1):

@@ -17,7 +17,7 @@ from tests.tolerances import assert_agree
 
 
 class Net(nn.Module):
-    """From the last convolution to the linear layer by any head."""
+    """A network with any head from the last convolution to the linear layer."""
 
     def __init__(self, head: Callable[[Tensor], Tensor] | nn.Module, features: int = 8) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ def images(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Pool(nn.Module):
-    """As timm's, which torch.fx looks into."""
+    """A module as timm's, which torch.fx looks into."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def test_decorrelated_features(head: str) -> None:
     seen: list[Tensor] = []
     fc.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     assert net(images()).shape == (12, 4)
-    assert seen[0].mean(0).abs().max() < 1e-5  # what the linear layer gets is centered
+    assert seen[0].mean(0).abs().max() < 1e-5  # the linear layer's input is centered
     assert df.num_batches_tracked == 1
 
 
@@ -108,7 +108,7 @@ def test_decorrelated_in_the_form_of_the_layers() -> None:
 
 
 class Constant(Net):
-    """torch.fx keeps such tensors as attributes of the model."""
+    """A network with a constant, which torch.fx keeps as an attribute of the model."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x * torch.tensor([2.0]))

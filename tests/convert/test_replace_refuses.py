@@ -1,4 +1,4 @@
-"""What replace refuses, by name, and that the model is then as it was."""
+"""replace names what it refuses, and leaves the model as it was."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from normkernels.convert import replace
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
-    """As timm's."""
+    """A norm with an activation, as timm's."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).relu()
@@ -33,7 +33,7 @@ def net(*last: nn.Module) -> nn.Sequential:
 
 
 def refused(model: Any, error: type[Exception], match: str, *args: Any, **options: Any) -> None:
-    """And nothing of it has changed."""
+    """Check that replace raises, and that nothing of the model has changed."""
     before = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
     state = {name: value.clone() for name, value in model.state_dict().items()} if before else {}
     attributes = set(vars(model)) if before else set()
@@ -140,12 +140,12 @@ def test_the_way_back_of_those_that_synchronize() -> None:
     lambda m: {"a": [m["bn"]]}, lambda m: [(m["conv"], m["bn"])],
 ])  # fmt: skip
 def test_references_beside_the_submodules(held: Callable[[nn.ModuleDict], Any]) -> None:
-    """As a forward over such a list, which would go on with the old layer."""
+    """A forward may go over such a list, and would go on with the old layer."""
     inner = nn.ModuleDict({"conv": nn.Conv2d(3, 8, 1), "bn": nn.BatchNorm2d(8)})
     inner.path = held(inner)
     match = "'3': expected '3.bn' as a submodule alone, got it in 'path', too, which would keep the old layer"
     refused(net(inner), ValueError, match)
-    replace(net(inner), "IterNorm", "first")  # which is another one
+    replace(net(inner), "IterNorm", "first")  # the first norm is another one
     inner.path = [inner["conv"]]
     replace(net(inner), "IterNorm")
 
@@ -245,7 +245,7 @@ def test_a_layer_that_does_more(make: Callable[[], nn.Module], match: str) -> No
 
 @pytest.mark.parametrize("family", ["BatchNorm", "DBN", "POPNorm"])
 def test_what_every_layer_has_is_not_its_own(family: str) -> None:
-    """Nor are marks that libraries leave."""
+    """Neither that nor marks that libraries leave keep a layer from being replaced."""
     model = net(nk.IterNorm1d(8, 1), nk.DBN3d(8, 1), nk.POPNorm2d(8), nn.BatchNorm1d(8))
     model.apply(lambda m: setattr(m, "_is_hf_initialized", True))
     replace(model, family)

@@ -24,7 +24,7 @@ NORMS = {
 
 
 def network(*norms: nn.Module) -> nn.Sequential:
-    """Trained for two steps."""
+    """Build a network that has seen two batches in training mode."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), *norms, nn.ReLU(), nn.Dropout(0.5)).double()
     for batch in batches(2, seed=5):
@@ -52,7 +52,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_batchnorm_is_update_bns(training: bool) -> None:
-    """Bit for bit."""
+    """BatchNorm's statistics are those of update_bn, bit for bit."""
     ours = network(nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8, momentum=None, affine=False))
     theirs = copy.deepcopy(ours)
     for model, update in ((ours, update_norm_stats), (theirs, update_bn)):
@@ -66,7 +66,7 @@ def test_batchnorm_is_update_bns(training: bool) -> None:
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("form", ["tensor", "tuple", "list", "generator"])
 def test_average_over_the_loader(norm: str, form: str) -> None:
-    """The mean of what each batch alone gives a layer."""
+    """The statistics are the mean of what each batch alone gives a layer."""
     net = network(NORMS[norm]())
     before, modes = state(net), conventions(net)
     data: Any = batches()
@@ -92,7 +92,7 @@ def test_average_over_the_loader(norm: str, form: str) -> None:
 
 
 def test_device() -> None:
-    """Batches are moved, with their own method."""
+    """Batches are moved with their own method."""
 
     class Batch:
         def __init__(self, value: Tensor) -> None:
@@ -109,7 +109,7 @@ def test_device() -> None:
 
 
 def test_averaged_model() -> None:
-    """The use it is for: weights averaged over training, whose statistics nobody has seen."""
+    """This is the main use: weights averaged over training, whose statistics nobody has seen."""
     net = network(nk.IterNorm2d(8, 4), nn.Conv2d(8, 8, 1), nk.POPNorm2d(8), nn.BatchNorm2d(8))
     average = AveragedModel(net)
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_no_graph() -> None:
 
 
 def test_layers_that_no_batch_reaches_keep_theirs() -> None:
-    """update_bn leaves them at mean 0 and variance 1; so would a batch of NaN."""
+    """update_bn would leave them at mean 0 and variance 1, and so would a batch of NaN."""
     net = network(nk.IterNorm2d(8, 4))
     net.aside = copy.deepcopy(net[1])
     net.aside.forward = lambda x: x
@@ -162,7 +162,7 @@ def test_layers_that_no_batch_reaches_keep_theirs() -> None:
 
 
 def test_batches_that_are_not_finite() -> None:
-    """One of them spoils BatchNorm's average, and no other layer's."""
+    """One such batch spoils BatchNorm's average, so its statistics stay; other layers leave the batch out."""
     net = network(nn.BatchNorm2d(8), nk.IterNorm2d(8, 4))
     before, kept = state(net[1]), conventions(net)
     data = batches()
@@ -170,14 +170,14 @@ def test_batches_that_are_not_finite() -> None:
     update_norm_stats(data, net)
     assert_same(state(net[1]), before)
     assert net[2].num_batches_tracked == 2 and conventions(net) == kept
-    data[1] = torch.full_like(data[1], 1e200)  # whose variance alone overflows
+    data[1] = torch.full_like(data[1], 1e200)  # its variance alone overflows
     update_norm_stats(data, net)
     assert_same(state(net[1]), before)
 
 
 @pytest.mark.parametrize("norm", list(NORMS))
 def test_layers_frozen_by_hand(norm: str) -> None:
-    """They use a batch's statistics, and update none."""
+    """Such layers use a batch's statistics, and update none."""
     net = network(NORMS[norm]())
     net[1].track_running_stats = False
     before = state(net)
@@ -217,7 +217,7 @@ LOADERS: dict[str, tuple[Any, Any]] = {
 @pytest.mark.parametrize("what", LOADERS)
 @pytest.mark.parametrize("training", [True, False])
 def test_nothing_is_lost(what: str, training: bool) -> None:
-    """Statistics, counters, modes and momenta after any exception."""
+    """Statistics, counters, modes and momenta are as before after any exception."""
     loader, error = LOADERS[what]
     net = network(nk.IterNorm2d(8, 4), nn.BatchNorm2d(8), nk.DBN2d(8, 4, momentum=None)).train(training)
     net[2].train(not training)

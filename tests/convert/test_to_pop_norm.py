@@ -20,7 +20,7 @@ from tests.tolerances import assert_agree
 
 
 def vgg(conv_bias: bool = False) -> nn.Sequential:
-    """Three stages, and a linear layer with BatchNorm before the classifier."""
+    """Build two convolutions and a linear layer, all with BatchNorm, and a classifier."""
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=conv_bias), nn.BatchNorm2d(8), nn.Tanh(), nn.MaxPool2d(2),
         nn.Conv2d(8, 12, 3, padding=1, bias=conv_bias), nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten(),
@@ -29,7 +29,7 @@ def vgg(conv_bias: bool = False) -> nn.Sequential:
 
 
 class Block(nn.Module):
-    """Of a ResNet: both branches read the same x, and their sum is no convolution's output."""
+    """A block of a ResNet: both branches read the same x, and their sum is no convolution's output."""
 
     def __init__(self, c: int, out: int, stride: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def images(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def falls(net: nn.Module) -> bool:
-    """Whether it learns twelve images by heart."""
+    """Return whether a network learns twelve images by heart."""
     x, target = images(), torch.arange(12) % 4
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     losses = []
@@ -109,7 +109,7 @@ def test_resnet() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"kappa": 2.0}, {"scale": False}, {"center": False}], ids=str)
 def test_it_computes_pop_conv_act(options: dict[str, Any]) -> None:
-    """Figure 1 (b), in float64: the normalized input of each layer, its bias, its activation."""
+    """It is Figure 1 (b), in float64: the normalized input of each layer, its bias, its activation."""
     net = vgg().double()
     x = images(torch.float64)
     weights = [net[i].weight.detach().clone() for i in (0, 4, 8, 11)]
@@ -139,7 +139,7 @@ def test_options_come_from_the_batchnorm() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_bias(bias: bool) -> None:
-    """b of eq. 8: BatchNorm's beta was its substitute. One that is there stays."""
+    """The bias is b of eq. 8: BatchNorm's beta was its substitute. One that is there stays."""
     net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
     before = net[2].bias
     to_pop_norm(net, bias=bias)
@@ -151,7 +151,7 @@ def test_bias(bias: bool) -> None:
 
 
 class Subclass(nn.Conv2d):
-    """Of whose inside nothing is known."""
+    """A subclass, which may compute anything."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if x.dim() == 4 else x
@@ -170,7 +170,7 @@ class Subclass(nn.Conv2d):
     ids=["1d", "3d", "grouped", "depthwise", "subclass", "weight-norm"],
 )  # fmt: skip
 def test_kinds(layer: nn.Module, norm: nn.Module, x: Tensor, expected: type) -> None:
-    """As many features as the layer has inputs, over all groups."""
+    """The norm has as many features as the layer has inputs, over all groups."""
     net = nn.Sequential(copy.deepcopy(layer), norm, nn.ReLU())
     shape = net(x).shape
     assert to_pop_norm(net) == {"0.norm": "0.layer"}
@@ -180,7 +180,7 @@ def test_kinds(layer: nn.Module, norm: nn.Module, x: Tensor, expected: type) -> 
     assert y.shape == shape and all(p.grad is not None for p in net.parameters())
 
 
-# What stays.
+# BatchNorms that stay.
 
 
 class Several(nn.Module):
@@ -231,7 +231,7 @@ def test_a_second_time_there_is_nothing() -> None:
 
 @pytest.mark.parametrize("pairs", [None, [("conv", "bn")], [("again", "bn_again")]])
 def test_a_module_of_two_names(pairs: Any) -> None:
-    """Whichever of them forward uses, the norm is there, and the BatchNorm is not."""
+    """Whichever name forward uses, the norm is there, and the BatchNorm is not."""
 
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -254,7 +254,7 @@ def test_a_module_of_two_names(pairs: Any) -> None:
 @pytest.mark.parametrize("conv_training", [True, False])
 @pytest.mark.parametrize("norm_training", [True, False])
 def test_mode_is_kept(conv_training: bool, norm_training: bool) -> None:
-    """As with BatchNorms that are held in evaluation."""
+    """Modes stay, such as those of BatchNorms that are held in evaluation."""
     net = vgg()
     net[0].train(conv_training)
     net[1].train(norm_training)
@@ -266,7 +266,7 @@ def test_mode_is_kept(conv_training: bool, norm_training: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
 def test_type_is_kept(dtype: torch.dtype) -> None:
-    """Built in the layer's type, with statistics as a layer's of that type."""
+    """The norm is built in the layer's type, with statistics as a layer's of that type."""
     net = vgg().to(dtype)
     made = to_pop_norm(net)
     assert {p.dtype for p in net.parameters()} == {dtype}
@@ -300,7 +300,7 @@ def test_copies(how: Any) -> None:
 
 
 def test_it_folds_away() -> None:
-    """What the names are for: after training, norms before unpadded layers cost nothing."""
+    """The returned names serve to fold: after training, norms before unpadded layers cost nothing."""
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
     net = net.double()
     made = to_pop_norm(net)
@@ -341,7 +341,7 @@ def test_untraceable() -> None:
 
 
 def test_pairs_choose() -> None:
-    """Some of those that tracing finds."""
+    """Pairs choose some of those that tracing finds."""
     net = vgg()
     assert to_pop_norm(net, pairs=[("4", "5")]) == {"4.norm": "4.layer"}
     assert isinstance(net[1], nn.BatchNorm2d) and isinstance(net[0], nn.Conv2d)
@@ -353,7 +353,7 @@ class WithActivation(nn.BatchNorm2d):
 
 
 def mixed() -> nn.Module:
-    """A good pair, and modules that make none."""
+    """Return a good pair, and modules that make none."""
     return nn.ModuleDict({
         "conv": nn.Conv2d(3, 8, 3), "bn": nn.BatchNorm2d(8), "conv2": nn.Conv2d(8, 8, 3), "narrow": nn.BatchNorm2d(4),
         "sync": nn.SyncBatchNorm(8), "act": WithActivation(8), "instance": nn.InstanceNorm2d(8),
@@ -388,7 +388,7 @@ def mixed() -> nn.Module:
     ids=str,
 )
 def test_wrong_arguments(change: dict[str, Any], error: type[Exception], expected: str, got: str) -> None:
-    """And the model is as it was, the pairs before the wrong one, too."""
+    """The model is as it was, even where pairs before the wrong one were good."""
     net = mixed()
     before = dict(net.named_modules()), [name for name, _ in net.named_parameters()]
     with pytest.raises(error) as raised:

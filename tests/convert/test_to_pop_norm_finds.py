@@ -24,11 +24,11 @@ def pop_norms(net: nn.Module) -> list[str]:
     return [name for name, m in net.named_modules() if isinstance(m, nk.POPNorm1d | nk.POPNorm2d | nk.POPNorm3d)]
 
 
-# Wholes that cannot be traced, of parts that can.
+# Networks that cannot be traced, of parts that can.
 
 
 class ConvLayer(nn.Module):
-    """As in the ResNet of transformers."""
+    """A layer as in the ResNet of transformers."""
 
     def __init__(self, c: int, out: int, act: bool = True) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Stages(nn.Module):
 
 
 class HuggingFace(nn.Module):
-    """Checks the values of what it is given, and calculates a loss where there are labels."""
+    """A network that checks the values of its input, and calculates a loss where there are labels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class HuggingFace(nn.Module):
 
 
 class Yolo(nn.Module):
-    """Goes through a list of its layers, each of which says from where it takes its input."""
+    """A network that goes through a list of its layers, each of which says where it takes its input from."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ def test_what_stays_where_it_cannot_be_traced_is_reported() -> None:
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("options", [{}, {"groups": 2, "stride": 2}], ids=str)
 def test_transposed_convolutions(rank: int, options: dict[str, Any]) -> None:
-    """As many features as the layer reads, whose weight has them in front."""
+    """The norm has as many features as the layer reads, which are the first dimension of its weight."""
     layer = getattr(nn, f"ConvTranspose{rank}d")(6, 8, 2, bias=False, dtype=torch.float64, **options)
     weight = layer.weight.detach().clone()
     net = nn.Sequential(layer, getattr(nn, f"BatchNorm{rank}d")(8, eps=0.01).double(), nn.Tanh())
@@ -195,7 +195,7 @@ def test_classifier(classifier: bool | str) -> None:
 
 
 def test_a_classifier_of_a_whole_that_cannot_be_traced() -> None:
-    """Is the only linear layer there is."""
+    """It is the only linear layer that there is."""
     net = HuggingFace()
     made = to_pop_norm(net, classifier=True)
     assert list(made)[-1] == "classifier.2.norm" and len(made) == 8
@@ -226,7 +226,7 @@ class Heads(nn.Module):
 
 
 class Hidden(nn.Module):
-    """A black box with layers in it."""
+    """A black box with a layer in it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,7 +251,7 @@ class Hidden(nn.Module):
     ],
 )
 def test_no_one_classifier(build: Any, classifier: Any, error: type[Exception], said: str) -> None:
-    """And the model is as it was."""
+    """The model is as it was."""
     net = build()
     before = dict(net.named_modules())
     with pytest.raises(error, match=rf"classifier: .*{said}"):

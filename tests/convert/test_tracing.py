@@ -18,7 +18,7 @@ from normkernels.convert._graph import Tracer
 from tests.convert.forwards import NETWORKS, REFUSED, Block
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="each forward has a process of its own, by os.fork")
-WHOLE = ("Factory", "PointNet")  # not a forward in a network that is the same for all
+WHOLE = ("Factory", "PointNet")  # networks of their own, not forwards in the common network
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,6 @@ def past_what_records(x: Tensor) -> Tensor:
 
 
 def test_what_stands_for_a_tensor_has_no_value() -> None:
-    """An error, and not a number that is made of nothing."""
+    """Its value is an error, and not a number that is made of nothing."""
     with pytest.raises(TraceError, match=r"a call that torch.fx records, got aten\.gelu\.default of a tensor"):
         trace(past_what_records)

@@ -1,4 +1,4 @@
-"""What the tests of ConvNorm share: layers with random parameters, and the comparison with the oracle."""
+"""Parts for the tests of ConvNorm: layers with random parameters, and the comparison with the oracle."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ PLAIN = Config()
 
 
 def plane(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """x (N, C_I, *n) with a mean, so that borders and frequency 0 matter."""
+    """Draw x (N, C_I, *n) with a mean, so that borders and frequency 0 matter."""
     return (torch.randn(shape, dtype=torch.float64, generator=inputs.generator(0)) + 1).to(dtype)
 
 
 def options(config: Config) -> dict[str, Any]:
-    """A Config as the layer's own arguments."""
+    """Return a Config as the layer's own arguments."""
     return dict(config.__dict__)
 
 
 def randomized(layer: Any) -> Any:
-    """Parameters that are not their initial values: no two taps of the affine kernel alike, a bias of both signs."""
+    """Draw parameters that are not the initial ones: no two taps of the affine kernel alike, a bias of both signs."""
     with torch.no_grad():
         for name, p in layer.named_parameters():
             values = torch.randn(p.shape, dtype=torch.float64, generator=inputs.generator(len(name)))
@@ -57,7 +57,7 @@ def parameters(layer: nn.Module) -> Any:
 
 
 def reference(x: Tensor, given: Any, config: Config, dy: Tensor) -> list[Any]:
-    """y and gradients of the oracle for these values and this type."""
+    """Return y and gradients of the oracle for these values and this type."""
     leaves: list[Any] = [None if t is None else t.detach().clone().requires_grad_() for t in (x, *given)]
     y = convnorm.conv_norm(leaves[0], config, *leaves[1:])
     y.backward(dy.to(y.dtype))
@@ -73,7 +73,7 @@ def result(layer: nn.Module, x: Tensor, dy: Tensor) -> list[Any]:
 
 
 def check(layer: Any, x: Tensor, config: Config) -> None:
-    """y and every gradient under the rule of tolerances.py. config: what the layer was asked for."""
+    """Check y and every gradient by the rule of tolerances.py; config: what the layer was asked for."""
     given = parameters(layer)
     exact: Any = [None if t is None else t.double() for t in given]
     shape = convnorm.conv_norm(x.double(), config, *exact).shape
@@ -87,7 +87,7 @@ def check(layer: Any, x: Tensor, config: Config) -> None:
 
 
 def agree(a: Tensor, b: Tensor, layer: Any, x: Tensor, config: Config, count: float = 1) -> None:
-    """Two of the layer's own ways to the same y: count times twice the floor of y."""
+    """Check that two of the layer's own ways give the same y, within count times twice the floor of y."""
     given = parameters(layer)
     exact: Any = [None if t is None else t.double() for t in given]
     y = convnorm.conv_norm(x.double(), config, *exact)

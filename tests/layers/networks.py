@@ -49,12 +49,12 @@ def batch(seed: int = 0, samples: int = 6) -> Tensor:
 
 
 def loss_of(y: Tensor) -> Tensor:
-    """Not symmetric in the entries, or the gradient through a normalization vanishes."""
+    """Return a loss that is not symmetric in the entries, or a normalization would make its gradient vanish."""
     return (y * torch.linspace(-1, 2, y[0].numel(), device=y.device).view(y.shape[1:])).square().mean()
 
 
 def step(net: nn.Module, x: Tensor, call: Callable[..., Tensor] | None = None) -> list[Tensor]:
-    """Values and gradients of one step; call is what computes the network, such as a compiled one."""
+    """Return values and gradients of one step; call is what computes the network, such as a compiled one."""
     leaf = x.clone().requires_grad_()
     y = (net if call is None else call)(leaf)
     return [y.detach(), *torch.autograd.grad(loss_of(y), [leaf, *net.parameters()])]
@@ -69,5 +69,5 @@ def counters(net: nn.Module) -> list[int]:
 
 
 def norm_of(net: nn.Module) -> Any:
-    """The layer with running statistics."""
+    """Return the layer with running statistics."""
     return next(module for module in net.modules() if hasattr(module, "running_mean"))

@@ -40,7 +40,9 @@ def _on_a_rank(rank: int, cases: Mapping[str, Case], world: int, folder: str, ba
 
 
 def run_on_ranks(cases: Mapping[str, Case], world: int, folder: Path, backend: str = "gloo") -> list[dict[str, Any]]:
-    """What each rank's cases returned, by name. A case that raises on one rank ends all of them.
+    """Run the cases on all ranks, and return by name what each rank's cases returned.
+
+    A case that raises on one rank ends all of them.
 
     The processes are forked from one that has only imported this file: importing torch is most of what starting takes.
     """
@@ -51,7 +53,7 @@ def run_on_ranks(cases: Mapping[str, Case], world: int, folder: Path, backend: s
 
 @contextmanager
 def counted_collectives() -> Iterator[list[int]]:
-    """The bytes of each collective of a layer, in order; negative where objects are compared."""
+    """Record the bytes of each collective of a layer, in order; negative where objects are compared."""
     found: list[int] = []
     reduce, gather = collectives.all_reduce, dist.all_gather_object
 
@@ -88,7 +90,7 @@ class Problem:
     mean: float = 1.0
 
     def whole(self) -> tuple[Tensor, Tensor]:
-        """x and dL/dy of all ranks."""
+        """Return x and dL/dy of all ranks."""
         shape = (sum(self.splits) * self.unit, self.channels, *self.positions)
         x = inputs.gaussian(shape, dtype=self.dtype, group_size=self.group_size, mean=self.mean)
         x = x.contiguous(memory_format=self.layout)
@@ -102,7 +104,10 @@ class Problem:
         return torch.float32 if self.autocast else self.dtype
 
     def layer(self, synchronized: bool = True, **options: Any) -> Any:
-        """Weights of both signs, far from 1 and 0; running statistics are the last batch's unless told otherwise."""
+        """Return a layer with weights of both signs, far from 1 and 0.
+
+        Its running statistics are the last batch's unless told otherwise.
+        """
         options = {"momentum": 1.0, "affine": self.affine, "dtype": self.parameters_dtype, **options}
         if not self.dbn:
             options["scaling"] = self.scaling
@@ -117,12 +122,12 @@ class Problem:
         return Config(layer.group_size, 0 if self.dbn else layer.num_iterations, layer.eps, self.scaling, method)
 
     def forward_bytes(self) -> int:
-        """8 (1 + C + C (d + 1) / 2), docs/distributed.md."""
+        """Return 8 (1 + C + C (d + 1) / 2), docs/distributed.md."""
         d = min(self.group_size, self.channels)
         return 8 * (1 + self.channels + self.channels * (d + 1) // 2)
 
     def backward_bytes(self) -> int:
-        """4 (C + C (d + 1) / 2), twice that for float64."""
+        """Return 4 (C + C (d + 1) / 2), twice that for float64."""
         d = min(self.group_size, self.channels)
         return (8 if self.dtype == torch.float64 else 4) * (self.channels + self.channels * (d + 1) // 2)
 
@@ -136,12 +141,12 @@ def with_affine(layer: Any) -> Any:
 
 
 def step(layer: nn.Module, x: Tensor, dy: Tensor, autocast: bool = False) -> dict[str, Tensor | None]:
-    """Forward and backward: y, gradients, running statistics."""
+    """Run forward and backward, and return y, gradients and running statistics."""
     x = x.clone().requires_grad_()
     with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
         y = layer(x)
     y.backward(dy)
-    layer = getattr(layer, "_orig_mod", layer)  # of a compiled one, whose names are others
+    layer = getattr(layer, "_orig_mod", layer)  # the names of a compiled layer are others
     found = {"y": y.detach(), "dx": x.grad} | {f"d{k}": p.grad for k, p in layer.named_parameters()}
     layer.zero_grad()
     return found | {name: value.clone() for name, value in layer.named_buffers()}

@@ -53,7 +53,7 @@ def test_one_graph_for_every_batch_size(name: str, marked: bool) -> None:
 
 
 def test_a_network_of_linear_layers() -> None:
-    """IterNorm1d on (N, C)."""
+    """IterNorm1d on (N, C) is compiled once, too."""
     counter = CompileCounterWithBackend("aot_eager")
     net = nn.Sequential(nn.Linear(3, 8), nk.IterNorm1d(8, 4), nn.ReLU())
     eager = copy.deepcopy(net)
@@ -67,9 +67,12 @@ def test_a_network_of_linear_layers() -> None:
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore")  # of inductor's own, about the machine
+@pytest.mark.filterwarnings("ignore")  # inductor's own warnings, about the machine
 def test_inductor_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There Inductor refuses ops of which torch's table has a decomposition. One program for every batch size."""
+    """In CI Inductor refuses ops of which torch's table has a decomposition.
+
+    There is one program for every batch size.
+    """
     monkeypatch.setenv("CI", "1")
     net = nk.IterNorm2d(3).eval()
     compiled = torch.compile(net, fullgraph=True, dynamic=True)
@@ -81,7 +84,7 @@ def test_inductor_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
 @EVERY_NETWORK
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_export(name: str, training: bool) -> None:
-    """With any batch size. A program of training mode updates its own running statistics, as the module does its."""
+    """A program takes any batch size; in training mode it updates its own running statistics, as the module does."""
     net = build(name)
     net(batch())
     net.train(training)
@@ -100,7 +103,7 @@ def test_export(name: str, training: bool) -> None:
     "how", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["deepcopy", "pickle"]
 )
 def test_copies_of_a_compiled_network(name: str, how: Callable[[Any], Any]) -> None:
-    """nn.Module.compile, then use, then a copy that goes on by itself."""
+    """After nn.Module.compile and use, a copy goes on by itself."""
     net = build(name)
     net.compile(backend="aot_eager", fullgraph=True)
     net(batch())
@@ -117,7 +120,7 @@ WITHOUT_EIGH = pytest.mark.parametrize("name", [name for name in NETWORKS if nam
 @pytest.mark.gpu
 @WITHOUT_EIGH
 def test_cuda_graph_of_a_training_step(name: str) -> None:
-    """torch.cuda.graph of forward, backward and optimizer; replays train, and update running statistics."""
+    """torch.cuda.graph takes forward, backward and optimizer; replays train, and update running statistics."""
 
     def prepared() -> tuple[nn.Module, torch.optim.Optimizer]:
         net = build(name).cuda()
@@ -155,10 +158,10 @@ def test_cuda_graph_of_a_training_step(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore")  # of inductor's own, about the machine
+@pytest.mark.filterwarnings("ignore")  # inductor's own warnings, about the machine
 @WITHOUT_EIGH
 def test_reduce_overhead(name: str) -> None:
-    """torch.compile's own CUDA graphs: values, gradients and running statistics over several steps."""
+    """torch.compile's own CUDA graphs give eager's values, gradients and running statistics over several steps."""
     net, eager = build(name).cuda(), build(name).cuda()
     compiled = torch.compile(net, mode="reduce-overhead", fullgraph=True)
     for training in (True, False):

@@ -75,7 +75,7 @@ PADDINGS: list[Any] = [0, 1, 6, (1, 2), "same", "valid"]
 
 
 def allowed(paddings: list[Any], strides: list[Any]) -> Any:
-    """Every pair but 'same' with a stride, which is refused: test_same_needs_stride_1."""
+    """Mark every pair but 'same' with a stride, which is refused: test_same_needs_stride_1."""
     pairs = [(p, s) for p in paddings for s in strides if p != "same" or s == 1]
     return pytest.mark.parametrize(("padding", "stride"), pairs, ids=str)
 
@@ -127,7 +127,7 @@ def test_eps(eps: float, detach: bool) -> None:
 @AXES
 @DETACH
 def test_gradcheck(axes: int, detach: bool) -> None:
-    """Numerically, and the second derivatives that a gradient penalty needs.
+    """Gradients are right numerically, and the second derivatives that a gradient penalty needs.
 
     With detach_spectrum the weight is left out, as its gradient is not that of y.
     """
@@ -160,7 +160,7 @@ SETTINGS = st.fixed_dictionaries(
 @hypothesis.given(SETTINGS)
 @hypothesis.settings(max_examples=60)
 def test_shape_is_that_of_conv2d(given: dict[str, Any]) -> None:
-    """And the values are the oracle's; a plane that nn.Conv2d has no output for is refused."""
+    """The values are the oracle's; a plane that nn.Conv2d has no output for is refused."""
     size, kernel = given.pop("size"), given.pop("kernel")
     if given["padding"] == "same":
         given["stride"] = (1, 1)
@@ -185,7 +185,7 @@ def test_shape_is_that_of_conv2d(given: dict[str, Any]) -> None:
 @AXES
 @pytest.mark.parametrize("eps", [1e-8, 0.1])
 def test_layer_is_the_matrix_of_equation_8(axes: int, eps: float) -> None:
-    """With all of the padding kept: y = Q x on a circle of n + R, where cross-correlation flips the kernel (B.2)."""
+    """With all of the padding kept, y = Q x on a circle of n + R, where cross-correlation flips the kernel (B.2)."""
     config = Config(padding=2, eps=eps)
     layer = build(2, 3, 3, config, axes=axes, dtype=torch.float64, bias=False, affine=False)
     size, circle = (4, 3)[:axes], (6, 5)[:axes]
@@ -234,7 +234,7 @@ def test_no_channel_gains_energy(padding: int, stride: int) -> None:
     layer = build(3, 5, 3, Config(stride, padding), bias=False, affine=False)
     x = plane(4, 3, 13, 13)
     energy, of_y = x.square().sum((1, 2, 3)), layer(x).square().sum((2, 3))
-    floor = 1e3 * unit(torch.float32)  # of a sum of 13 x 13 x 3 squares, and y's own floor
+    floor = 1e3 * unit(torch.float32)  # for a sum of 13 x 13 x 3 squares, and y's own floor
     assert (of_y <= energy[:, None] * (1 + floor)).all()
 
 
@@ -281,7 +281,7 @@ SOBEL = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
 @DTYPES
 @DETACH
 def test_spectral_zero_and_zero_filter(dtype: torch.dtype, detach: bool) -> None:
-    """ConvNorm: NaN for a Sobel kernel and for a filter of zeros."""
+    """The results are finite; the peer, ConvNorm, has NaN for a Sobel kernel and for a filter of zeros."""
     config = Config(padding=1, detach_spectrum=detach)
     layer = build(1, 3, 3, config, dtype=dtype)
     with torch.no_grad():
@@ -301,7 +301,10 @@ def test_spectral_zero_and_zero_filter(dtype: torch.dtype, detach: bool) -> None
 
 @AXES
 def test_bias_comes_last(axes: int) -> None:
-    """ConvNorm: added before normalization. A bias is neither filtered nor convolved with the affine kernel."""
+    """A bias is neither filtered nor convolved with the affine kernel.
+
+    The peer, ConvNorm, adds it before normalization.
+    """
     layer = build(3, 4, 3, Config(padding=1), axes=axes, dtype=torch.float64)
     x = plane(2, 3, *(9, 8)[:axes], dtype=torch.float64)
     with_bias, bias = layer(x), layer.bias.detach().clone()
@@ -311,7 +314,7 @@ def test_bias_comes_last(axes: int) -> None:
 
 
 def test_affine_starts_as_the_identity() -> None:
-    """r_k of section 3.3 for odd, even and rectangular kernels: y is what it is without."""
+    """The affine kernel is r_k of section 3.3, odd, even and rectangular: y is what it is without."""
     for kernel in (1, 2, 3, (3, 5), (4, 2)):
         torch.manual_seed(0)
         layer: Any = nk.ConvNorm2d(3, 4, kernel)
@@ -325,14 +328,17 @@ def test_affine_starts_as_the_identity() -> None:
 
 
 def test_evaluation_before_training() -> None:
-    """ConvNorm: gives zeros."""
+    """Evaluation gives what training gives; the peer, ConvNorm, gives zeros."""
     layer, x = build(3, 4, 3, Config(padding=1)), plane(2, 3, 9, 8)
     assert torch.equal(layer.eval()(x), layer.train()(x))
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_any_resolution(training: bool) -> None:
-    """ConvNorm: a buffer shaped like the feature map, so another resolution raises; and so does loading."""
+    """A layer takes any plane after any other.
+
+    The peer, ConvNorm, has a buffer shaped like the feature map, so another resolution raises; and so does loading.
+    """
     config = Config(padding=1)
     layer = build(3, 4, 3, config).train(training)
     other = nk.ConvNorm2d(3, 4, 3, padding=1).train(training)
@@ -348,7 +354,10 @@ def test_any_resolution(training: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_types(dtype: torch.dtype) -> None:
-    """ConvNorm: raises. Here also a layer cast after it was built, and x of a size that a half type can hold."""
+    """Half types work, also in a layer that was cast after it was built. The peer, ConvNorm, raises.
+
+    x is of a size that a half type can hold.
+    """
     config = Config(stride=2, padding=1)
     layer = build(16, 8, 3, config).to(dtype)
     check(layer, 30 * plane(2, 16, 13, 13, dtype=dtype), config)

@@ -132,7 +132,7 @@ EDITS["load-assign"] = lambda layer: load(layer, assign=True)
 @pytest.mark.parametrize("mode", ["grad", "no_grad", "inference_mode"])
 @pytest.mark.parametrize("edit", EDITS)
 def test_cache_is_never_stale(edit: str, mode: str) -> None:
-    """Every way to change a weight between two evaluations, two of which autograd's version counter does not see."""
+    """The cache sees each change of a weight between two evaluations; autograd's version counter misses two of them."""
     config = Config(padding=1)
     layer, x = build(3, 4, 3, config).eval(), plane(2, 3, 9, 8)
     context = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[mode]
@@ -159,7 +159,7 @@ def test_cache_follows_the_type_and_the_plane() -> None:
 @DETACH
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=lambda c: c.__name__)
 def test_gradients_in_evaluation(context: Any, detach: bool) -> None:
-    """The same as in training, also after the spectrum was remembered without a graph, and twice in a row."""
+    """Gradients are as in training, also after the spectrum was remembered without a graph, and twice in a row."""
     config = Config(stride=2, padding=1, detach_spectrum=detach)
     layer, x = build(3, 4, 3, config), plane(2, 3, 9, 8)
     dy = incoming_gradient(layer(x))
@@ -173,7 +173,7 @@ def test_gradients_in_evaluation(context: Any, detach: bool) -> None:
 
 
 def test_frozen_in_evaluation() -> None:
-    """Fine-tuning through a frozen layer: x still gets its gradient."""
+    """Fine-tuning goes through a frozen layer: x still gets its gradient."""
     config = Config(padding=1)
     layer = build(3, 4, 3, config).eval().requires_grad_(False)
     x = plane(2, 3, 9, 8).requires_grad_()
@@ -183,7 +183,7 @@ def test_frozen_in_evaluation() -> None:
 
 
 def test_functional_call_in_evaluation() -> None:
-    """Model averaging: weights from elsewhere are not the remembered ones."""
+    """As in model averaging, weights from elsewhere are not the remembered ones."""
     layer, other = build(3, 4, 3).eval(), nk.ConvNorm2d(3, 4, 3)
     x = plane(2, 3, 9, 8)
     own = layer(x)
@@ -196,7 +196,7 @@ def test_functional_call_in_evaluation() -> None:
 
 @pytest.fixture
 def _eager_switching() -> Iterator[None]:
-    """Threads switch a thousand times as often as they do by default."""
+    """Make threads switch a thousand times as often as they do by default."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -210,7 +210,7 @@ def layer(**options: object) -> nk.ConvNorm2d:
 
 
 def fresh(module: nn.Module, x: Tensor) -> Tensor:
-    """The output of a copy, whose cache is empty."""
+    """Return the output of a copy, whose cache is empty."""
     torch.manual_seed(0)
     copy = nk.ConvNorm2d(3, 4, 3, padding=1).eval()
     copy.load_state_dict({name: value.detach() for name, value in module.state_dict().items()})
@@ -328,7 +328,7 @@ def test_torch_func_in_evaluation(detach: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_convolutions_checkpoint_brings_type_and_device(dtype: torch.dtype) -> None:
-    """assign=True takes what it gets, the identity included."""
+    """assign=True takes what the checkpoint has, for the identity, too."""
     checkpoint = nn.Conv2d(3, 4, 3, padding=1, dtype=dtype).state_dict()
     with torch.device("meta"):
         module = nk.ConvNorm2d(3, 4, 3, padding=1)

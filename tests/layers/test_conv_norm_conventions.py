@@ -42,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ign
 
 @AXES
 def test_signature_is_convs(axes: int) -> None:
-    """Names, order and defaults of nn.Conv, then keywords only."""
+    """Names, order and defaults are those of nn.Conv, then keywords only."""
     ours = list(inspect.signature(LAYERS[axes]).parameters.values())
     theirs = list(inspect.signature(CONVS[axes]).parameters.values())
     assert [(p.name, p.default) for p in ours[: len(theirs)]] == [(p.name, p.default) for p in theirs]
@@ -64,7 +64,7 @@ def test_names_and_shapes(axes: int) -> None:
 
 @AXES
 def test_initial_weight_is_convs(axes: int) -> None:
-    """The same draws, so that a seed gives the same network with either layer."""
+    """The draws are the same, so that a seed gives the same network with either layer."""
     torch.manual_seed(5)
     layer = LAYERS[axes](3, 4, 3)
     torch.manual_seed(5)
@@ -76,7 +76,7 @@ def test_initial_weight_is_convs(axes: int) -> None:
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_conv_checkpoint(axes: int, bias: bool, assign: bool) -> None:
-    """Loads strictly, inside a network: the affine kernel becomes the identity. The dict stays as it was."""
+    """It loads strictly, inside a network: the affine kernel becomes the identity. The dict stays as it was."""
     source: Any = nn.Sequential(CONVS[axes](3, 4, 3, bias=bias), nn.ReLU())
     target: Any = nn.Sequential(build(3, 4, 3, axes=axes, bias=bias), nn.ReLU())
     state = source.state_dict()
@@ -92,7 +92,7 @@ def test_conv_checkpoint(axes: int, bias: bool, assign: bool) -> None:
 
 @AXES
 def test_state_dict_round_trip(axes: int) -> None:
-    """After an evaluation, whose spectrum is no part of it."""
+    """The spectrum of an evaluation is no part of the state_dict."""
     layer, other = build(3, 4, 3, axes=axes).eval(), LAYERS[axes](3, 4, 3).eval()
     x = plane(2, 3, *(9, 8)[:axes])
     y = layer(x)
@@ -117,7 +117,7 @@ def test_checkpoint_of_another_shape_is_an_error(key: str) -> None:
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_copies(axes: int, how: Any, training: bool) -> None:
-    """Also of a layer that remembers a spectrum, with and without a graph; the copy goes on by itself."""
+    """A layer that remembers a spectrum is copied, with and without a graph; the copy goes on by itself."""
     layer, x = build(3, 4, 3, axes=axes).train(training), plane(2, 3, *(9, 8)[:axes])
     y = layer(x)
     twin = how(layer)
@@ -157,7 +157,7 @@ def test_meta_device_and_types(axes: int, training: bool) -> None:
 
 @AXES
 def test_repr(axes: int) -> None:
-    """nn.Conv's, and what is not a default of ours."""
+    """The text is that of nn.Conv, with what is not a default of ours."""
     text = repr(LAYERS[axes](6, 4, 3, stride=2, affine=False, eps=0.01, detach_spectrum=False))
     for part in (f"ConvNorm{axes}d(6, 4", "stride=", "affine=False", "eps=0.01", "detach_spectrum=False"):
         assert part in text
@@ -202,7 +202,7 @@ def test_autocast(axes: int, detach: bool, training: bool) -> None:
 
 
 def test_autocast_of_a_network() -> None:
-    """Without a cast by hand between the layers, and trained a step."""
+    """The network needs no cast by hand between the layers, and trains a step."""
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nk.ConvNorm2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
     seen: list[Tensor] = []
     net[1].register_forward_hook(lambda _, args, y: seen.extend((*args, y)))
@@ -217,7 +217,7 @@ def test_autocast_of_a_network() -> None:
 @DETACH
 @pytest.mark.parametrize("stride", [1, 2])
 def test_compiles_without_graph_breaks(axes: int, detach: bool, stride: int) -> None:
-    """In training, then in evaluation, then after the weights changed under the compiled module."""
+    """The layer compiles in training, in evaluation, and after the weights changed under the compiled module."""
     torch.compiler.reset()
     config = Config(stride=stride, padding=1, detach_spectrum=detach)
     layer, x = build(3, 4, 3, config, axes=axes), plane(2, 3, *(9, 8)[:axes])
@@ -259,7 +259,7 @@ def test_compiled_under_autocast() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_with_dynamic_shapes(training: bool) -> None:
-    """Batch and plane as symbols."""
+    """Batch and plane may be symbols."""
     torch.compiler.reset()
     config = Config(stride=2, padding=1)
     layer = build(3, 4, 3, config).train(training)
@@ -313,7 +313,7 @@ WRONG = {
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("what", WRONG)
 def test_wrong_input(what: str, training: bool) -> None:
-    """5 x 5, padding 1: a plane of 2 is padded to 4. Nothing is remembered of a failed call."""
+    """With 5 x 5 and padding 1 a plane of 2 is padded to 4. Nothing is remembered of a failed call."""
     x, error, expected, got = WRONG[what]
     layer, good = build(6, 4, 5, Config(padding=1)).train(training), plane(2, 6, 9, 8)
     y, before = layer(good), {k: v.clone() for k, v in layer.state_dict().items()}

@@ -26,18 +26,18 @@ def rank(layer_type: type) -> int:
 
 
 def keys(layer_type: type) -> list[str]:
-    """Of the state_dict, in its order."""
+    """Return the keys of the state_dict, in its order."""
     second = "running_whitening" if layer_type in WHITENING else "running_var"
     return ["weight", "bias", "running_mean", second, "num_batches_tracked"]
 
 
 def second(layer: nn.Module) -> Tensor:
-    """The running statistic beside the mean."""
+    """Return the running statistic beside the mean."""
     return layer.get_buffer(keys(type(layer))[3])
 
 
 def build(layer_type: Any, **options: Any) -> Any:
-    """A layer of 8 channels, whitened in groups of 4."""
+    """Build a layer of 8 channels, whitened in groups of 4."""
     return layer_type(**{"num_features": 8} | ({"group_size": 4} if layer_type in WHITENING else {}) | options)
 
 
@@ -81,7 +81,7 @@ def test_names_shapes_and_initial_values(layer_type: type) -> None:
 
 @pytest.mark.parametrize("d", [1, 2, 3])
 def test_positional_arguments(d: int) -> None:
-    """DESIGN.md section 6; BatchNorm's order behind the whitening's own."""
+    """Arguments are as in DESIGN.md section 6, in BatchNorm's order behind the whitening's own."""
     iter_norm = getattr(nk, f"IterNorm{d}d")(
         12, 6, 3, 1e-4, 0.2, False, False, "cpu", torch.float64, scaling="frobenius"
     )
@@ -175,7 +175,7 @@ def test_without_affine(layer_type: type) -> None:
 
 @EVERY_LAYER
 def test_repr(layer_type: type) -> None:
-    """Enough to build the layer again."""
+    """The text has enough to build the layer again."""
     layer = build(layer_type, eps=0.01, momentum=None, affine=False)
     text = repr(layer)
     for part in (f"{layer_type.__name__}(8", "eps=0.01", "momentum=None", "affine=False", "track_running_stats=True"):
@@ -188,7 +188,7 @@ def test_repr(layer_type: type) -> None:
 
 @EVERY_LAYER
 def test_not_a_batchnorm(layer_type: type) -> None:
-    """convert_sync_batchnorm replaces whatever inherits from _BatchNorm; this must survive it."""
+    """convert_sync_batchnorm replaces whatever inherits from _BatchNorm; our layers must survive it."""
     layer = build(layer_type)
     assert not isinstance(layer, nn.modules.batchnorm._BatchNorm)
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(layer, nn.BatchNorm2d(8)))
@@ -238,14 +238,14 @@ def test_batchnorm_checkpoint(layer_type: type, group_size: int, assign: bool) -
     layer = layer_type(8, group_size=group_size)
     state = source.state_dict()
     layer.load_state_dict(state, assign=assign)
-    assert list(state) == list(source.state_dict())  # the caller's dict is his
+    assert list(state) == list(source.state_dict())  # the caller's dict is not changed
     assert layer.num_batches_tracked == 3
     x = batch(layer_type, 5)
     assert_agree(layer.eval()(x), source.eval()(x))
 
 
 def test_batchnorm_checkpoint_inside_a_network() -> None:
-    """With prefixes, and a layer that already saw other data."""
+    """It loads with prefixes, and into a layer that already saw other data."""
     source = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()))
     target = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nk.IterNorm2d(8, 4), nn.ReLU()))
     x = torch.randn(5, 3, 7, 7)
@@ -282,7 +282,7 @@ def test_copies(layer_type: type, how: Any) -> None:
 
 @EVERY_LAYER
 def test_functional_call(layer_type: type) -> None:
-    """torch.func.functional_call with parameters and buffers from elsewhere, as in model averaging."""
+    """torch.func.functional_call takes parameters and buffers from elsewhere, as in model averaging."""
     layer, other = build(layer_type).eval(), trained(layer_type).eval()
     x = batch(layer_type)
     state = dict(other.named_parameters()) | dict(other.named_buffers())
@@ -314,7 +314,7 @@ def test_half_types_keep_float32_statistics(layer_type: type, cast: str) -> None
 
 @EVERY_LAYER
 def test_double(layer_type: type) -> None:
-    """float64 throughout, and back."""
+    """The layer is float64 throughout, and goes back."""
     layer = trained(layer_type).double()
     assert all(t.dtype == torch.float64 for k, t in layer.state_dict().items() if k != "num_batches_tracked")
     assert layer(batch(layer_type).double()).dtype == torch.float64
@@ -341,7 +341,7 @@ def test_default_dtype(layer_type: type) -> None:
 
 @EVERY_LAYER
 def test_meta_device(layer_type: type) -> None:
-    """Built without memory, then materialized, as large models are."""
+    """A layer is built without memory, then materialized, as large models are."""
     layer = build(layer_type, device="meta")
     assert all(t.is_meta for t in layer.state_dict().values())
     layer.to_empty(device="cpu")
@@ -353,7 +353,7 @@ def test_meta_device(layer_type: type) -> None:
 
 @EVERY_LAYER
 def test_mismatched_parameters(layer_type: type) -> None:
-    """Parameters replaced by hand: another length, type or device is named, and no buffer changes."""
+    """A parameter of another length, type or device, put in by hand, is named, and no buffer changes."""
     x = batch(layer_type)
     for wrong, expected, got in (
         (torch.ones(7), "(8,)", "(7,)"),
@@ -374,7 +374,7 @@ def test_mismatched_parameters(layer_type: type) -> None:
 @EVERY_LAYER
 @pytest.mark.parametrize("name", ["affine", "track_running_stats"])
 def test_flags_are_true_or_false(layer_type: type, name: str) -> None:
-    """Any string is true, "no" as well."""
+    """Any string counts as true, "no" as well, so strings are refused."""
     with pytest.raises(TypeError, match=f"{name}: expected True or False, got 'no'"):
         build(layer_type, **{name: "no"})
     assert getattr(build(layer_type, **{name: 0}), name) == 0
@@ -386,7 +386,7 @@ GROUPED = [(t, {"group_size": d}) for t in WHITENING for d in (1, 4)]
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize(("layer_type", "options"), [*GROUPED, (nk.POPNorm1d, {}), (nk.POPNorm2d, {})])
 def test_an_activation_in_place(layer_type: type, options: dict[str, Any], training: bool) -> None:
-    """nn.ReLU(inplace=True) behind it: autograd allows that only for a y that is no view."""
+    """nn.ReLU(inplace=True) may stand behind it: autograd allows that only for a y that is no view."""
     layer = trained(layer_type, **options).train(training)
     x = batch(layer_type, 7)
     for layout in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from tests.layers.networks import EVERY_NETWORK, batch, build, loss_of, memory, norm_of, step
 from tests.tolerances import assert_agree
 
-# torch's own: what it has no batching rule for, and what forward mode touches
+# torch's own warnings, of operators without a batching rule and of what forward mode touches
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop.*lerp_"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch"),
@@ -19,7 +19,7 @@ pytestmark = [
 
 
 def state(net: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Copies of parameters and buffers."""
+    """Return copies of parameters and buffers."""
     both = net.named_parameters(), net.named_buffers()
     parameters, buffers = ({name: value.detach().clone() for name, value in each} for each in both)
     return parameters, buffers
@@ -48,7 +48,7 @@ def test_functional_call(name: str, training: bool) -> None:
 @EVERY_NETWORK
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_vmap_over_models(name: str, training: bool) -> None:
-    """An ensemble in one call, each with its data: outputs, gradients, and running statistics of each."""
+    """An ensemble in one call, each model with its data, has the outputs, gradients and statistics of each."""
     nets = [build(name).train(training) for _ in range(3)]
     for i, net in enumerate(nets):
         net(batch(i + 7))
@@ -69,7 +69,7 @@ def test_vmap_over_models(name: str, training: bool) -> None:
 
 @EVERY_NETWORK
 def test_gradient_of_each_sample(name: str) -> None:
-    """In evaluation, where samples do not meet in the statistics."""
+    """In evaluation each sample has its gradient, as samples do not meet in the statistics."""
     net = build(name)
     net(batch())
     net.eval()
@@ -99,7 +99,7 @@ def test_vmap_needs_statistics_for_each(name: str) -> None:
 @pytest.mark.parametrize("name", ["IterNorm2d", "DBN2d", "POPNorm2d", "ConvNorm2d"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_forward_mode_is_refused(name: str, compiled: bool) -> None:
-    """Compiled code would otherwise drop the tangents of what nobody wants the gradient of."""
+    """Compiled code would otherwise drop the tangents where nothing needs a gradient."""
     net = build(name).eval().requires_grad_(False)
     call = torch.compile(net, backend="aot_eager") if compiled else net
     with pytest.raises(NotImplementedError, match="forward mode AD"), forward_ad.dual_level():

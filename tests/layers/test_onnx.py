@@ -26,7 +26,7 @@ STANDARD = {"", "ai.onnx"}  # names of the domain of ONNX's own operators
 
 
 def export(model: nn.Module, x: Tensor, dynamic: dict[int, Any] | None = None) -> Any:
-    """The program, after a step of training."""
+    """Export a model after a step of training."""
     model(x)
     return torch.onnx.export(
         model.eval(), (x,), dynamo=True, dynamic_shapes=({0: N} if dynamic is None else dynamic,), verbose=False
@@ -34,7 +34,7 @@ def export(model: nn.Module, x: Tensor, dynamic: dict[int, Any] | None = None) -
 
 
 def check(program: Any, model: nn.Module, *batches: Tensor) -> None:
-    """Standard operators only, and eager's values."""
+    """Check that a program has standard operators only, and gives eager's values."""
     assert not program.model_proto.functions
     assert {node.domain for node in program.model_proto.graph.node} <= STANDARD
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -77,14 +77,14 @@ def test_planes_of_any_size() -> None:
 
 
 def test_batch_statistics_are_refused() -> None:
-    """The message of ours is in that of the exporter."""
+    """Our message is part of the exporter's."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nk.IterNorm2d(8, 4, track_running_stats=False))
     with pytest.raises(torch.onnx.OnnxExporterError, match=r"(?s)running statistics, got .*call model\.eval\(\)"):
         export(model, torch.randn(4, 3, 6, 6))
 
 
 def test_an_exported_program_still_has_the_ops() -> None:
-    """torch.export keeps them, whatever was exported to ONNX before; so ONNX takes modules, not these programs."""
+    """torch.export keeps the ops, whatever was exported to ONNX before; so ONNX takes modules, not these programs."""
     model = nk.IterNorm2d(8, 4)
     x = torch.randn(4, 8, 3, 3)
     export(model, x)

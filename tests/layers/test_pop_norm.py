@@ -36,7 +36,7 @@ EVERY_OPTION = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.
 
 
 def with_affine(layer: Any) -> Any:
-    """Weights of both signs and shifts, far from 1 and 0."""
+    """Set weights of both signs and shifts, far from 1 and 0."""
     with torch.no_grad():
         for parameter, ends in ((layer.weight, (-1.5, 2)), (layer.bias, (3, -1))):
             if parameter is not None:
@@ -58,7 +58,7 @@ def options_of(layer: Any) -> tuple[Any, ...]:
 
 
 def values_and_gradients(layer: Any, x: Tensor, dy: Tensor) -> list[Tensor | None]:
-    """y and the gradients of x, weight and bias."""
+    """Return y and the gradients of x, weight and bias."""
     leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
     layer.zero_grad()
     y = layer(leaf)
@@ -67,7 +67,7 @@ def values_and_gradients(layer: Any, x: Tensor, dy: Tensor) -> list[Tensor | Non
 
 
 def check(layer: Any, x: Tensor, path: Any, plain: Any, running: tuple[Tensor, Tensor] | None = None) -> None:
-    """One call and its backward against ``path(x, weight, bias)`` in float64, beside ``plain`` in x's type."""
+    """Check one call and its backward against ``path(x, weight, bias)`` in float64, beside ``plain`` in x's type."""
     dy = incoming_gradient(x)
     given = [x, *(None if p is None else p.detach() for p in (layer.weight, layer.bias))]
     results = []
@@ -110,7 +110,7 @@ def check_evaluation(layer: Any, x: Tensor) -> None:
 @EVERY_RANK
 @DTYPES
 def test_training_step(rank: str, dtype: torch.dtype) -> None:
-    """Output, gradients, and running averages: of the mean, and of the unbiased variance as BatchNorm's."""
+    """Output, gradients and running averages are right: of the mean, and of the unbiased variance as BatchNorm's."""
     layer_type, _, shape = RANKS[rank]
     layer = with_affine(layer_type(8, momentum=0.3, dtype=dtype))
     x = inputs.gaussian(shape, dtype=dtype)
@@ -127,7 +127,7 @@ def test_training_step(rank: str, dtype: torch.dtype) -> None:
 @EVERY_RANK
 @DTYPES
 def test_evaluation(rank: str, dtype: torch.dtype) -> None:
-    """Running statistics and parameters of different batches: r^2 is running_var + beta^2 for today's beta."""
+    """Statistics and parameters may be of different batches: r^2 is running_var + beta^2 for today's beta."""
     layer_type, _, shape = RANKS[rank]
     layer = layer_type(8, dtype=dtype)
     layer(inputs.gaussian(shape, dtype=dtype, mean=2.0))
@@ -140,7 +140,7 @@ def test_evaluation(rank: str, dtype: torch.dtype) -> None:
 @EVERY_OPTION
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_modes(options: dict[str, Any], dtype: torch.dtype) -> None:
-    """Remark 1: either step by itself. A step that is left out has no parameter."""
+    """Either step works by itself (Remark 1). A step that is left out has no parameter."""
     layer = with_affine(nk.POPNorm2d(8, dtype=dtype, **options))
     wanted = [name for name, used in (("weight", layer.scale), ("bias", layer.center)) if used and layer.affine]
     assert [name for name, _ in layer.named_parameters()] == wanted
@@ -166,7 +166,7 @@ def test_kappa_divides() -> None:
 @pytest.mark.parametrize("training", [True, False])
 @EVERY_RANK
 def test_root_mean_square(rank: str, training: bool) -> None:
-    """What Theorem 3 needs: a channel's root mean square is |gamma| / kappa, whatever beta is."""
+    """A channel's root mean square is |gamma| / kappa, whatever beta is, as Theorem 3 needs it."""
     layer_type, _, shape = RANKS[rank]
     layer = with_affine(layer_type(8, 3.0, eps=0.0, momentum=1.0, dtype=torch.float64))
     x = inputs.gaussian(shape)
@@ -204,7 +204,7 @@ def test_without_beta_and_kappa_it_is_batchnorm(rank: str, momentum: float | Non
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @EVERY_OPTION
 def test_statistics_are_batchnorms(options: dict[str, Any], dtype: torch.dtype, momentum: float | None) -> None:
-    """Whatever the layer makes of them."""
+    """The statistics are BatchNorm's, whatever the layer makes of them."""
     layer = with_affine(nk.POPNorm2d(8, momentum=momentum, dtype=dtype, **options))
     reference = nn.BatchNorm2d(8, momentum=momentum, dtype=dtype)
     for seed in range(3):
@@ -217,7 +217,7 @@ def test_statistics_are_batchnorms(options: dict[str, Any], dtype: torch.dtype, 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("half", [False, True])
 def test_batchnorm_checkpoint(half: bool, assign: bool) -> None:
-    """The same names: it loads strictly, inside a network, too, and back; statistics stay float32."""
+    """With the same names a checkpoint loads strictly, inside a network, too, and back; statistics stay float32."""
     source = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(with_affine(nn.BatchNorm2d(8))))
     source(torch.randn(5, 3, 7, 7))
     target = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nk.POPNorm2d(8)))
@@ -266,7 +266,7 @@ def test_no_graph_in_buffers() -> None:
 
 @EVERY_OPTION
 def test_gradients_of_evaluation(options: dict[str, Any]) -> None:
-    """Of any order, with a training step between a call and its backward."""
+    """Gradients of any order are right, with a training step between a call and its backward."""
     layer = with_affine(nk.POPNorm2d(2, dtype=torch.float64, **options))
     x = inputs.gaussian((3, 2, 2, 2)).requires_grad_()
     layer(x)
@@ -285,7 +285,7 @@ def test_gradients_of_evaluation(options: dict[str, Any]) -> None:
 
 
 def test_frozen() -> None:
-    """Fine-tuning through it: x still gets its gradient."""
+    """Fine-tuning goes through a frozen layer: x still gets its gradient."""
     layer = nk.POPNorm2d(8, 2.0, eps=0.0).eval().requires_grad_(False)
     x = inputs.gaussian(inputs.SHAPE_4D, dtype=torch.float32).requires_grad_()
     y = layer(x)
@@ -300,7 +300,7 @@ def test_frozen() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
 def test_bad_batch_leaves_the_statistics_alone(bad: float, momentum: float | None, first: bool) -> None:
-    """As a whole, though a bad value stays in its channel in the output."""
+    """No statistic changes, though in the output a bad value stays in its channel."""
     layer = nk.POPNorm2d(8, momentum=momentum)
     x = inputs.gaussian(inputs.SHAPE_4D, dtype=torch.float32)
     if not first:
@@ -317,7 +317,7 @@ def test_bad_batch_leaves_the_statistics_alone(bad: float, momentum: float | Non
 
 
 def test_overflow_leaves_the_statistics_alone() -> None:
-    """A batch whose mean is finite and whose variance is not."""
+    """The mean of the batch is finite, its variance is not."""
     layer = nk.POPNorm2d(8)
     before = buffers(layer)
     layer(inputs.gaussian(inputs.SHAPE_4D, dtype=torch.float32, scale=1e25))
@@ -325,7 +325,7 @@ def test_overflow_leaves_the_statistics_alone() -> None:
 
 
 def test_large_variances_are_remembered() -> None:
-    """Finite ones whose sum is not: that of 64 channels overflows float32."""
+    """The variances are finite, but their sum is not: that of 64 channels overflows float32."""
     x = inputs.gaussian((4, 64), dtype=torch.float32, mean=0.0, scale=4e18)
     layer, reference = nk.POPNorm1d(64), nn.BatchNorm1d(64)
     layer(x)
@@ -347,7 +347,7 @@ def test_empty_batch(training: bool, shape: tuple[int, ...]) -> None:
 
 @EVERY_RANK
 def test_one_value_per_channel(rank: str) -> None:
-    """A batch of one (N, C) has no variance: raises in training, as BatchNorm; evaluation has statistics and works."""
+    """A batch of one (N, C) has no variance: training raises, as BatchNorm; evaluation has statistics and works."""
     layer_type, batchnorm, shape = RANKS[rank]
     layer = layer_type(8)
     x = torch.randn(1, 8, *[1] * (len(shape) - 2))
@@ -420,7 +420,7 @@ def test_autocast_between_convolutions(dtype: torch.dtype, training: bool) -> No
     assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all()
                for p in net.parameters())  # fmt: skip
     assert net[1].running_var.dtype == torch.float32
-    assert torch.equal(net[1](seen[0].detach()), seen[1])  # what it gives outside of autocast
+    assert torch.equal(net[1](seen[0].detach()), seen[1])  # as outside of autocast
 
 
 def test_float16_with_standard_deviation_1000() -> None:
@@ -434,7 +434,7 @@ def test_float16_with_standard_deviation_1000() -> None:
 
 @EVERY_MODE
 def test_a_network_trains(options: dict[str, Any]) -> None:
-    """Before each layer (Figure 1), at the paper's kappa."""
+    """Norms stand before each layer (Figure 1), at the paper's kappa."""
     blocks = [m for _ in range(3) for m in (nk.POPNorm2d(8, **options), nn.Conv2d(8, 8, 3, padding=1), nn.Tanh())]
     net = nn.Sequential(*blocks, nn.Flatten(), nk.POPNorm1d(8 * 36, **options), nn.Linear(8 * 36, 3))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
@@ -455,7 +455,7 @@ TRACED = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:
 
 @TRACED
 def test_compiles_without_graph_breaks() -> None:
-    """Training, then evaluation, for every batch size, and a bad batch: values, gradients and memory."""
+    """Values, gradients and memory are eager's in training and evaluation, for every batch size and a bad batch."""
     torch._dynamo.reset()  # it compiles one forward for few layers only
     layer, reference = (with_affine(nk.POPNorm2d(8)) for _ in range(2))
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -481,7 +481,7 @@ def test_compiles_without_graph_breaks() -> None:
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11's own, in torch.export.load
 @EVERY_MODE
 def test_export_of_evaluation(options: dict[str, Any]) -> None:
-    """With a free batch size, saved and loaded; the file knows the op by name."""
+    """A program with a free batch size is saved and loaded; the file knows the op by name."""
     layer = with_affine(nk.POPNorm2d(8, **options))
     x = inputs.gaussian(inputs.SHAPE_4D, dtype=torch.float32)
     layer(x)

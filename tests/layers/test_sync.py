@@ -32,7 +32,7 @@ NCHW, NHWC = torch.contiguous_format, torch.channels_last
 VARIANTS = {
     "NCHW": Problem(),
     "NHWC": Problem(layout=NHWC),
-    "NC": Problem(positions=(), unit=5),  # samples enough that the covariance has its rank
+    "NC": Problem(positions=(), unit=5),  # enough samples for the covariance to have its rank
     "NCL": Problem(positions=(11,)),
     "NCDHW": Problem(positions=(3, 2, 3)),
     "float64": Problem(dtype=torch.float64),
@@ -70,7 +70,10 @@ def buffers(layer: Any) -> list[Tensor]:
 
 
 def without_samples(splits: tuple[int, ...], rank: int, device: str) -> Any:
-    """A good batch, then one with this many values per channel: y, gradients, and the buffers before and after."""
+    """Run a good batch, then one with this many values per channel.
+
+    Return y, gradients, and the buffers before and after.
+    """
     good, few = Problem(), Problem(splits=splits, positions=())
     layer = good.layer()
     layer(good.share(good.whole()[0], rank))
@@ -80,7 +83,7 @@ def without_samples(splits: tuple[int, ...], rank: int, device: str) -> Any:
 
 
 def not_finite(value: float, dbn: bool, rank: int, device: str) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """A good batch, then one with a value on rank 1 that is not finite."""
+    """Run a good batch, then one with a value on rank 1 that is not finite."""
     problem = Problem(dbn=dbn)
     layer = problem.layer(momentum=0.1)
     x = problem.share(problem.whole()[0], rank)
@@ -102,7 +105,7 @@ def several_batches(options: dict[str, Any], rank: int, device: str) -> list[Ten
 
 
 def evaluation(options: dict[str, Any], rank: int, device: str) -> tuple[Tensor, list[int]]:
-    """y of this rank's samples in evaluation, after a step of training, and its collectives."""
+    """Return y of this rank's samples in evaluation, after a step of training, and its collectives."""
     problem = Problem(splits=(6, 2))
     layer = problem.layer(**options)
     x = problem.share(problem.whole()[0], rank)
@@ -115,7 +118,7 @@ def evaluation(options: dict[str, Any], rank: int, device: str) -> tuple[Tensor,
 
 
 def collectives_of(problem: Problem, rank: int, device: str) -> dict[str, list[int]]:
-    """Bytes of the collectives, in order."""
+    """Return the bytes of the collectives, in order."""
     layer = problem.layer()
     x = problem.share(problem.whole()[0], rank)
     found = {}
@@ -133,7 +136,10 @@ def collectives_of(problem: Problem, rank: int, device: str) -> dict[str, list[i
 
 
 def constant(mean: float, rank: int, device: str) -> dict[str, Tensor | None]:
-    """Channels of one value each, but for the first: what is left of sums of squares is rounding and no variance."""
+    """Run a step where all channels but the first have one value each.
+
+    Their sums of squares leave rounding, and no variance.
+    """
     problem = Problem(splits=(6, 2), dtype=torch.float64)  # squares of float32 numbers are exact
     x = (mean * torch.linspace(0.3, 1.7, 8, dtype=torch.float64)).view(1, 8, 1, 1).expand(8, 8, 5, 3).clone()
     x[:, 0] += problem.whole()[0][:, 0]
@@ -142,18 +148,18 @@ def constant(mean: float, rank: int, device: str) -> dict[str, Tensor | None]:
 
 
 def unlike_scales() -> Tensor:
-    """Channels whose standard deviations differ by 1e4 within a group."""
+    """Return channels whose standard deviations differ by 1e4 within a group."""
     return Problem().whole()[0] * torch.logspace(0, 4, 8).roll(3).view(1, 8, 1, 1)
 
 
 def decorrelated(rank: int, device: str) -> Tensor:
-    """y of this rank's samples, by an eigendecomposition of all ranks' covariance."""
+    """Return y of this rank's samples, by an eigendecomposition of all ranks' covariance."""
     problem = Problem(splits=(6, 2), dbn=True, affine=False)
     return problem.layer()(problem.share(unlike_scales(), rank)).detach()
 
 
 def pairs(rank: int, device: str) -> tuple[dict[str, Tensor | None], list[bool]]:
-    """Two groups of two ranks: each pair has a batch of its own."""
+    """Run a step in two groups of two ranks: each pair has a batch of its own."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     problem = Problem(splits=(6, 2))
     layer = problem.layer(process_group=groups[rank // 2])
@@ -202,7 +208,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def same_on_all(found: list[list[Tensor]]) -> list[Tensor]:
-    """Bit for bit, on every rank."""
+    """Check that results are equal on every rank, bit for bit, and return them."""
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert torch.equal(a, b)
@@ -210,7 +216,7 @@ def same_on_all(found: list[list[Tensor]]) -> list[Tensor]:
 
 
 def merged(found: list[dict[str, Tensor | None]]) -> Result:
-    """One process's result: batches end to end, gradients of weight and bias added up."""
+    """Merge results into one process's: batches end to end, gradients of weight and bias added up."""
     mean, w, batches = same_on_all(
         [[r["running_mean"], r["running_whitening"], r["num_batches_tracked"]] for r in found]
     )
@@ -267,7 +273,7 @@ def test_two_ranks_with_nccl(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def test_groups_of_processes(four: list[dict[str, Any]]) -> None:
-    """Each pair is one process with its own batch."""
+    """Each pair computes what one process does with the pair's own batch."""
     problem = Problem(splits=(6, 2))
     x, dy = problem.whole()
     for pair in range(2):
@@ -283,7 +289,7 @@ def test_groups_of_processes(four: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("name", ["all empty", "one value"])
 def test_too_few_values_leave_running_statistics_alone(two: list[dict[str, Any]], name: str) -> None:
-    """The last rank to run out of data does not fail beside the others, which have it already."""
+    """The last rank that has data does not fail beside the others, which have none left."""
     for rank in two:
         found, before, after, _ = rank[name]
         for a, b in zip(before, after, strict=True):
@@ -305,7 +311,7 @@ def test_what_is_not_finite_on_one_rank_reaches_no_running_statistics(
         before, after, y = rank[f"not finite {value} {dbn}"]
         for a, b in zip(before, after, strict=True):
             assert torch.equal(a, b)
-        assert not y[:, :4].isfinite().all()  # and is not hidden
+        assert not y[:, :4].isfinite().all()  # the bad value is not hidden
 
 
 @pytest.mark.parametrize("name", AVERAGES)
@@ -319,7 +325,7 @@ def test_running_averages(two: list[dict[str, Any]], name: str) -> None:
 
 @pytest.mark.parametrize("name", AVERAGES)
 def test_evaluation_is_that_of_a_rank_alone(two: list[dict[str, Any]], name: str) -> None:
-    """With running statistics, and without them those of the rank's own batch, as in SyncBatchNorm."""
+    """It takes running statistics or, without them, those of the rank's own batch, as SyncBatchNorm does."""
     problem = Problem(splits=(6, 2))
     x = problem.whole()[0]
     layer = problem.layer(synchronized=False, **AVERAGES[name])
@@ -333,7 +339,7 @@ def test_evaluation_is_that_of_a_rank_alone(two: list[dict[str, Any]], name: str
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_one_collective_forward_and_one_backward(two: list[dict[str, Any]], name: str) -> None:
-    """With as many bytes as docs/distributed.md says, whatever the rank has of the batch."""
+    """They have as many bytes as docs/distributed.md says, whatever the rank has of the batch."""
     problem = COUNTED[name]
     forward, backward = problem.forward_bytes(), problem.backward_bytes()
     for rank in two:
@@ -381,7 +387,7 @@ def test_channels_of_unlike_scale(two: list[dict[str, Any]]) -> None:
 
 
 def test_defaults_are_iter_norms() -> None:
-    """Of the function; the layers give it all options."""
+    """The function has the defaults of iter_norm; the layers give it all options."""
     ours, theirs = (inspect.signature(function).parameters for function in (sync_iter_norm, nk.ops.iter_norm))
     assert {name: p.default for name, p in ours.items() if name != "process_group"} == {
         name: p.default for name, p in theirs.items()

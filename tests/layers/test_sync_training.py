@@ -57,7 +57,7 @@ def batch(step: int) -> Tensor:
 
 
 def loss(model: nn.Module, x: Tensor, share: float = 1.0) -> Tensor:
-    """The mean over the whole batch; DDP and FSDP divide by the number of ranks, which share undoes."""
+    """Return the mean over the whole batch; DDP and FSDP divide by the number of ranks, which share undoes."""
     return model(x).sin().sum() / WHOLE * share
 
 
@@ -67,7 +67,7 @@ def results(model: nn.Module) -> list[Tensor]:
 
 
 def train(model: nn.Module, replica: nn.Module, rank: int | None, first: tuple[int, ...] = UNLIKE) -> list[Tensor]:
-    """On a rank's share of every batch, or alone on all of it."""
+    """Train on a rank's share of every batch, or alone on all of it."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for k, n in enumerate(first):
         optimizer.zero_grad()
@@ -104,7 +104,7 @@ def fsdp(rank: int, device: str) -> list[Tensor]:
 
 
 def accumulated(rank: int, device: str) -> list[Tensor]:
-    """Gradients of two batches, the first without DDP's collectives; the layer's own are as ever."""
+    """Add up the gradients of two batches, the first without DDP's collectives; the layer's own are as ever."""
     model = network()
     replica = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -116,9 +116,9 @@ def accumulated(rank: int, device: str) -> list[Tensor]:
 
 
 def compiled(rank: int, device: str) -> dict[str, Any]:
-    """The same layer as it is and compiled: in training, where nothing needs a gradient, and in evaluation."""
+    """Run the same layer as it is and compiled: in training, where nothing needs a gradient, and in evaluation."""
     torch._dynamo.reset()
-    warnings.filterwarnings("error", message=".*lru_cache")  # Dynamo's, of a cache that it walks past
+    warnings.filterwarnings("error", message=".*lru_cache")  # Dynamo warns of a cache that it walks past
     x, dy = (UNEVEN.share(t, rank) for t in UNEVEN.whole())
     found = {}
     for name, group in (("own group", dist.new_group([0, 1])), ("default group", None)):
@@ -132,7 +132,7 @@ def compiled(rank: int, device: str) -> dict[str, Any]:
 
 
 def batch_sizes(rank: int, device: str) -> list[tuple[Tensor, Tensor, int]]:
-    """One compiled layer for batches of several sizes: results, and how often it was compiled."""
+    """Run one compiled layer for batches of several sizes; return results, and how often it was compiled."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
@@ -161,7 +161,10 @@ def checkpointed(rank: int, device: str) -> tuple[list[Any], list[int]]:
 
 
 def copies(rank: int, device: str) -> list[Any]:
-    """deepcopy and pickle, with a process group of its own and without: whether they have it, and their results."""
+    """Copy layers by deepcopy and pickle, with a process group of their own and without.
+
+    Return whether the copies have it, and the results of both.
+    """
     x, dy = (UNEVEN.share(t, rank) for t in UNEVEN.whole())
     found: list[Any] = []
     for group in (None, dist.new_group([0, 1])):
@@ -176,7 +179,7 @@ def copies(rank: int, device: str) -> list[Any]:
 
 
 def examples(rank: int, device: str) -> list[list[Tensor]]:
-    """The code of docs/distributed.md, in a process group that is there: what each block ends with."""
+    """Run the code of docs/distributed.md in a process group that is there; return what each block ends with."""
     names: dict[str, Any] = {}
     found = []
     init, dist.init_process_group = dist.init_process_group, lambda: None
@@ -198,7 +201,7 @@ def raised(call: Callable[[], object]) -> str:
 
 
 def comparisons(rank: int, device: str) -> list[int]:
-    """How often the ranks have compared a layer, as it is called compiled and not, and moves to another group."""
+    """Count how often the ranks compare a layer that is called compiled and not, and moves to another group."""
     calls: list[None] = []
     gather = dist.all_gather_object
     layer = nk.SyncIterNorm(8, 4, eps=0.25)
@@ -216,7 +219,7 @@ def comparisons(rank: int, device: str) -> list[int]:
 
 
 class Block(nn.Module):
-    """Layers like it share compiled code."""
+    """A block that shares compiled code with blocks like it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,7 +230,7 @@ class Block(nn.Module):
 
 
 def blocks(rank: int, device: str) -> int:
-    """Graphs of as many blocks as Dynamo would not compile apart."""
+    """Count the graphs of as many blocks as Dynamo would not compile apart."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     x = torch.randn(4, 8, 3, 3)
@@ -242,7 +245,7 @@ TYPES = (torch.float32, torch.float64)
 
 
 def refusals(rank: int, device: str) -> dict[str, Any]:
-    """What every rank is told. Afterwards the group still works: no rank waits for another."""
+    """Return what every rank is told. Afterwards the group still works: no rank waits for another."""
     x = torch.randn(4, 8 - 4 * rank, 3, 3)
     found: dict[str, Any] = {
         "channels": raised(lambda: nk.SyncIterNorm(8 - 4 * rank, group_size=4)(x)),
@@ -286,7 +289,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("name", "first"), [("ddp", UNLIKE), ("compiled_ddp", ALIKE), ("fsdp", UNLIKE)])
 def test_training_is_that_of_one_process(ranks: list[dict[str, Any]], name: str, first: tuple[int, ...]) -> None:
-    """SGD steps, parameters and running statistics; shares are unlike, in the last of four steps one rank has none."""
+    """SGD steps, parameters and running statistics are those of one process.
+
+    Shares are unlike, and in the last of four steps one rank has none.
+    """
     one, other = (rank[name] for rank in ranks)
     for a, b in zip(one, other, strict=True):
         assert torch.equal(a, b)
@@ -349,13 +355,13 @@ def test_blocks_share_compiled_code(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_ranks_compare_once_in_each_group(ranks: list[dict[str, Any]]) -> None:
-    """While Dynamo traces, too: a rank that falls back to eager must not ask what the others do not answer."""
+    """They do so while Dynamo traces, too: a rank that falls back to eager must not ask what others do not answer."""
     for rank in ranks:
         assert rank["comparisons"] == [1, 1, 1, 2, 2]
 
 
 def test_ranks_that_disagree_are_told(ranks: list[dict[str, Any]]) -> None:
-    """All of them, with both layers, instead of waiting for each other or adding unlike sums."""
+    """All ranks are told, with both layers, instead of waiting for each other or adding unlike sums."""
     for rank in ranks:
         found = rank["refusals"]
         for name, parts in {
@@ -382,7 +388,7 @@ def test_training_without_a_process_group() -> None:
         with pytest.raises(RuntimeError, match=rf"{name}\(8, .*expected torch.distributed.init_process_group"):
             layer(x)
         assert layer.num_batches_tracked == 0
-        assert torch.equal(layer.eval()(x), x)  # which needs none
+        assert torch.equal(layer.eval()(x), x)  # evaluation needs no process group
 
 
 def test_process_group_of_another_type() -> None:
@@ -443,7 +449,7 @@ def test_conversion_with_nothing_to_convert() -> None:
 
 
 class Frozen(nk.IterNorm2d):
-    """It does something else, which another class would not do."""
+    """A subclass that does something else, which another class would not do."""
 
 
 @pytest.mark.parametrize(

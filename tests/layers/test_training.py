@@ -1,4 +1,4 @@
-"""What training loops do to layers: recomputed, repeated, scaled, skipped, replicated steps; parametrizations."""
+"""Layers in training loops: recomputed, repeated, scaled, skipped, replicated steps; parametrizations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.tolerances import assert_agree
 
 @EVERY_NETWORK
 def test_activation_checkpointing(name: str) -> None:
-    """The same values and gradients, and the running statistics of two steps with the batch."""
+    """Values and gradients are the same, and running statistics are those of two steps with the batch."""
     net, eager = build(name), build(name)
     expected = step(eager, batch())
     assert_agree(step(net, batch(), lambda x: checkpoint(net, x, use_reentrant=False)), expected)
@@ -68,7 +68,7 @@ def scaled_step(net: nn.Module, x: Tensor, scaler: Any, optimizer: Any, spoil: f
 
 @EVERY_NETWORK
 def test_a_bad_step_is_skipped(name: str) -> None:
-    """Infinite gradients: the scale is halved, and nothing else than the batch's statistics is learned of that step."""
+    """Gradients are infinite: the scale is halved, and only the batch's statistics are learned of that step."""
     net = build(name)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
@@ -108,7 +108,7 @@ def test_an_overflowing_batch_leaves_no_trace(name: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it replicates")
 @EVERY_NETWORK
 def test_data_parallel_without_devices(name: str) -> None:
-    """It hands everything to the module."""
+    """DataParallel hands everything to the module."""
     net, eager = build(name), build(name)
     parallel = nn.DataParallel(net)
     assert_agree(step(net, batch(), parallel), step(eager, batch()))
@@ -144,13 +144,13 @@ PARAMETRIZATIONS = {
 @pytest.mark.parametrize("kind", PARAMETRIZATIONS)
 @pytest.mark.parametrize("name", ["IterNorm2d", "ConvNorm2d"])
 def test_parametrized_weights(name: str, kind: str) -> None:
-    """Of the convolution before a norm, and of ConvNorm: the gradient arrives through the parametrization."""
+    """The gradient of the convolution before a norm, and of ConvNorm, arrives through the parametrization."""
     net: Any = build(name)
     twin: Any = build(name)
     layer, plain = net.layers[0], twin.layers[0]
     PARAMETRIZATIONS[kind](layer, "weight")
     for model in (net, twin):
-        model.eval()  # where spectral_norm does not go on with its power iteration
+        model.eval()  # in evaluation spectral_norm does not go on with its power iteration
         norm_of(model).train()
     with torch.no_grad():
         plain.weight.copy_(layer.weight)

@@ -14,7 +14,7 @@ from tests.oracles import inputs, iternorm
 from tests.oracles.run import Config, Result, incoming_gradient, oracle, plain_path
 from tests.tolerances import assert_agree, assert_iter_norm, assert_within, floors, largest, whiten_floors
 
-# Layers for each rank they take, and an input of that rank.
+# Layers for each rank that they take, and an input of that rank.
 RANKS = {
     "IterNorm1d-NC": (nk.IterNorm1d, inputs.SHAPE_2D),
     "IterNorm1d-NCL": (nk.IterNorm1d, inputs.SHAPE_3D),
@@ -41,7 +41,7 @@ def config_of(layer: nn.Module) -> Config:
 
 
 def with_affine(layer: Any) -> Any:
-    """Weights of both signs, far from 1 and 0."""
+    """Set weights of both signs, and biases, far from 1 and 0."""
     c = layer.num_features
     with torch.no_grad():
         layer.weight.copy_(torch.linspace(-1.5, 2, c))
@@ -59,7 +59,7 @@ def assert_unchanged(layer: nn.Module, before: dict[str, Tensor]) -> None:
 
 
 def unharmed(layer: nn.Module, call: Callable[[], object]) -> None:
-    """call raises a ValueError or TypeError, and no buffer has changed."""
+    """Check that call raises a ValueError or TypeError, and that no buffer has changed."""
     before = buffers(layer)
     with pytest.raises((ValueError, TypeError)):
         call()
@@ -69,7 +69,7 @@ def unharmed(layer: nn.Module, call: Callable[[], object]) -> None:
 @EVERY_LAYER
 @DTYPES
 def test_training_step(layer_type: type, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Output, gradients of x, weight and bias, and eq. 8 for the running statistics."""
+    """Output and gradients of x, weight and bias are right, and running statistics follow eq. 8."""
     layer = with_affine(layer_type(8, group_size=4, momentum=0.3, dtype=dtype))
     config = config_of(layer)
     x = inputs.gaussian(shape, dtype=dtype, group_size=4)
@@ -94,7 +94,7 @@ def test_training_step(layer_type: type, shape: tuple[int, ...], dtype: torch.dt
 @EVERY_LAYER
 @DTYPES
 def test_evaluation(layer_type: type, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """One affine map with the running statistics: values, and gradients of everything, without touching them."""
+    """It is one affine map with the running statistics: values, and gradients of everything, without touching them."""
     layer = with_affine(layer_type(8, group_size=4, dtype=dtype))
     x = inputs.gaussian(shape, dtype=dtype, group_size=4)
     layer(x)
@@ -121,7 +121,7 @@ def test_evaluation(layer_type: type, shape: tuple[int, ...], dtype: torch.dtype
 
 @BOTH
 def test_eval_gradient_when_the_layer_is_frozen(layer_type: type) -> None:
-    """Fine-tuning through a frozen norm: x still gets its gradient."""
+    """Fine-tuning goes through a frozen norm: x still gets its gradient."""
     layer = layer_type(8, group_size=4).eval().requires_grad_(False)
     x = inputs.gaussian(inputs.SHAPE_4D, dtype=torch.float32).requires_grad_()
     layer(x).backward(torch.ones(inputs.SHAPE_4D))
@@ -244,7 +244,7 @@ def test_bad_batch_leaves_the_statistics_alone(layer_type: type, bad: float, mom
 
 @BOTH
 def test_overflow_leaves_the_statistics_alone(layer_type: type) -> None:
-    """A batch whose mean is finite and whose covariance is not."""
+    """The mean of the batch is finite, its covariance is not."""
     layer = layer_type(8, group_size=4)
     before = buffers(layer)
     layer(inputs.gaussian(inputs.SHAPE_4D, dtype=torch.float32, scale=1e25))
@@ -267,7 +267,7 @@ def test_empty_batch(layer_type: type, training: bool, shape: tuple[int, ...]) -
 
 @EVERY_LAYER
 def test_one_value_per_channel(layer_type: type, shape: tuple[int, ...]) -> None:
-    """Raises in training, as BatchNorm; evaluation has statistics and works."""
+    """It raises in training, as BatchNorm; evaluation has statistics and works."""
     layer = layer_type(8, group_size=4)
     x = torch.randn(1, 8, *[1] * (len(shape) - 2))
     before = buffers(layer)
@@ -350,7 +350,7 @@ def test_autocast_between_convolutions(layer_type: type, dtype: torch.dtype, tra
 
 @BOTH
 def test_a_network_of_whitened_layers_trains(layer_type: type) -> None:
-    """What users report of other implementations: NaN as soon as several layers are whitened."""
+    """The loss falls. Users report of other implementations NaN as soon as several layers are whitened."""
     torch.manual_seed(0)
     blocks = [m for _ in range(4) for m in (nn.Conv2d(8, 8, 3, padding=1), layer_type(8, 4), nn.ReLU())]
     net = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(8 * 36, 3))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.mutations.source import Mutation
 
 BY_HAND = (
-    # What a review had found that no test noticed, and its relatives.
+    # Mistakes that a review had found and no test noticed, and their relatives.
     Mutation("optim._batch:merge_ranks", "by_layer[:, :, 0] / totals[:, 0]", "by_layer[:, :, 1] / totals[:, 1]"),
     Mutation("optim._batch:merge_ranks", "variances + (means - mean).square()", "variances"),
     Mutation("optim._batch:Batch.merged", "other.rows / rows,", "other.samples / (self.samples + other.samples),"),

@@ -14,7 +14,7 @@ from tests.mutations.notice import GROUPS
 from tests.mutations.source import DRAWN, ROOT, Mutation, drawn, mutated, span, write_drawn
 
 SEED = 15
-EACH = 8  # of every group of modules
+EACH = 8  # mutations of every group of modules
 
 OPERATORS = {
     ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"),
@@ -42,7 +42,7 @@ def sites(text: str) -> Iterator[tuple[str, int, int, str]]:
         starts.append(starts[-1] + len(line))
 
     def at(line: int | None, column: int | None) -> int:
-        """Offset in the text; columns count bytes."""
+        """Return the offset in the text; columns count bytes."""
         assert line is not None and column is not None
         line_text = text[starts[line - 1] : starts[line]]
         return starts[line - 1] + len(line_text.encode()[:column].decode())

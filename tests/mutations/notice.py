@@ -1,4 +1,4 @@
-"""Which tests have to notice a mistake in a module: those that are about it, without what takes longest."""
+"""The tests that have to notice a mistake in a module: those that are about it, without what takes longest."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ WEIGHTS_AND_CONVERSION = {
     "parametrizations.weights": ("tests/parametrizations/test_weights.py", "-k", "not compiles"),
     "penalties": ("tests/test_penalties.py", "-k", "not compiles"),
 }
-# The interpreter is slow: one type, and of each kind of test that the kernels have.
+# The interpreter is slow, so there is one type, and one test of each kind that the kernels have.
 TRITON = {
     "ops._triton_tiles": (
         *("tests/ops/test_triton_offsets.py", "tests/ops/test_whiten.py", "-k"),

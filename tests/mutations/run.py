@@ -1,7 +1,7 @@
 """Put the mistakes into copies of the repository and run the tests: `make mutations`.
 
 A mistake is killed if a test fails or does not end. What was found is kept in build/mutations.json, and holds while
-the module with the mistake and the files of the tests are what they were; ``--again`` forgets it. survivors.md is of
+the module with the mistake and the files of the tests are what they were; ``--again`` forgets it. survivors.md lists
 everything that is known.
 """
 
@@ -61,7 +61,7 @@ class Copy:
             self._write(file, before)
 
     def _write(self, file: Path, text: str) -> None:
-        """With a time of its own: Python takes a file of the same size and second for the one it has compiled."""
+        """Write with a time of its own: Python takes a file of the same size and second for the one it has compiled."""
         self.changes += 1
         file.write_text(text)
         os.utime(file, (file.stat().st_atime, time.time() - 1e6 + self.changes))
@@ -93,7 +93,7 @@ class Copy:
 
 @dataclass
 class Record:
-    """What is known of each mistake, and how long the tests take without one, in a file."""
+    """A file of what is known of each mistake, and of how long the tests take without one."""
 
     file: Path
     found: dict[str, dict[str, object]]
@@ -114,7 +114,7 @@ class Record:
 
 
 def digest(mutation: Mutation | None, tests: Sequence[str]) -> str:
-    """Of what a result depends on: the mistake, the module and the files of the tests."""
+    """Return a hash of what a result depends on: the mistake, the module and the files of the tests."""
     files = [ROOT / name for name in tests if (ROOT / name).exists()]
     found = [path for each in files for path in (sorted(each.rglob("*.py")) if each.is_dir() else [each])]
     parts = [" ".join(tests), *(path.read_text() for path in found)]
@@ -124,7 +124,7 @@ def digest(mutation: Mutation | None, tests: Sequence[str]) -> str:
 
 
 def seconds_without_mistake(copy: Copy, tests: tuple[str, ...], record: Record) -> float:
-    """Return how long the tests take where nothing is wrong, where they have to pass."""
+    """Return how long the tests take where nothing is wrong; there they have to pass."""
     key = f"none {digest(None, tests)}"
     if key not in record.found:
         status, seconds, printed = copy.run(tests)

@@ -38,7 +38,7 @@ class Mutation:
 
     @property
     def file(self) -> str:
-        """Its path in the repository."""
+        """The path of the module in the repository."""
         return f"normkernels/{self.module.replace('.', '/')}.py"
 
 
@@ -75,7 +75,7 @@ def parsed(text: str) -> ast.Module:
 
 
 def names(node: ast.stmt) -> list[str]:
-    """Return what a statement defines."""
+    """Return the names that a statement defines."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
@@ -83,7 +83,7 @@ def names(node: ast.stmt) -> list[str]:
 
 
 def drawn() -> list[Mutation]:
-    """Return those that draw.py has drawn."""
+    """Return the mutations that draw.py has drawn."""
     return [Mutation(**row) for row in json.loads(DRAWN.read_text())]
 
 
@@ -93,7 +93,7 @@ def write_drawn(mutations: list[Mutation]) -> None:
 
 
 def everything() -> list[Mutation]:
-    """Return the whole list, in its order."""
+    """Return the whole list of mutations, in its order."""
     from tests.mutations.by_hand import BY_HAND
 
     return [*BY_HAND, *drawn()]

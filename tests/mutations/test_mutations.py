@@ -27,7 +27,7 @@ class Norm:
 
 
 def test_every_mutation_applies() -> None:
-    """A mistake whose place is gone is an error that names it. Drawn ones: python -m tests.mutations.draw."""
+    """A mistake whose place is gone is an error that names it; python -m tests.mutations.draw replaces drawn ones."""
     every = source.everything()
     for mutation in every:
         ast.parse(source.mutated(mutation, (source.ROOT / mutation.file).read_text()))
@@ -66,7 +66,7 @@ def test_a_place_that_is_gone_is_named(symbol: str, right: str, message: str) ->
 
 
 def test_what_can_be_drawn() -> None:
-    """Operators and constants of functions, but for docstrings."""
+    """Operators and constants of functions can be drawn, docstrings cannot."""
     found = [draw.as_mutation("m", TEXT, *site) for site in draw.sites(TEXT)]
     assert [(each.symbol, each.wrong) for each in found] == [
         ("m:Norm.forward", "return x * 2 - EPS"),
@@ -85,7 +85,7 @@ def test_what_was_drawn_stays() -> None:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package of one function and its test, a program that is spared pytest's start."""
+    """Make a package of one function and its test, a program that is spared pytest's start."""
     (tmp_path / "normkernels").mkdir()
     (tmp_path / "tests").mkdir()
     (tmp_path / "normkernels" / "m.py").write_text(
@@ -105,7 +105,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_run(project: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Killed by a test, by time, and not at all; the project and the copy are afterwards what they were."""
+    """Mistakes are killed by a test, by time, and not at all; the project and the copy are as before."""
     before = (project / "normkernels" / "m.py").read_text()
     copy = run.Copy(tmp_path_factory.mktemp("copy"))
     record = run.Record.read(project / "build" / "mutations.json", again=False)

@@ -31,7 +31,7 @@ def x() -> Tensor:
 
 
 def test_the_names() -> None:
-    """Fastest first; eager serves everything everywhere, so it is last."""
+    """The fastest is first; eager serves everything everywhere, so it is last."""
     assert _library.BACKENDS == ("cuda", "triton", "eager")
 
 
@@ -83,7 +83,7 @@ def test_unknown_backend(name: object) -> None:
 @pytest.mark.skipif(not MISSING, reason="every backend is available here")
 @pytest.mark.parametrize("name", MISSING)
 def test_backend_that_cannot_run_here(name: str) -> None:
-    """RuntimeError with the reason, not a silent fallback."""
+    """There is a RuntimeError with the reason, not a silent fallback."""
     _, reason = _library.availability(name)
     assert reason
     with pytest.raises(RuntimeError) as raised, nk.use_backend(name):
@@ -92,7 +92,7 @@ def test_backend_that_cannot_run_here(name: str) -> None:
 
 
 def served_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Makes a backend available that notes which ops it served, and gives eager's results."""
+    """Make a backend available that notes which ops it served, and gives eager's results."""
     calls: list[str] = []
     monkeypatch.setattr(_triton, "installed", lambda: True)
     monkeypatch.setattr(_triton, "interpreted", lambda: True)
@@ -107,7 +107,7 @@ def served_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_another_backend_takes_over_inside_the_block_only(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> None:
-    """Through PyTorch's own dispatcher: the raw op changes hands, and is given back, after an error too."""
+    """PyTorch's own dispatcher does it: the raw op changes hands, and is given back, after an error too."""
     calls = served_by(monkeypatch)
     nk.ops.iter_norm(x, 8)
     assert calls == []
@@ -144,7 +144,7 @@ def test_nested(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> None:
 
 
 def test_auto_inside_a_choice(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> None:
-    """The default order, inside of another choice too: backend_of and the op agree on it."""
+    """It is the default order, inside of another choice too: backend_of and the op agree on it."""
     calls = served_by(monkeypatch)
     with nk.use_backend("triton"), nk.use_backend("auto"):
         nk.ops.iter_norm(x, 8)
@@ -156,7 +156,7 @@ def test_auto_inside_a_choice(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> Non
 
 @pytest.fixture
 def ordered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
-    """Sets NORMKERNELS_BACKEND_ORDER to a file with this text."""
+    """Yield a function that sets NORMKERNELS_BACKEND_ORDER to a file with its text."""
 
     def order(text: str) -> None:
         path = tmp_path / "order.json"
@@ -209,7 +209,7 @@ def test_a_bad_order_is_named(text: str, got: str, ordered: Callable[[str], None
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As if the extension had registered a kernel for iter_norm, and served CPU tensors."""
+    """Pretend that the extension has registered a kernel for iter_norm, and serves CPU tensors."""
     monkeypatch.setattr(_cuda, "availability", lambda: (True, "compiled CUDA kernels for sm_0"))
     monkeypatch.setattr(_cuda, "registered", lambda op, key: op == "iter_norm")
     yield
@@ -222,7 +222,7 @@ def registered_by_python(op: str, key: str) -> bool:
 
 
 def test_a_compiled_kernel_shows_through(compiled: None) -> None:
-    """Nothing of Python's is in its place, but where another backend was chosen, and on a CPU in the default order."""
+    """Python has nothing in its place, unless another backend is chosen, or on a CPU in the default order."""
     with nk.use_backend("cuda"):
         assert not registered_by_python("iter_norm", "CPU") and not registered_by_python("iter_norm", "CUDA")
         assert registered_by_python("moments", "CPU") and registered_by_python("moments", "CUDA")
@@ -242,7 +242,7 @@ def test_the_order_decides(compiled: None, ordered: Callable[[str], None]) -> No
 
 
 class OnGpu:
-    """As much of a CUDA tensor as there can be without a GPU."""
+    """A stand-in with as much of a CUDA tensor as there can be without a GPU."""
 
     is_cuda = True
     device, dtype = torch.device("cuda", 0), torch.float32
@@ -278,7 +278,7 @@ def test_the_extension_is_not_tried_without_cuda() -> None:
 
 @pytest.fixture
 def handed_on(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> Callable[..., Any]:
-    """moments of x as C++ asks for them, with a reason."""
+    """Return a function that calls moments of x as C++ does, with a reason."""
     monkeypatch.setattr(_library, "_warned", set())
     return lambda reason, x=x: torch.ops.normkernels_next.moments(x, 8, False, list(reason.encode()))
 
@@ -306,7 +306,7 @@ def test_without_a_reason_nothing_is_said(handed_on: Callable[..., Any]) -> None
 
 @pytest.mark.parametrize("reason", ["expected smaller groups", ""])
 def test_triton_is_next_on_a_gpu(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless it cannot either: then one warning says so, whichever of the two has something to say."""
+    """If it cannot serve either, one warning says so, whichever of the two has something to say."""
     monkeypatch.setattr(_triton, "installed", lambda: True)
     monkeypatch.setattr(_library, "device_of", lambda args: torch.device("cuda"))
     monkeypatch.setattr(_library, "_warned", set())
@@ -366,7 +366,7 @@ def import_with(backend: str | None) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("backend", [None, "eager"])
 def test_environment(backend: str | None) -> None:
-    """Also with a use_backend block inside of that choice, and without a word on stderr."""
+    """A use_backend block works inside of that choice, too, and nothing is written to stderr."""
     done = import_with(backend)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "eager", "")
 

@@ -50,12 +50,12 @@ def name(value: object) -> str | None:
 
 
 def raw(op: str) -> Callable[..., Any]:
-    """The op as the dispatcher has it, without the checks of the public function."""
+    """Return the op as the dispatcher has it, without the checks of the public function."""
     return getattr(torch.ops.normkernels, op).default
 
 
 def given(op: str, dtype: torch.dtype = torch.float32) -> list[Any]:
-    """Good arguments: two groups of four channels, filtered planes of 5 x 3, or two layers."""
+    """Return good arguments: two groups of four channels, filtered planes of 5 x 3, or two layers."""
     if op == "precondition":
         return layers_given(dtype)
     x = inputs.gaussian(inputs.SHAPE_4D, dtype=dtype, group_size=4)
@@ -64,7 +64,7 @@ def given(op: str, dtype: torch.dtype = torch.float32) -> list[Any]:
 
 
 def layers_given(dtype: torch.dtype = torch.float32) -> list[Any]:
-    """A convolution of two groups, and a linear layer without a bias."""
+    """Return the arguments of a convolution of two groups and of a linear layer without a bias."""
     layers = [
         Layer((6, 4, 3, 2), 2, True, dtype),
         Layer((3, 5), 1, False, dtype, 1),
@@ -75,7 +75,7 @@ def layers_given(dtype: torch.dtype = torch.float32) -> list[Any]:
 
 
 def step(x: Tensor, d: int, **options: Any) -> list[Tensor]:
-    """y, mean, W and all gradients of a training step, where it was computed."""
+    """Return y, mean, W and all gradients of a training step, where it was computed."""
     leaves = [leaf(t) for t in (x, *test_iter_norm.affine(x.shape[1], x.dtype))]
     y, mean, W = nk.ops.iter_norm(leaves[0], d, weight=leaves[1], bias=leaves[2], **options)  # type: ignore[arg-type]
     return [y.detach(), mean, W, *torch.autograd.grad(y, leaves, incoming_gradient(y.detach()))]  # type: ignore[arg-type]
@@ -111,7 +111,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 @ANYWHERE
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_layer_trains_a_step(layer: str) -> None:
-    """As with plain PyTorch: output, gradients, and the layer afterwards, in evaluation too."""
+    """Output, gradients and the layer afterwards are as with plain PyTorch, in evaluation too."""
     results = []
     for backend in ("cuda", "eager"):
         torch.manual_seed(0)
@@ -139,7 +139,7 @@ def test_opcheck(op: str) -> None:
     "op", ["whiten", "stacked_mix", "iter_norm", "iter_norm_backward", "pop_norm", "pop_norm_backward"]
 )
 def test_a_copied_input_has_an_output_of_its_own_layout(op: str) -> None:
-    """channels_last cut in width: the spatial dimensions do not collapse, and the kernels get a copy."""
+    """It is channels_last, cut in width: the spatial dimensions do not collapse, and the kernels get a copy."""
     found = given(op)
     for i, value in enumerate(found):
         if isinstance(value, Tensor) and value.dim() == 4:
@@ -178,12 +178,12 @@ def many_columns(d: int, groups: int, dtype: torch.dtype, **options: Any) -> Ten
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize("d", WIDTHS)
 def test_several_parts(d: int, groups: int, dtype: torch.dtype) -> None:
-    """Channels innermost, and as one sample of that many positions, which are not a multiple of anything."""
+    """Channels are innermost, or there is one sample of that many positions, which are not a multiple of anything."""
     x = many_columns(d, groups, dtype)
     test_iter_norm.check(x if groups % 2 else x.T.contiguous()[None], Config(group_size=d))
 
 
-# Of moments the gradient is tested, too, which is a mix; of whiten that is the cross moments.
+# For moments the gradient is tested, too, which is a mix; for whiten the gradient is the cross moments.
 @ANYWHERE
 @pytest.mark.parametrize("d", [20, 128])
 def test_several_parts_of_the_primitives(d: int) -> None:
@@ -242,7 +242,7 @@ CHANNELS = {
 @pytest.mark.parametrize("dtype", TYPES, ids=name)
 @pytest.mark.parametrize("case", CHANNELS)
 def test_several_parts_of_channels(case: str, dtype: torch.dtype) -> None:
-    """The diagonal case. Each part has a mean of its own, which is what merging is about."""
+    """Channels are alone in their groups. Each part has a mean of its own, which is what merging is about."""
     shape, lay_out = CHANNELS[case]
     x = inputs.gaussian(shape, group_size=1, mean=3.0)
     x = lay_out((x + torch.linspace(-2, 2, len(x), dtype=x.dtype).view(-1, *[1] * (x.dim() - 1))).to(dtype))
@@ -316,7 +316,7 @@ def test_a_long_row_that_is_not_finite_is_left() -> None:
 
 @ANYWHERE
 def test_lists_keep_nothing() -> None:
-    """LibTorch leaks strings; lists and their tensors it must not."""
+    """LibTorch leaks strings, but it must not leak lists and their tensors."""
     arguments = given("precondition")
     before = [t._use_count() for each in arguments[:4] for t in each]
     for _ in range(3):
@@ -337,7 +337,10 @@ def test_numbers_of_planes(shape: tuple[int, ...], channels_last: bool) -> None:
 @SIMT
 @pytest.mark.parametrize("shared_bytes", [99 * 1024, 163 * 1024])
 def test_matrices_that_shared_memory_has_no_room_for(shared_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They lie in global memory, and nothing else changes. A launch that asks for more fails, so some do."""
+    """They lie in global memory, and nothing else changes.
+
+    A launch that asks for more shared memory fails, so some matrices do lie there.
+    """
     x = many_columns(128, 2, torch.float32)
     cov = torch.stack([inputs.covariance(inputs.spectrum(128, 10.0), seed) for seed in range(2)])
 
@@ -356,7 +359,7 @@ def test_matrices_that_shared_memory_has_no_room_for(shared_bytes: int, monkeypa
 
 
 def all_results(d: int, groups: int, dtype: torch.dtype) -> list[Tensor]:
-    """Of every op, some by way of others."""
+    """Return results of every op, of some by way of others."""
     x = many_columns(d, groups, dtype)
     given = leaf(x)
     _, mean, cov = nk.ops.moments(given, d)  # type: ignore[arg-type]
@@ -366,7 +369,7 @@ def all_results(d: int, groups: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 def diagonal(dtype: torch.dtype) -> list[Tensor]:
-    """Of channels on their own, in several parts, and of layers with rows of warps and of blocks."""
+    """Return results for channels on their own, in several parts, and for layers with rows of warps and of blocks."""
     results = []
     for shape in ((1537, 9), (1, 2, 6152)):
         given = leaf(inputs.gaussian(shape, dtype=dtype, group_size=1))
@@ -388,7 +391,7 @@ def test_two_runs_agree_bit_by_bit(d: int, dtype: torch.dtype) -> None:
 @SIMT
 @pytest.mark.parametrize(("d", "groups"), [(16, 1), (16, 3), (33, 2), (128, 1)])
 def test_the_order_of_threads_and_blocks_does_not_matter(d: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another block comes last and merges; without a barrier, another thread is first."""
+    """Another block comes last and merges; where a barrier is missing, another thread is first."""
     results = []
     for threads, blocks in product(("ascending", "descending"), repeat=2):
         monkeypatch.setenv("NORMKERNELS_SIMT_THREADS", threads)
@@ -399,7 +402,7 @@ def test_the_order_of_threads_and_blocks_does_not_matter(d: int, groups: int, mo
 
 # --- layouts --------------------------------------------------------------------------------------------------------
 
-# Those of tests/oracles/inputs.py are tested with every backend. name -> x from values of the shape.
+# Layouts of tests/oracles/inputs.py are tested with every backend. name -> a shape, and x from values of that shape.
 STRIDES: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "unfold": ((8, 60), lambda v: v.unfold(1, 12, 5).permute(1, 0, 2)),  # samples overlap
     "unfold-planes": ((6, 8, 30), lambda v: v.unfold(2, 6, 4)),  # rows of a plane overlap
@@ -421,7 +424,7 @@ STRIDES: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
 @pytest.mark.parametrize("dtype", TYPES, ids=name)
 @pytest.mark.parametrize("case", STRIDES)
 def test_strides(case: str, dtype: torch.dtype) -> None:
-    """Read in place or copied, they are right; with a contiguous gradient and with one as strided as x."""
+    """Tensors are right read in place or copied, with a contiguous gradient and with one as strided as x."""
     shape, view = STRIDES[case]
     x = view(torch.randn(shape, dtype=torch.float64, generator=inputs.generator(0)).to(dtype) + 1)
     assert x.shape[1] == 8
@@ -464,7 +467,7 @@ def test_one_of_something(case: str) -> None:
 
 @ANYWHERE
 def test_strided_parameters() -> None:
-    """W, mean, weight and bias by their strides, or packed."""
+    """W, mean, weight and bias are read by their strides, or packed."""
     x, mean, W, weight, bias = test_whiten.arguments(inputs.gaussian((41, 8), dtype=torch.float32), 4)
     both = torch.stack((weight, bias, mean), 1)
     expected = nk.ops.whiten(*map(moved, (x, mean, W, weight, bias)))
@@ -477,7 +480,7 @@ def test_strided_parameters() -> None:
 
 @ANYWHERE
 def test_offsets_beyond_2_31_elements() -> None:
-    """Two samples 2^31 elements apart, in memory of which on a CPU only these are touched."""
+    """Two samples are 2^31 elements apart, in memory of which on a CPU only these are touched."""
     near, count = moved(inputs.gaussian((2, 8, 15), dtype=torch.float16)), 2**31 + 120
     if near.is_cuda:
         memory = torch.empty(count, dtype=near.dtype, device=near.device)
@@ -489,7 +492,7 @@ def test_offsets_beyond_2_31_elements() -> None:
 
 
 def on_device(x: Tensor, d: int) -> list[Tensor]:
-    """y, mean, W and dx, of x as it is."""
+    """Return y, mean, W and dx, of x as it is."""
     x = x.detach().requires_grad_()
     y, mean, W = nk.ops.iter_norm(x, d)
     return [y.detach(), mean, W, *torch.autograd.grad(y, x, incoming_gradient(y.detach()))]
@@ -505,14 +508,14 @@ def on_device(x: Tensor, d: int) -> list[Tensor]:
 @pytest.mark.parametrize("mean", [0.0, 1.9, 2.1, 3.0, 30.0, 200.0])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)
 def test_half_data_of_any_mean(dtype: torch.dtype, mean: float, columns: int) -> None:
-    """In standard deviations. Differences to the shift must be exact, or the covariance loses digits."""
+    """Means are in standard deviations. Differences to the shift must be exact, or the covariance loses digits."""
     test_moments.check(inputs.gaussian((columns, 16), dtype=dtype, group_size=16, mean=mean), 16)
 
 
 @ANYWHERE
 @pytest.mark.parametrize("mean", [1e3, -1e5], ids="mean{:g}".format)
 def test_large_means_cost_nothing(mean: float) -> None:
-    """As with plain PyTorch (test_precision): what the rounding of the mean leaves in x - mean is taken out again."""
+    """The rounding of the mean is taken out of x - mean again, as with plain PyTorch (test_precision)."""
     x, config = many_columns(16, 1, torch.float32, mean=mean), Config(group_size=16, eps=1e-3)
     dy = incoming_gradient(x) + 3
     got, reference = run(nk.ops.iter_norm, config, x, dy), oracle(config, x, dy)

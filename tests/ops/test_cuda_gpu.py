@@ -57,7 +57,7 @@ REAL = {"56x56": ((32, 64, 56, 56), 64), "7x7": ((64, 128, 7, 7), 64), "wide": (
 @pytest.mark.parametrize("dtype", TYPES, ids=name)
 @pytest.mark.parametrize("case", REAL)
 def test_real_sizes_on_a_gpu(case: str, dtype: torch.dtype, channels_last: bool) -> None:
-    """Many parts for each group, full tiles, several waves of blocks; twice, bit by bit."""
+    """There are many parts for each group, full tiles and several waves of blocks; two runs agree bit by bit."""
     shape, d = REAL[case]
     x = inputs.gaussian(shape, dtype=dtype, group_size=d, mean=3.0)
     if channels_last and x.dim() == 4:
@@ -81,7 +81,7 @@ def test_real_sizes_of_channels_on_a_gpu(case: str, dtype: torch.dtype, channels
 
 @pytest.mark.parametrize("dtype", TYPES, ids=name)
 def test_the_layers_of_a_network_on_a_gpu(dtype: torch.dtype) -> None:
-    """More of them than one launch takes."""
+    """There are more of them than one launch takes."""
     shapes = [(64, 3, 7, 7), *[(32, 16, 3, 3)] * 40, *[(128, 96, 1, 1)] * 20, (100, 512)]
     test_precondition.check([test_precondition.Layer(shape, 1, True, dtype, i) for i, shape in enumerate(shapes)])
 
@@ -114,7 +114,7 @@ LAUNCHES = {
 @pytest.mark.parametrize("op", LAUNCHES)
 def test_launches(op: str) -> None:
     """Nothing else runs on the GPU but what zeroes counters: no copy, no conversion."""
-    torch.use_deterministic_algorithms(False)  # which would fill what is allocated
+    torch.use_deterministic_algorithms(False)  # otherwise torch would fill what is allocated
     arguments = [value.contiguous() if isinstance(value, Tensor) else value for value in given(op)]
     raw(op)(*arguments)  # loads the kernels
     torch.cuda.synchronize()

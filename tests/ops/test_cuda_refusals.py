@@ -1,4 +1,4 @@
-"""What the CUDA kernels refuse, by name, and what they hand on to another backend, with one warning for a reason."""
+"""The CUDA kernels name what they refuse, and hand on the rest to another backend, with one warning for a reason."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_every_op_has_bad_input() -> None:
 @ANYWHERE
 @pytest.mark.parametrize(("op", "at", "bad", "message"), BAD)
 def test_bad_input_is_named(op: str, at: int, bad: Change | object, message: str) -> None:
-    """By the raw op, whoever calls it. It also shows that the op is this backend's: eager has no such checks."""
+    """The raw op names it, whoever calls it. So the op is this backend's: eager has no such checks."""
     values = given(op)
     assert raw(op)(*values) is not None
     values[at] = bad(values[at]) if callable(bad) else bad
@@ -189,7 +189,7 @@ def pop_step(x: Tensor) -> list[Tensor]:
 
 
 def conditioned(dtype: torch.dtype) -> list[Tensor]:
-    """What is changed in place, and the rows that are left."""
+    """Return what is changed in place, and the rows that are left."""
     arguments = given("precondition", dtype)
     left = raw("precondition")(*arguments)
     return [*arguments[0], *arguments[1], left]

@@ -18,7 +18,7 @@ def matrix(*shape: int, seed: int = 0) -> Tensor:
 
 
 def total(parts: tuple[Tensor, ...]) -> Tensor:
-    """Without error where a few parts are a bit apart, and in float64."""
+    """Add up parts in float64, without error where a few parts are not far apart."""
     return torch.stack([part.double() for part in parts]).sum(0)
 
 
@@ -27,7 +27,7 @@ def total(parts: tuple[Tensor, ...]) -> Tensor:
 @pytest.mark.parametrize("terms", [1, 7, 4608, 40_000])
 @pytest.mark.parametrize(("parts", "scale"), [(1, 1e-20), (2, 1.0), (3, 1e12)])
 def test_a_product_is_as_exact_as_float64(terms: int, scale: float, parts: int) -> None:
-    """2^-53 of the sizes of the terms for the last digit of each factor, and as much for the oracle's own rounding."""
+    """The error is 2^-53 of the terms' sizes for each factor's last digit, and as much for the oracle's rounding."""
     a = tuple(matrix(2, 2, terms, seed=i) * scale * 2.0 ** (-26 * i) for i in range(parts))
     b = (matrix(2, terms, 1, seed=9),)
     expected = total(a) @ total(b)
@@ -55,7 +55,7 @@ def test_equal_terms_give_the_largest_sums(value: float, terms: int) -> None:
 
 
 def test_cancelling_terms() -> None:
-    """(1 + e) (1 - e) - 1 = -e^2, of which float32 alone has nothing."""
+    """(1 + e) (1 - e) - 1 = -e^2 is exact; float32 alone has nothing of it."""
     e = 2.0**-20
     a, b = torch.tensor([[1 + e, -1.0]]), torch.tensor([[1 - e], [1.0]])
     assert total(_digits.product((a,), (b,))).item() == -(e**2) and (a @ b).item() == 0

@@ -28,7 +28,7 @@ def sym(a: Tensor) -> Tensor:
 
 
 def check(cov: Tensor, config: Config, dtype: torch.dtype) -> None:
-    """W and sym dL/dcov for cov (G, d, d), under the rule of tolerances.py."""
+    """Check W and sym dL/dcov for cov (G, d, d), by the rule of tolerances.py."""
     cov = cov.to(dtype)
     grad = torch.randn(cov.shape, dtype=torch.float64, generator=inputs.generator(3)).to(dtype)
     options = (config.num_iterations, config.eps, config.scaling)
@@ -130,7 +130,7 @@ def test_a_bad_group_is_nan_and_raises_nothing(bad: float, scaling: str, method:
 @pytest.mark.parametrize("scaling", ["trace", "frobenius"])
 @pytest.mark.parametrize("num_iterations", [0, 1, 2])
 def test_nan_on_the_diagonal_without_iterations(num_iterations: int, scaling: str) -> None:
-    """Then nothing but the scale tells the other entries. A maximum that drops NaN, as GPUs have it, would hide it."""
+    """Nothing but the scale tells the other entries. A maximum that drops NaN, as GPUs have it, would hide it."""
     cov = inputs.covariance(inputs.spectrum(4, 10.0)).float()[None]
     cov[0, 2, 2] = float("nan")
     assert back(nk.ops.inverse_sqrt(moved(cov), num_iterations, scaling=scaling)).isnan().all()  # type: ignore[union-attr]
@@ -154,7 +154,7 @@ def test_defaults_are_the_papers() -> None:
 @METHODS
 @pytest.mark.parametrize("num_iterations", [0, 1, 2, 5])
 def test_gradcheck(num_iterations: int, scaling: str, method: str) -> None:
-    """Through cov = A A^T, so that gradcheck's perturbations stay symmetric."""
+    """Gradients are taken through cov = A A^T, so that gradcheck's perturbations stay symmetric."""
     a = torch.randn(2, 3, 3, dtype=torch.float64, generator=inputs.generator(1), requires_grad=True)
 
     def f(a: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ def test_gradcheck(num_iterations: int, scaling: str, method: str) -> None:
 @pytest.mark.parametrize("condition", [3.0, 1e4, 1e6], ids="cond{:g}".format)
 @pytest.mark.parametrize("num_iterations", [0, 1, 3, 5, 7, 12, 20])
 def test_reference_on_eigenvalues_is_the_papers_recursion(num_iterations: int, condition: float) -> None:
-    """eigenbasis.py against eq. 6, 7 and 17 as written, in 200 digits."""
+    """eigenbasis.py agrees with eq. 6, 7 and 17 as written, in 200 digits."""
     cov = inputs.covariance(inputs.spectrum(5, condition)).requires_grad_()
     grad = torch.randn(5, 5, dtype=torch.float64, generator=inputs.generator(3))
     w_exact, dcov_exact = highprec.inverse_sqrt(cov.detach(), num_iterations, 1e-9, grad)
@@ -189,7 +189,7 @@ def test_reference_on_eigenvalues_is_the_papers_recursion(num_iterations: int, c
 
 @pytest.mark.parametrize("num_iterations", range(iternorm.LARGEST_PAPER_T + 1))
 def test_reference_recursion_by_autograd(num_iterations: int) -> None:
-    """Plain autograd through eq. 17 against the paper's own eq. 6 and 7."""
+    """Plain autograd through eq. 17 agrees with the paper's own eq. 6 and 7."""
     cov = inputs.covariance(inputs.spectrum(4, 10.0)).requires_grad_()
     grad = torch.randn(4, 4, dtype=torch.float64, generator=inputs.generator(3))
     w_exact, dcov_exact = highprec.inverse_sqrt(cov.detach(), num_iterations, 1e-5, grad)

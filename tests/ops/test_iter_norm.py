@@ -37,7 +37,7 @@ def name(value: object) -> str | None:
 
 
 def affine(channels: int, dtype: torch.dtype, seed: int = 5) -> tuple[Tensor, Tensor]:
-    """gamma of both signs and beta, both far from their initial 1 and 0."""
+    """Draw gamma of both signs and beta, both far from their initial 1 and 0."""
     g = inputs.generator(seed)
     weight, bias = torch.randn(2, channels, dtype=torch.float64, generator=g)
     return weight.to(dtype), bias.to(dtype)
@@ -45,7 +45,7 @@ def affine(channels: int, dtype: torch.dtype, seed: int = 5) -> tuple[Tensor, Te
 
 def check(x: Tensor, config: Config, *, stable: bool = False, dy: Tensor | None = None,
           weight_dtype: torch.dtype | None = None) -> None:  # fmt: skip
-    """The package, the plain path and the oracle on x, compared under the rule of tolerances.py."""
+    """Compare the package, the plain path and the oracle on x, by the rule of tolerances.py."""
     dy = incoming_gradient(x) if dy is None else dy
     weight, bias = affine(x.shape[1], weight_dtype or x.dtype)
     got = run(nk.ops.iter_norm, config, x, dy, weight, bias)
@@ -74,7 +74,7 @@ def test_every_layout_and_type(layout: str, dtype: torch.dtype, config: Config) 
 )
 @pytest.mark.parametrize("layout", inputs.LAYOUTS)
 def test_ragged_tiles(layout: str, dtype: torch.dtype, group_size: int) -> None:
-    """The same, cut into tiles of unequal size."""
+    """Values and gradients are right where x is cut into tiles of unequal size."""
     shape, lay_out = inputs.LAYOUTS[layout]
     x = lay_out(inputs.gaussian(shape, dtype=dtype, group_size=group_size))
     check(x, Config(group_size=group_size))
@@ -193,7 +193,7 @@ def one_zero(x: Tensor) -> Tensor:
 
 
 def two_equal(x: Tensor) -> Tensor:
-    """Perfectly correlated channels: an eigenvalue is zero though no channel is constant."""
+    """Make two channels perfectly correlated: an eigenvalue is zero though no channel is constant."""
     return x.index_copy(1, torch.tensor([1]), x[:, :1])
 
 
@@ -202,7 +202,7 @@ def all_constant(x: Tensor) -> Tensor:
 
 
 def equal_eigenvalues(x: Tensor) -> Tensor:
-    """Rows of a Hadamard matrix: the covariance is exactly the identity."""
+    """Return rows of a Hadamard matrix: the covariance is exactly the identity."""
     h = torch.ones(1, 1)
     for _ in range(4):
         h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
@@ -233,7 +233,7 @@ def test_affine_is_optional(given_affine: str) -> None:
 
 @pytest.mark.on_cpu
 def test_strided_affine() -> None:
-    """weight and bias as columns of one tensor."""
+    """weight and bias may be columns of one tensor."""
     x = inputs.gaussian(inputs.SHAPE_4D)
     weight, bias = affine(8, x.dtype)
     both = torch.stack((weight, bias), 1)
@@ -274,7 +274,7 @@ def test_without_autograd(mode: type) -> None:
 
 @pytest.mark.on_cpu
 def test_output_is_white() -> None:
-    """Eq. 2's purpose, without any reference: DBN's output has covariance I, and IterNorm's tends to it with T."""
+    """This is eq. 2's purpose, without any reference: DBN's y has covariance I, and IterNorm's tends to it with T."""
     x = inputs.gaussian((50, 8, 4, 4), condition=10.0)
     eye = torch.eye(8, dtype=x.dtype)
 
@@ -293,7 +293,7 @@ def test_output_is_white() -> None:
 
 @st.composite
 def strided_inputs(draw: st.DrawFn) -> tuple[Tensor, int]:
-    """Any rank, group size, order of dimensions in memory, gaps and steps: x and a divisor of its channels."""
+    """Draw x of any rank, group size, order of dimensions in memory, gaps and steps, and a divisor of its channels."""
     group_size, groups = draw(st.integers(1, 5)), draw(st.integers(1, 3))
     positions = draw(st.lists(st.integers(1, 4), max_size=3))
     shape = (draw(st.integers(2, 6)), group_size * groups, *positions)

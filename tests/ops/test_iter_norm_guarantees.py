@@ -1,4 +1,4 @@
-"""What iter_norm promises besides its values: bad batches, derivatives of every kind, memory, layout, errors."""
+"""Promises of iter_norm besides its values: bad batches, derivatives of every kind, memory, layout, errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NEWTON = pytest.mark.parametrize("options", list(OPTIONS.values())[:2], ids=list
 
 
 def everything(x: Tensor, options: dict[str, object], group_size: int = 8) -> tuple[Tensor, ...]:
-    """y, mean, W, dx, dweight, dbias of one forward and backward."""
+    """Return y, mean, W, dx, dweight, dbias of one forward and backward."""
     leaves = [leaf(x), *(leaf(torch.linspace(-1, 2, x.shape[1])) for _ in range(2))]
     y, mean, w = nk.ops.iter_norm(leaves[0], group_size, weight=leaves[1], bias=leaves[2], **options)  # type: ignore[arg-type]
     grads = torch.autograd.grad(y, leaves, moved(incoming_gradient(back(y))))  # type: ignore[arg-type]
@@ -43,7 +43,7 @@ def everything(x: Tensor, options: dict[str, object], group_size: int = 8) -> tu
 @METHODS
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_bad_value_ruins_its_group_and_nothing_else(bad: float, options: dict[str, object]) -> None:
-    """No exception, from eigh neither; the group is NaN throughout, as with BatchNorm; the other has the same bits."""
+    """Nothing raises, not even eigh; the group is NaN throughout, as with BatchNorm; the other has the same bits."""
     x = inputs.gaussian(inputs.SHAPE_4D, dtype=torch.float32, group_size=4)
     expected = everything(x, options, 4)
     x[2, 1, 0, 0] = bad
@@ -60,7 +60,7 @@ def test_a_bad_value_ruins_its_group_and_nothing_else(bad: float, options: dict[
 @METHODS
 @pytest.mark.on_cpu
 def test_overflow_of_the_covariance_is_nan_and_raises_nothing(options: dict[str, object]) -> None:
-    """Finite values whose squares are not finite in float32."""
+    """The values are finite, but their squares are not finite in float32."""
     y, _, w = nk.ops.iter_norm(inputs.gaussian((9, 8), dtype=torch.float32, scale=1e25), 8, **options)  # type: ignore[arg-type]
     assert not w.isfinite().any() and not y.isfinite().any()
 
@@ -77,7 +77,10 @@ def test_empty_batch(shape: tuple[int, ...], options: dict[str, object]) -> None
 
 @METHODS
 def test_one_sample_gives_the_bias(options: dict[str, object]) -> None:
-    """m = 1: nothing is left after centering. (Layers refuse it in training; the op is defined.)"""
+    """m = 1: nothing is left after centering.
+
+    Layers refuse it in training; the op is defined.
+    """
     x = inputs.gaussian((1, 8), dtype=torch.float32)
     y, mean, w, dx, _, _ = everything(x, options)
     assert torch.equal(y[0], torch.linspace(-1, 2, 8)) and torch.equal(mean, x[0])
@@ -96,7 +99,7 @@ def test_constant_batch_without_eps(value: float, options: dict[str, object]) ->
 @METHODS
 @pytest.mark.parametrize("eps", [0.0, 1e-9], ids="eps{:g}".format)
 def test_eigenvalues_that_rounding_made_negative(eps: float, options: dict[str, object]) -> None:
-    """Fewer samples than channels at variances of 1e8: zero eigenvalues come out as anything within +-10 in float32.
+    """With fewer samples than channels at variances of 1e8, zero eigenvalues are anything within +-10 in float32.
 
     No digit of those directions is left, but nothing is NaN, and no direction is stretched by more than eps allows.
     """
@@ -128,7 +131,7 @@ def test_gradgradcheck(options: dict[str, object]) -> None:
 @NEWTON
 @pytest.mark.parametrize("asked", ["x", "weight"])
 def test_gradient_penalty(asked: str, options: dict[str, object]) -> None:
-    """The use of double backward: the gradient of a squared gradient norm, against the oracle's."""
+    """The gradient of a squared gradient norm, the use of double backward, agrees with the oracle's."""
 
     def penalty(path: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         leaves = {"x": inputs.gaussian((7, 4, 3), group_size=4), "weight": torch.linspace(1, 2, 4, dtype=torch.float64)}
@@ -186,7 +189,7 @@ OPS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("op", OPS)
 def test_forward_mode_is_refused(op: str) -> None:
-    """A tangent of zero would be silently wrong."""
+    """It is refused because a tangent of zero would be silently wrong."""
     x = torch.randn(4, 4)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)jvp|forward"):
         torch.func.jvp(OPS[op], (x,), (torch.ones_like(x),))
@@ -201,7 +204,7 @@ def test_forward_mode_is_refused(op: str) -> None:
 @pytest.mark.on_cpu
 @pytest.mark.large
 def test_saved_for_backward(memory_format: torch.memory_format, dtype: torch.dtype, options: dict[str, object]) -> None:
-    """At most 1.1 times the input, x itself included: no centered copy, no float32 copy of half types."""
+    """That is at most 1.1 times the input, x itself included: no centered copy, no float32 copy of half types."""
     x = torch.randn(64, 64, 32, 32).to(dtype, memory_format=memory_format).requires_grad_()
     weight, bias = torch.ones(64, requires_grad=True), torch.zeros(64, requires_grad=True)
     storages: dict[int, int] = {}

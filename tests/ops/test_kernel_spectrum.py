@@ -33,7 +33,7 @@ SOBEL = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
 
 
 def kernels(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """A mean of one standard deviation, so that frequency 0 differs from the others."""
+    """Draw kernels with a mean of one standard deviation, so that frequency 0 differs from the others."""
     return (torch.randn(shape, dtype=torch.float64, generator=inputs.generator(seed)) + 1).to(dtype)
 
 
@@ -46,7 +46,9 @@ def run(path: Any, weight: Tensor, dv: Tensor, *args: Any) -> tuple[Tensor, Tens
 
 
 def check(weight: Tensor, size: tuple[int, ...], eps: float = 1e-8, dilation: int | tuple[int, ...] = 1) -> Tensor:
-    """v entry by entry, and the gradient, against the oracle on the same values. No plain path: sums are in float64.
+    """Check v entry by entry, and the gradient, against the oracle on the same values.
+
+    There is no plain path, because sums are in float64.
 
     dv is as large as the channel's weight, as in a layer, where it is z^ dy^: dweight = v^2 dv stays in range.
     """
@@ -92,7 +94,7 @@ def test_dilation(size: tuple[int, int], kernel: tuple[int, int], dilation: int 
 @pytest.mark.parametrize("length", [7, 9, 13, 16, 17, 26, 34, 58, 64])
 @pytest.mark.parametrize("kernel", [1, 2, 3, 5])
 def test_one_dimension(kernel: int, length: int) -> None:
-    """size as an integer and as a tuple; dilation where the kernel's extent allows it."""
+    """size is an integer or a tuple; dilation is tried where the kernel's extent allows it."""
     weight = kernels((3, 2, kernel))
     v = check(weight, (length,))
     assert torch.equal(nk.ops.kernel_spectrum(weight, length), v)
@@ -102,7 +104,7 @@ def test_one_dimension(kernel: int, length: int) -> None:
 
 @pytest.mark.parametrize(("kernel", "dilation"), [((3, 5), 1), ((2, 3), (4, 2)), ((1, 1), 1)], ids=str)
 def test_kernel_that_fills_the_plane(kernel: tuple[int, int], dilation: int | tuple[int, int]) -> None:
-    """The smallest plane that is allowed: lags wrap around the circle, so the autocorrelation overlaps itself."""
+    """On the smallest plane that is allowed lags wrap around the circle, so the autocorrelation overlaps itself."""
     step = convnorm.per_axis(dilation, 2)
     size = (step[0] * (kernel[0] - 1) + 1, step[1] * (kernel[1] - 1) + 1)
     check(kernels((3, 2, *kernel)), size, dilation=dilation)
@@ -162,7 +164,7 @@ def test_equation_6_with_dense_matrices(
 
 
 def test_real_and_symmetric() -> None:
-    """v(f) = v(-f): the kernel v_k of section 3.2 is real. Also of a kernel that is not symmetric, on an odd plane."""
+    """v(f) = v(-f): the kernel v_k of section 3.2 is real, even if the weight is not symmetric, on an odd plane."""
     weight = kernels((3, 2, 2, 3))
     v = nk.ops.kernel_spectrum(weight, (9, 16))
     mirrored = v.flip(1, 2).roll((1, 1), (1, 2))
@@ -179,7 +181,7 @@ def test_groups_need_nothing_else(groups: int) -> None:
 
 
 def test_channels_do_not_mix() -> None:
-    """One channel 1e15 times another, whose spectrum must not lose a digit."""
+    """One channel is 1e15 times another, whose spectrum must not lose a digit."""
     weight = kernels((2, 3, 3, 3), torch.float32)
     weight[1] *= 1e15
     v = check(weight, (13, 13))
@@ -212,7 +214,7 @@ def test_spectral_zeros(size: tuple[int, int], dtype: torch.dtype) -> None:
 
 @DTYPES
 def test_zero_filter(dtype: torch.dtype) -> None:
-    """v = 1, and the other channels are as they were; no gradient is NaN or infinite."""
+    """A channel of zeros has v = 1, and the others are as they were; no gradient is NaN or infinite."""
     weight = kernels((3, 2, 3, 3), dtype)
     weight[1] = 0
     v = check(weight, (9, 13))
@@ -221,7 +223,7 @@ def test_zero_filter(dtype: torch.dtype) -> None:
 
 
 def test_almost_zero_filter() -> None:
-    """Not zero, so it is normalized as any other: in float64 the squares of 1e-35 are ordinary numbers."""
+    """A filter that is not zero is normalized as any other: in float64 the squares of 1e-35 are ordinary numbers."""
     weight = kernels((2, 2, 3, 3), torch.float32)
     weight[1] *= 1e-35
     check(weight, (7, 7))
@@ -240,7 +242,7 @@ def test_gradcheck(shape: tuple[int, ...], size: tuple[int, ...], dilation: int 
 
 
 def test_gradient_is_orthogonal_to_the_weight() -> None:
-    """v(s w) = v(w) / s, so <w, dL/dw> = -<v, dL/dv> for each channel (Euler), with eps relative: any eps."""
+    """v(s w) = v(w) / s, so <w, dL/dw> = -<v, dL/dv> for each channel (Euler), for any eps, as eps is relative."""
     weight = kernels((3, 2, 3, 3)).requires_grad_()
     for eps in (1e-8, 0.1):
         v = nk.ops.kernel_spectrum(weight, (7, 9), eps)
@@ -338,7 +340,7 @@ def test_denormal_kernels_have_a_finite_spectrum() -> None:
 
 @pytest.mark.parametrize("eps", [0.0, 1e-18, 1e-8, 1e-2])
 def test_both_backward_paths_agree(eps: float) -> None:
-    """With and without create_graph, at a spectral zero and for a channel of zeros, which has no gradient."""
+    """They agree with and without create_graph, at a spectral zero and for zeros, which have no gradient."""
     weight = torch.cat(
         (KERNEL_WITH_ZEROS, torch.zeros_like(KERNEL_WITH_ZEROS), KERNEL_WITH_ZEROS.mT + 1)
     ).requires_grad_()
@@ -350,7 +352,7 @@ def test_both_backward_paths_agree(eps: float) -> None:
     assert not plain[1].any() and not graph[1].any()
 
 
-# Without float64, in digits. Weights of float64 are computed in float64 there, too.
+# Devices without float64 add up in digits. Weights of float64 are computed in float64 there, too.
 
 
 @pytest.fixture
@@ -363,7 +365,7 @@ def without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     ("kernel", "size"), [(kernel, (7, 16)) for kernel in KERNELS] + [((3, 3), (58, 9)), ((2, 2), (34, 34))], ids=str
 )
 def test_digits_for_every_kernel(kernel: tuple[int, int], size: tuple[int, int]) -> None:
-    """Also of kernels with the mean 0, whose power vanishes at frequency 0."""
+    """Kernels with the mean 0, whose power vanishes at frequency 0, are right, too."""
     weight = kernels((3, 2, *kernel), torch.float32)
     check(weight, size)
     if kernel != (1, 1):
@@ -387,7 +389,7 @@ def test_digits_have_the_same_floor_without_eps() -> None:
 @pytest.mark.usefixtures("without_float64")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_digits_of_weights_that_are_not_finite(value: float) -> None:
-    """Seen in the channel that has them, as in float64, and in no other."""
+    """They are seen in the channel that has them, as in float64, and in no other."""
     weight = kernels((2, 2, 3, 3), torch.float32)
     weight[0, 0, 0, 0] = value
     v = nk.ops.kernel_spectrum(weight, (7, 8))

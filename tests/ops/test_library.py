@@ -32,7 +32,7 @@ def data(layout: str, dtype: torch.dtype) -> Tensor:
 
 
 def arguments(op: str, x: Tensor, method: str = "newton", affine: bool = True) -> tuple[Any, ...]:
-    """What the package itself passes to a raw op for two groups of four channels."""
+    """Return what the package itself passes to a raw op for two groups of four channels."""
     stat = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight, bias = (torch.linspace(-1, 2, 8, dtype=x.dtype) if affine else None for _ in range(2))
     raw = torch.ops.normkernels
@@ -54,7 +54,7 @@ def arguments(op: str, x: Tensor, method: str = "newton", affine: bool = True) -
 
 
 def spectral_arguments(op: str, z: Tensor, weight_dtype: torch.dtype | None = None) -> tuple[Any, ...]:
-    """For z (N, 8, H, W): a window that leaves out a border and every other column."""
+    """Return arguments for z (N, 8, H, W): a window that leaves out a border and every other column."""
     weight = torch.linspace(-1, 2, 8 * 2 * 3 * 2, dtype=weight_dtype or z.dtype).view(8, 2, 3, 2)
     h, w = z.shape[2:]
     size = [max(h, 3), max(w, 2)]
@@ -83,7 +83,7 @@ def test_every_op_is_checked_here() -> None:
 
 @DTYPES
 def test_opcheck_of_precondition(dtype: torch.dtype) -> None:
-    """Schema: it changes the gradients and nothing else."""
+    """It changes the gradients and nothing else, as its schema says."""
     stat = torch.float64 if dtype == torch.float64 else torch.float32
     weights = [torch.randn(4, 3, 2, 2, dtype=dtype), torch.randn(6, 2, dtype=dtype)]
     biases = [torch.randn(4, dtype=dtype), torch.empty(0, dtype=dtype)]
@@ -119,7 +119,7 @@ COMBINATIONS = [(layout, torch.float32) for layout in LAYOUTS] + [
 @pytest.mark.parametrize("op", RAW)
 @pytest.mark.parametrize(("layout", "dtype"), COMBINATIONS, ids=lambda value: str(value).removeprefix("torch."))
 def test_opcheck(op: str, layout: str, dtype: torch.dtype) -> None:
-    """Schema (no mutation, no aliasing), fake (shapes, strides, types), and dispatch with symbolic shapes."""
+    """Schema (no mutation, no aliasing), fake (shapes, strides, types) and dispatch with symbolic shapes hold."""
     torch.library.opcheck(getattr(torch.ops.normkernels, op).default, arguments(op, data(layout, dtype)))
 
 
@@ -166,7 +166,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def values_and_gradients(function: Callable[..., Any], *leaves: Tensor) -> list[Tensor]:
-    """All outputs, and the gradients of those that have one."""
+    """Return all outputs, and the gradients of the leaves that have one."""
     leaves = tuple(t.detach().clone().requires_grad_() for t in leaves)
     out = function(*leaves)
     out = [out] if isinstance(out, Tensor) else list(out)
@@ -178,7 +178,7 @@ def values_and_gradients(function: Callable[..., Any], *leaves: Tensor) -> list[
 
 
 def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
-    """Values up to the order in which a compiler adds gradients that meet, and the very same layouts."""
+    """Check values up to the order in which a compiler adds gradients that meet, and that layouts are the very same."""
     assert [t.stride() for t in got] == [t.stride() for t in expected]
     assert_agree(got, expected)
 
@@ -199,7 +199,7 @@ def test_ops_compile_without_graph_breaks(function: str, layout: str) -> None:
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_ops_compile_with_dynamic_shapes(function: str) -> None:
-    """Every length a symbol, those of the matrices included, in forward and backward."""
+    """Every length may be a symbol, those of the matrices included, in forward and backward."""
     leaves = data("NCHW", torch.float32), torch.linspace(-1, 2, 8), torch.linspace(1, 3, 8)
     expected = values_and_gradients(FUNCTIONS[function], *leaves)
     compiled = torch.compile(FUNCTIONS[function], backend="aot_eager", fullgraph=True, dynamic=True)
@@ -222,7 +222,7 @@ def seeded(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def steps(layer: nn.Module, x: Tensor) -> list[Tensor]:
-    """Two training steps, then evaluation with its gradient, and every buffer after each."""
+    """Run two training steps, then evaluation with its gradient; return every buffer after each, too."""
     seen: list[Tensor] = []
     for training in (True, True, False):
         layer.train(training)
@@ -235,7 +235,7 @@ def steps(layer: nn.Module, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_layers_compile_without_graph_breaks(layer: str, layout: str) -> None:
-    """Running statistics included: a compiled layer remembers what an eager one does."""
+    """A compiled layer remembers what an eager one does: running statistics are included."""
     x = data(layout, torch.float32)
     expected = steps(LAYERS[layer](), x)
     assert_same(steps(torch.compile(LAYERS[layer](), backend="aot_eager", fullgraph=True), x), expected)
@@ -280,9 +280,9 @@ def test_bad_batch_in_a_compiled_layer() -> None:
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore")  # of inductor's own, about the machine
+@pytest.mark.filterwarnings("ignore")  # inductor's own warnings, about the machine
 def test_inductor() -> None:
-    """The default backend, with generated code around the ops: the same to rounding, in forward and backward."""
+    """The default backend, with generated code around the ops, is the same to rounding, in forward and backward."""
     net = nn.Sequential(nk.IterNorm2d(8, 4), nn.ReLU(), nk.DBN2d(8, 4))
     x = data("NHWC", torch.float32)
     expected = values_and_gradients(net, x)
@@ -297,7 +297,7 @@ def test_inductor() -> None:
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11's own, in torch.export.load
 @pytest.mark.parametrize("layer", ["IterNorm2d", "DBN2d", "IterNorm2d-bare", "ConvNorm2d"])
 def test_export_of_evaluation(layer: str) -> None:
-    """With a free batch size, saved and loaded; the file knows the op by name."""
+    """A program with a free batch size is saved and loaded; the file knows the op by name."""
     module = LAYERS[layer]()
     x = data("NCHW", torch.float32)
     module(x)

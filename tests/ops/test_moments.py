@@ -27,7 +27,7 @@ def name(value: object) -> str | None:
 
 
 def check(x: Tensor, group_size: int = 8) -> None:
-    """Values and gradient of moments, under the rule of tolerances.py."""
+    """Check values and gradient of moments, by the rule of tolerances.py."""
     g = inputs.generator(2)
     d = min(group_size, x.shape[1])
     dmean = torch.randn(x.shape[1], dtype=torch.float64, generator=g).to(stat_dtype(x.dtype))
@@ -102,7 +102,7 @@ def test_half_types_with_standard_deviation_1000(dtype: torch.dtype) -> None:
 @pytest.mark.large
 @pytest.mark.on_cpu
 def test_many_samples_do_not_drift() -> None:
-    """2^18 equal float32 numbers: a running float32 sum of 0.1 is off in the third digit there."""
+    """The numbers are 2^18 equal ones: a running float32 sum of 0.1 is off in the third digit there."""
     x = torch.full((2**14, 2, 4, 4), 0.1)
     count, mean, cov = nk.ops.moments(x, 2)
     assert count == 2**18
@@ -159,7 +159,7 @@ def test_gradcheck(layout: str, group_size: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("layout", inputs.LAYOUTS)
 def test_cross_moments(layout: str, dtype: torch.dtype) -> None:
-    """Against eq. 21, with a mean that is not x's, and y in another layout than x."""
+    """They are those of eq. 21, with a mean that is not x's, and y in another layout than x."""
     shape, lay_out = inputs.LAYOUTS[layout]
     x = lay_out(inputs.gaussian(shape, dtype=dtype, group_size=4))
     y = incoming_gradient(x).contiguous()

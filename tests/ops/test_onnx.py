@@ -1,4 +1,4 @@
-"""What torch.onnx.export traces instead of the ops computes what they do."""
+"""torch.onnx.export traces other functions instead of the ops, which compute what the ops do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.b
 
 @pytest.fixture
 def onnx_ops(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Calls a public op as torch.onnx.export does."""
+    """Return a function that calls a public op as torch.onnx.export does."""
 
     def call(op: Any, *args: Any) -> Tensor:
         with monkeypatch.context() as patched:
@@ -31,7 +31,7 @@ def onnx_ops(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def check(got: Tensor, expected: Tensor) -> None:
-    """Half types are rounded at the end and nowhere else."""
+    """Check a result. Half types are rounded at the end and nowhere else."""
     assert got.dtype == expected.dtype and got.shape == expected.shape
     if expected.dtype == torch.bfloat16:
         assert (got.double() - expected.double()).abs().max() <= rounding(expected.double(), expected.dtype)
@@ -56,7 +56,7 @@ def test_whiten(onnx_ops: Any, layout: str, d: int, affine: bool, dtype: torch.d
 @DTYPES
 @pytest.mark.parametrize("size", [(6, 7), (5, 4), (3, 2), (1, 1), (17, 34)], ids=str)
 def test_spectral_filter(onnx_ops: Any, size: tuple[int, int], dtype: torch.dtype) -> None:
-    """Any spectrum, also one that is not even, and windows of both sides."""
+    """Any spectrum is right, also one that is not even, and windows on both sides."""
     h, w = size
     v = torch.rand(8, h, w, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     z = torch.randn(2, 8, h, w, dtype=dtype)
@@ -80,7 +80,7 @@ def test_kernel_spectrum(onnx_ops: Any, kernel: tuple[int, ...], dilation: int, 
 
 
 def test_a_large_mean(onnx_ops: Any) -> None:
-    """Centred before the product: W x alone would have no digit left of the result."""
+    """x is centred before the product: W x alone would have no digit left of the result."""
     x = inputs.gaussian((6, 8, 5, 3), dtype=torch.float32) + 1e5
     mean, W = x.mean((0, 2, 3)), torch.randn(2, 4, 4)
     expected = nk.ops.whiten(x.double(), mean.double(), W.double()).float()

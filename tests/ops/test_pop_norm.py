@@ -33,7 +33,7 @@ def name(value: object) -> str | None:
 
 
 def run(path: Any, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, *options: Any) -> list[Any]:
-    """y, the gradients of x, weight and bias, mean and variance."""
+    """Return y, the gradients of x, weight and bias, mean and variance."""
     leaves = [leaf(t) for t in (x, weight, bias)]
     y, mean, var = path(*leaves, *options)
     y.backward(moved(dy).to(y.dtype))
@@ -139,7 +139,7 @@ def test_scales(factor: float, dtype: torch.dtype) -> None:
 
 
 def test_float16_with_standard_deviation_1000() -> None:
-    """The square of one value overflows float16; statistics are float32. Float32 parameters, as under autocast."""
+    """The square of one value overflows float16; statistics are float32, as parameters may be under autocast."""
     x = inputs.gaussian((9, 8, 4, 3), dtype=torch.float16, scale=1000.0, mean=500.0)
     check(x)
     check(x, affine_dtype=torch.float32)
@@ -165,7 +165,7 @@ def test_incoming_gradient_of_another_layout(layout: str) -> None:
 
 @pytest.mark.parametrize("value", [0.0, 2.7])
 def test_constant_channels(value: float) -> None:
-    """No variance: x~ = beta, and y = gamma beta / (kappa |beta|) but for eps."""
+    """Without variance x~ = beta, and y = gamma beta / (kappa |beta|) but for eps."""
     check(inputs.gaussian(inputs.SHAPE_4D, dtype=torch.float32).index_fill(1, torch.tensor([0, 3]), value))
 
 

@@ -27,12 +27,12 @@ METHODS = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys(
 
 @pytest.fixture(scope="module")
 def large() -> Tensor:
-    """Large enough for reduced-precision products and for several threads to be worth it."""
+    """Draw x large enough for reduced-precision products and for several threads to be worth it."""
     return inputs.gaussian((32, 64, 8, 8), dtype=torch.float32, group_size=64)
 
 
 def fused(x: Tensor, options: dict[str, Any], create_graph: bool = False) -> tuple[Tensor, ...]:
-    """y, mean, W, dx, dweight, dbias of iter_norm."""
+    """Return y, mean, W, dx, dweight, dbias of iter_norm."""
     leaves = [x.detach().requires_grad_(), *(torch.linspace(-1, 2, x.shape[1]).requires_grad_() for _ in range(2))]
     y, mean, w = nk.ops.iter_norm(leaves[0], 64, weight=leaves[1], bias=leaves[2], **options)
     grads = torch.autograd.grad(y, leaves, incoming_gradient(y.detach()), create_graph=create_graph)
@@ -40,7 +40,7 @@ def fused(x: Tensor, options: dict[str, Any], create_graph: bool = False) -> tup
 
 
 def composed(x: Tensor, options: dict[str, Any], create_graph: bool = False) -> tuple[Tensor, ...]:
-    """The same of the three primitives, with a mean that needs a gradient of its own."""
+    """Return the same from the three primitives, with a mean that needs a gradient of its own."""
     leaves = [x.detach().requires_grad_(), *(torch.linspace(-1, 2, x.shape[1]).requires_grad_() for _ in range(2))]
     _, mean, cov = nk.ops.moments(leaves[0], 64)
     w = nk.ops.inverse_sqrt(cov, **options)
@@ -70,7 +70,7 @@ Path = Callable[..., tuple[Tensor, ...]]
 def test_autocast_does_not_reach_inside(
     large: Tensor, dtype: torch.dtype, path: Path, options: dict[str, Any], create_graph: bool
 ) -> None:
-    """Autocast would lower each matmul of the covariance and of Newton's iteration; forward and backward."""
+    """Autocast would lower each matmul of the covariance and of Newton's iteration, in forward and backward."""
     expected = path(large, options, create_graph)
     with torch.autocast("cpu", dtype):
         got = path(large, options, create_graph)
@@ -96,7 +96,7 @@ SWITCHES = {
 
 @pytest.fixture(params=SWITCHES.values(), ids=SWITCHES.keys())
 def reduced(request: pytest.FixtureRequest) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
-    """Two functions: one allows reduced precision to the whole process, one forbids it again."""
+    """Yield two functions: one allows reduced precision to the whole process, one forbids it again."""
     switch, low, high = request.param
     yield lambda: switch(low), lambda: switch(high)
     switch(high)
@@ -107,7 +107,7 @@ def reduced(request: pytest.FixtureRequest) -> Iterator[tuple[Callable[[], None]
 def test_switches_are_left_to_their_owner(
     large: Tensor, reduced: tuple[Callable[[], None], Callable[[], None]]
 ) -> None:
-    """What is switched off for a while is switched on again, and still obeys the user's own switch afterwards."""
+    """A switch that was off for a while is on again, and still obeys the user's own switch afterwards."""
     lower, restore = reduced
     lower()
     lowered = precision_in_force()
@@ -173,7 +173,7 @@ def test_large_means_cost_nothing(mean: float, options: dict[str, Any]) -> None:
 @METHODS
 @pytest.mark.parametrize("threads", [1, 2])
 def test_deterministic(large: Tensor, threads: int, options: dict[str, Any]) -> None:
-    """Bit for bit, without torch's deterministic mode, which the fixtures switch on."""
+    """Results are equal bit for bit, without torch's deterministic mode, which the fixtures switch on."""
     torch.use_deterministic_algorithms(False)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -190,7 +190,7 @@ def test_deterministic(large: Tensor, threads: int, options: dict[str, Any]) -> 
 def test_products_at_their_real_size(
     large: Tensor, memory_format: torch.memory_format, group_size: int, options: dict[str, Any]
 ) -> None:
-    """d and m of a real layer: kernels that are chosen by size are the ones in use."""
+    """d and m are those of a real layer: kernels that are chosen by size are the ones in use."""
     config = Config(**{"eps": 1e-5, "group_size": group_size, **options})
     x = large.contiguous(memory_format=memory_format)
     dy = incoming_gradient(x)

@@ -58,7 +58,7 @@ class Layer:
         self.var = torch.randn(channels, dtype=torch.float64, generator=g).exp().to(stat)
 
     def expected(self) -> tuple[Tensor, Tensor | None]:
-        """Output by output: [b, w] <- P P^T [b, w] / q^2 with P of eq. 15 (23 for kernels), in float64."""
+        """Return [b, w] <- P P^T [b, w] / q^2 for each output, with P of eq. 15 (23 for kernels), in float64."""
         Gw = self.Gw.double().clone()
         Gb = None if self.Gb is None else self.Gb.double().clone()
         outputs, inputs_, taps = len(Gw), Gw.shape[1], Gw[0, 0].numel()
@@ -81,7 +81,7 @@ class Layer:
 
 
 def run(layers: Sequence[Layer], eps1: float = EPS1, eps2: float = EPS2) -> tuple[list[Any], list[int]]:
-    """The op on copies with the same strides: [(Gw, Gb)] and the rows that were left."""
+    """Run the op on copies with the same strides; return [(Gw, Gb)] and the rows that were left."""
     copies = [(moved_copy(layer.Gw), moved_copy(layer.Gb), moved(layer.mean), moved(layer.var)) for layer in layers]
     left = nk.ops.precondition(
         *(list(values) for values in zip(*copies, strict=True)),
@@ -143,7 +143,7 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
 
 
 def test_gradient_views_of_a_bucket() -> None:
-    """As DDP has them: parts of one flat tensor, which must change in place and nowhere else."""
+    """DDP's gradients are parts of one flat tensor, which must change in place and nowhere else."""
     layer = Layer((5, 3), 1, True, torch.float32)
     bucket = moved(torch.cat([torch.full((1,), 7.0), layer.Gw.flatten(), torch.full((2,), 7.0), layer.Gb]))
     Gw, Gb = bucket[1:16].view(5, 3), bucket[18:]
@@ -157,7 +157,7 @@ def test_gradient_views_of_a_bucket() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=name)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_rows_that_are_not_finite_are_left(value: float, dtype: torch.dtype) -> None:
-    """As a whole, and no other row; also where the mean is 0, and where the bias is what is not finite."""
+    """The row is left as a whole, and no other row; also where the mean is 0, and where only the bias is not finite."""
     layers = [Layer((4, 3, 2), 1, True, dtype), Layer((4, 5), 1, False, dtype, 1), Layer((3, 2), 1, True, dtype, 2)]
     layers[0].mean[1] = 0.0
     before = [(layer.Gw.clone(), layer.Gb if layer.Gb is None else layer.Gb.clone()) for layer in layers]
@@ -184,7 +184,7 @@ def test_rows_that_are_not_finite_are_left(value: float, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_rows_that_would_overflow_are_left(dtype: torch.dtype, bias: bool) -> None:
-    """Finite gradients whose result is beyond the type's largest number, also where a mean of 0 hides it in the sum."""
+    """The result of finite gradients is beyond the type's largest number, even where a mean of 0 hides it."""
     layer = Layer((3, 4), 1, bias, dtype)
     layer.mean[2] = 0.0
     layer.var.fill_(1e-3)
@@ -198,7 +198,7 @@ def test_rows_that_would_overflow_are_left(dtype: torch.dtype, bias: bool) -> No
 
 
 def test_large_means_keep_the_digits_of_step_5() -> None:
-    """A mean of 1000 deviations: the sum of the new weights' gradients, which does not cancel twice."""
+    """With a mean of 1000 deviations the sum is that of the new weights' gradients, which does not cancel twice."""
     layer = Layer((4, 500), 1, True, torch.float32)
     layer.mean += 1000.0
     layer.var.fill_(1.0)
@@ -225,7 +225,7 @@ def test_nothing_to_do() -> None:
 
 @pytest.mark.on_cpu
 def test_gradients_that_require_gradients() -> None:
-    """As after backward(create_graph=True): they are changed without a record of it."""
+    """They are changed without a record of it, as after backward(create_graph=True)."""
     Gw = torch.ones(2, 3).requires_grad_() * 2
     before = Gw.grad_fn
     nk.ops.precondition([Gw], [None], [torch.zeros(3)], [torch.ones(3)], [1], [1.0], 0.0, 1.0)

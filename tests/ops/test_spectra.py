@@ -27,7 +27,7 @@ QUICK = pytest.mark.parametrize("backend", ["eager", *CUDA], indirect=True)
 
 
 def step(x: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor]:
-    """y, W and dx of one training step in x's type."""
+    """Return y, W and dx of one training step in x's type."""
     given = leaf(x)
     y, _, W = nk.ops.iter_norm(given, x.shape[1], **options)  # type: ignore[arg-type]
     (dx,) = torch.autograd.grad(y, given, moved(incoming_gradient(back(y))))  # type: ignore[arg-type]
@@ -38,7 +38,7 @@ def step(x: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def correlated(d: int, m: int, condition: float = 1e3) -> Tensor:
-    """x (m, d) float64 of unit variances, whose correlation matrix has about this condition."""
+    """Draw x (m, d) in float64 of unit variances, whose correlation matrix has about this condition."""
     C = inputs.covariance(inputs.spectrum(d, condition))
     deviations = C.diagonal().sqrt()
     C = C / deviations[:, None] / deviations
@@ -68,7 +68,7 @@ SIZES = [
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize(("d", "layout"), SIZES)
 def test_channels_of_unlike_scale(d: int, layout: str, scales: str) -> None:
-    """Standard deviations that differ by 1e4, in any order, and all of 1e4: as exact as where all are 1."""
+    """Standard deviations that differ by 1e4, in any order, or are all 1e4, are as exact as where all are 1."""
     m = 36 * max(16, d // 2)
     x = (correlated(d, m) * SCALES[scales](d).double()).float()
     if layout != "rows":
@@ -91,7 +91,7 @@ def test_triton_leaves_the_exact_covariance_to_plain_pytorch() -> None:
 @pytest.mark.parametrize("small", [0, moments.SMALL], ids=["chains", "float64-products"])
 @pytest.mark.parametrize("m", [17, 300, 5000, 70000])
 def test_an_exact_covariance(m: int, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Added up from chains of columns of every length, with rests, to less than a rounding of float32."""
+    """It is added up from chains of columns of every length, with rests, to less than a rounding of float32."""
     monkeypatch.setattr(moments, "SMALL", small)
     for shape in ((m, 3), (m // 17, 3, 17), (1, 3, m), (m // 2, 3, 2)):
         x = inputs.gaussian(shape, dtype=torch.float32, group_size=3, mean=3.0)
@@ -104,7 +104,7 @@ def test_an_exact_covariance(m: int, small: int, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.on_cpu
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
 def test_singular_covariances_without_eps(scale: float) -> None:
-    """What an eigendecomposition knows nothing about is not divided by."""
+    """An eigendecomposition does not divide by eigenvalues of which it knows nothing."""
     x = scale * torch.randn(64, 4, generator=inputs.generator(0)) @ torch.randn(4, 9, generator=inputs.generator(1))
     y, W, dx = step(x, method="eigh", eps=0.0)
     assert all(value.isfinite().all() for value in (y, W, dx))
@@ -140,9 +140,9 @@ SINGULAR = {
 @pytest.mark.parametrize(("scaling", "eps"), [("trace", 0.0), ("frobenius", 0.0), ("frobenius", 1e-3)])
 @pytest.mark.parametrize("case", SINGULAR)
 def test_many_iterations_converge(case: str, eps: float, scaling: str, backend: str) -> None:
-    """No iteration makes of a direction without variance more than float64 does; from some iteration on W stays."""
+    """No iteration makes of a direction without variance more than float64 does; after some iteration W stays."""
     scales = (1e-6, 1e4) if backend == "eager" else (1e4,)
-    counts = (9, 20, 40) if backend == "eager" else (20,)  # of iterations, beside 100
+    counts = (9, 20, 40) if backend == "eager" else (20,)  # iterations, beside 100
     for scale in scales:
         x = scale * SINGULAR[case]()
         for num_iterations in (*counts, 100):
@@ -162,7 +162,7 @@ def test_many_iterations_converge(case: str, eps: float, scaling: str, backend: 
 @pytest.mark.parametrize("backend", TRITON, indirect=True)
 @pytest.mark.parametrize("case", ["fewer-samples-than-channels", "equal-channels-of-unlike-scale"])
 def test_triton_leaves_many_iterations_to_plain_pytorch(case: str) -> None:
-    """Both directions, at a number of iterations at which what does not stop has overflowed or lost all digits."""
+    """Both directions are right at a number of iterations that overflows or loses all digits without a stop."""
     x = 1e4 * SINGULAR[case]()
     options = {"num_iterations": 30, "eps": 0.0, "scaling": "frobenius"}
     for value, reference in zip(step(x, **options), step(x.double(), **options), strict=True):

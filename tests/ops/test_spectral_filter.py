@@ -30,7 +30,7 @@ def planes(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor
 
 
 def spectrum(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Of both signs and not symmetric: only the real part of the result makes sense of it."""
+    """Draw a spectrum of both signs, not symmetric: only the real part of the result makes sense of it."""
     return torch.randn(shape, dtype=torch.float64, generator=inputs.generator(1)).to(stat_dtype(dtype))
 
 
@@ -48,7 +48,7 @@ def plain_filter(z: Tensor, v: Tensor) -> Tensor:
 
 
 def check(z: Tensor, v: Tensor, dy: Tensor | None = None) -> None:
-    """y and dz channel by channel: a large channel must not cost a small one its digits."""
+    """Check y and dz channel by channel: a large channel must not cost a small one its digits."""
     dy = incoming_gradient(z) if dy is None else dy
     y, dz, dv = run(nk.ops.spectral_filter, z, v, dy)
     y_ref, dz_ref, dv_ref = run(convnorm.spectral_filter, z.double(), v.double(), dy.double())
@@ -65,7 +65,7 @@ def check(z: Tensor, v: Tensor, dy: Tensor | None = None) -> None:
     assert_within("dv", dv, dv_ref, dv_plain, filter_spectrum_floor(z, v, dy, dv_ref), largest(dv_ref))
 
 
-# Odd, prime, a square, a power of two, twice a prime; one-pixel planes and lines; unequal sides, both ways.
+# Sizes: odd, prime, a square, a power of two, twice a prime; one-pixel planes and lines; unequal sides, both ways.
 SIZES = [
     (7, 7), (9, 9), (13, 13), (16, 16), (17, 17), (26, 26), (34, 34), (58, 58), (64, 64),
     (1, 1), (2, 2), (1, 9), (13, 1), (2, 7), (7, 16), (34, 13), (64, 9), (17, 58),
@@ -85,7 +85,7 @@ def test_every_length(length: int, dtype: torch.dtype) -> None:
 
 
 def test_large_plane() -> None:
-    """Beyond any feature map of an ImageNet network's first layer, where an FFT wins over a product."""
+    """It is beyond any feature map of an ImageNet network's first layer, and an FFT wins over a product there."""
     check(planes((1, 2, 226, 230)), spectrum((2, 226, 230)))
 
 
@@ -157,7 +157,7 @@ def test_empty_batch(shape: tuple[int, ...]) -> None:
     assert y.shape == dz.shape == shape and not dv.any()
 
 
-# What Algorithm 1 says about it.
+# Properties of Algorithm 1.
 
 
 def test_ones_are_the_identity() -> None:
@@ -169,7 +169,7 @@ def test_ones_are_the_identity() -> None:
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (9,)], ids=str)
 def test_circular_convolution(size: tuple[int, ...]) -> None:
-    """C_v z of section 3.2, with the dense circulant matrix of the kernel v_k = F^-1 v^."""
+    """y is C_v z of section 3.2, with the dense circulant matrix of the kernel v_k = F^-1 v^."""
     weight = planes((3, 2, *[2] * len(size)), torch.float64)
     v = nk.ops.kernel_spectrum(weight, size, 1e-3)
     z = planes((2, 3, *size), torch.float64)
@@ -281,7 +281,7 @@ def test_wrong_arguments(change: dict[str, object], error: type[Exception], expe
     ids=str,
 )  # fmt: skip
 def test_the_rule(size: tuple[int, int], products: bool) -> None:
-    """Products for short planes and for those with a prime factor above 13, up to 128; torch.fft for the rest."""
+    """Short planes and those with a prime factor above 13 take products, up to 128; torch.fft does the rest."""
     if not fast(torch.ones(1)):
         pytest.skip("needs oneDNN")
     assert by_products(torch.ones(1), *size) is products

@@ -41,7 +41,7 @@ def placed(z: Tensor, plane: tuple[int, ...], source: Slices) -> Tensor:
 
 
 def filtered(z: Tensor, v: Tensor, target: Slices, source: Slices) -> Tensor:
-    """Algorithm 1 between the windows, in z's type but for the transform."""
+    """Compute Algorithm 1 between the windows, in z's type but for the transform."""
     y = convnorm.spectral_filter(placed(z, tuple(v.shape[1:]), source).to(v.dtype), v).to(z.dtype)
     return y if target is None else y[(..., *target)]
 
@@ -58,7 +58,7 @@ def run(path: Any, z: Tensor, v: Tensor, dy: Tensor, *windows: Slices) -> tuple[
 
 
 def check(z: Tensor, v: Tensor, target: Slices = None, source: Slices = None, dy: Tensor | None = None) -> None:
-    """y, dz and dv, each channel of y and dz by itself: a large one must not cost a small one its digits."""
+    """Check y, dz and dv, each channel of y and dz by itself: a large one must not cost a small one its digits."""
     windows = target, source
     if dy is None:
         dy = incoming_gradient(filtered(z.double(), v.double(), *windows)).to(z.dtype)
@@ -135,7 +135,7 @@ WINDOWS: list[tuple[Slices, Slices]] = [
 
 @pytest.mark.parametrize(("target", "source"), WINDOWS, ids=str)
 def test_windows(target: Slices, source: Slices) -> None:
-    """channels_last where z is the whole plane."""
+    """z is channels_last where it is the whole plane."""
     z = values((1, 2, 9, 10))
     z = z.contiguous(memory_format=torch.channels_last) if source is None else z[(..., *source)].contiguous()
     check(z, values((2, 9, 10), seed=1), target, source)

@@ -48,7 +48,7 @@ def gaussian(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **optio
 
 
 def step(x: Tensor, group_size: int = 8, **options: Any) -> list[Tensor]:
-    """y, mean, W and all gradients of one training step with gamma and beta."""
+    """Return y, mean, W and all gradients of one training step with gamma and beta."""
     parameters = [torch.linspace(-1, 2, x.shape[1], device=x.device).to(x.dtype) for _ in range(2)]
     leaves = [value.detach().requires_grad_() for value in (x, *parameters)]
     y, mean, W = nk.ops.iter_norm(leaves[0], group_size, weight=leaves[1], bias=leaves[2], **options)
@@ -117,7 +117,7 @@ def test_the_defect_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("unwarned")
 def test_a_kernel_that_does_not_compile_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as one of a configuration of one's own that takes too much shared memory. An error of the GPU stays one."""
+    """A configuration of one's own may take too much shared memory, for example. An error of the GPU stays one."""
     from triton.runtime.errors import OutOfResources
 
     class Kernel:
@@ -197,7 +197,7 @@ class Launches(list[tuple[str, dict[str, Any]]]):
         return [name for name, _ in self]
 
 
-# Those that launch kernels on activations, small matrices and gradients.
+# Modules that launch kernels on activations, small matrices and gradients.
 LAUNCHERS = (
     *(f"{op}.triton" for op in ("moments", "inverse_sqrt", "whiten", "iter_norm", "pop_norm", "precondition")),
     "_triton_diagonal",
@@ -205,7 +205,7 @@ LAUNCHERS = (
 
 
 def note_launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    """Notes every launch, and makes it."""
+    """Note every launch, and make it."""
     noted = Launches()
     for module in LAUNCHERS:
 
@@ -384,7 +384,7 @@ LAYERS = {
 
 
 def trained(name: str, layer: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Output and gradients of a training step, then the output in evaluation, and the buffers."""
+    """Return output and gradients of a training step, then the output in evaluation, and the buffers."""
     x = x.detach().requires_grad_()
     y = layer(x)
     y.float().square().mean().backward()
@@ -491,7 +491,7 @@ def test_the_table_serves_every_architecture() -> None:
     on_sm_80 = {key[:4] for key in _triton.table() if key[4] == 80}
     # There one kernel spills whatever its configuration, and the other is never reached; see docs/triton.md.
     assert keys - on_sm_80 == {(name, 128, "odd", "float32") for name in ("cross_moments", "stacked_mix")}
-    with _triton.recording(80, lambda *_: None):  # else the interpreter's
+    with _triton.recording(80, lambda *_: None):  # otherwise the interpreter's
         for key in keys:
             dtype = torch.float32 if key[3] == "float32" else torch.float16
             newest = _triton.configuration(*key[:3], dtype, 110)
@@ -527,7 +527,7 @@ def test_a_table_that_is_none(text: str | None, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("d", [8, 1])
 def test_the_answer_knows_the_entries_that_an_op_looks_up(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """_triton.PASSES says which; the launchers do it."""
+    """_triton.PASSES says which entries these are; the launchers look them up."""
     looked_up: list[str] = []
     singles: tuple[str, ...] = ()
 
@@ -611,7 +611,7 @@ SHAPES = {"56x56": (32, 64, 56, 56), "7x7": (64, 128, 7, 7), "wide": (16, 128, 2
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_real_sizes_on_a_gpu(shape: str, dtype: torch.dtype, channels_last: bool) -> None:
-    """Many parts for each group, full tiles, several waves of programs; twice, bit by bit."""
+    """There are many parts for each group, full tiles and several waves of programs; two runs agree bit by bit."""
     from tests.oracles.run import oracle, plain_path
     from tests.tolerances import assert_iter_norm
 

@@ -29,14 +29,14 @@ launches = pytest.fixture(note_launches)
 
 
 def step(x: Tensor, center: bool = True, scale: bool = True) -> list[Tensor]:
-    """y, mean, variance and all gradients of one training step of POP-Norm."""
+    """Return y, mean, variance and all gradients of one training step of POP-Norm."""
     vector = torch.linspace(-1, 2, x.shape[1], device=x.device).to(x.dtype)
     leaves = [value.detach().requires_grad_() for value in (x, vector, vector)]
     weight, bias = leaves[1] if scale else None, leaves[2] if center else None
     y, mean, var = nk.ops.pop_norm(leaves[0], weight, bias, center=center, scale=scale)
     wanted = [leaf for leaf, used in zip(leaves, (True, scale, center), strict=True) if used]
     value = y.detach()
-    dy = incoming_gradient(value.cpu()).to(x.device) + 4 * value  # orthogonal to x, hardly any x would be in dx
+    dy = incoming_gradient(value.cpu()).to(x.device) + 4 * value  # were it orthogonal to x, hardly any x would be in dx
     return [value, mean, var, *torch.autograd.grad(y, wanted, dy)]
 
 
@@ -90,7 +90,7 @@ def test_passes_over_the_data(layout: str, mode: str, monkeypatch: pytest.Monkey
 
 
 def count_touched(places: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that tells, and forgets, how many elements were read of each tensor, and written in tiles."""
+    """Return a function that tells, and forgets, how many elements were read of each tensor, and written in tiles."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     touched: Counter[str] = Counter()
@@ -122,7 +122,7 @@ def count_touched(places: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("mean", [0.0, 1e5])  # where float32 holds x to 1/256 of a standard deviation
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_many_parts(layout: str, mean: float, launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than a program merges at a time, with means of their own, and more channels than a program has."""
+    """There are more parts than a program merges at a time, each with its mean, and more channels than it has."""
     from normkernels.ops import _triton_diagonal
     from normkernels.ops.pop_norm import triton as kernels
 
@@ -194,7 +194,7 @@ class Layers:
         self.q2 = [1 + i / 4 for i in range(len(shapes))]
 
     def run(self, backend: str) -> list[Tensor]:
-        """The counts of rows that were left; the gradients are changed."""
+        """Change the gradients, and return the counts of rows that were left."""
         with nk.use_backend(backend):
             return nk.ops.precondition(
                 self.weights, self.biases, self.means, self.variances, self.groups, self.q2, 1e-2, 1e-4
@@ -209,7 +209,7 @@ SHAPES = [((7, 5, 3, 3), 1), ((4, 9), 1), ((6, 2, 3), 3)]
 
 @pytest.mark.parametrize("number", [1, 3, 140])
 def test_one_launch_for_any_number_of_layers(number: int, launches: Launches) -> None:
-    """140: more than a program looks through at a time."""
+    """140 layers are more than a program looks through at a time."""
     shapes = [((1 + i % 3, 1 + i % 5), 1) for i in range(number)]
     got, expected = Layers(shapes), Layers(shapes)
     left = got.run("triton")
@@ -232,7 +232,7 @@ def test_bytes_of_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_layouts_of_gradients(dtype: torch.dtype, launches: Launches) -> None:
-    """Contiguous and channels_last in place, others through a copy; the memory between a slice's entries stays."""
+    """Contiguous and channels_last ones change in place, others through a copy; the memory between entries stays."""
     layers, expected = (Layers([((6, 5, 3, 3), 1)] * 3 + [((6, 5), 1)] * 2, dtype) for _ in range(2))
     expected.run("eager")
     whole = torch.zeros(12, 5, dtype=dtype, device=DEVICE)
@@ -290,7 +290,7 @@ def test_a_refusal_changes_nothing(broken: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_entry_is_divided_exactly() -> None:
-    """By a multiplication in 32 bits, up to the last entry that is allowed."""
+    """It is divided by a multiplication in 32 bits, up to the last entry that is allowed."""
     from normkernels.ops.precondition.triton import LONGEST_ROW, division
 
     periods = [*range(1, 300), 2**14 - 1, 2**14, 2**14 + 1, 2**29 - 1, 2**29, 2**29 + 1, LONGEST_ROW - 1, LONGEST_ROW]
@@ -321,7 +321,7 @@ def test_opcheck_of_precondition() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(32, 64, 56, 56), (64, 130, 7, 7), (4096, 96)], ids=str)
 def test_real_sizes_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> None:
-    """Many parts, full tiles, several waves of programs; twice, bit by bit, and as plain PyTorch in float64."""
+    """There are many parts, full tiles, several waves; two runs agree bit by bit, and with plain PyTorch in float64."""
     x = inputs.gaussian(shape, dtype=dtype, group_size=1, mean=3.0).cuda()
     if channels_last and x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)

@@ -37,9 +37,10 @@ FAR: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 
 
 def apart(values: Tensor, strides: tuple[int, ...], folder: Path) -> Tensor:
-    """The same values with these strides, in memory of which nothing else is touched: on a CPU that of a sparse file.
+    """Return the same values with these strides, in memory of which nothing else is touched.
 
-    There in the middle of it, so that an offset that has lost its upper bits finds other numbers and not the end.
+    On a CPU it is the memory of a sparse file, and the values lie in the middle of it, so that an offset that has lost
+    its upper bits finds other numbers and not the end.
     """
     last = sum((n - 1) * stride for n, stride in zip(values.shape, strides, strict=True))
     if ON_GPU:
@@ -99,7 +100,7 @@ def test_offsets_of_planes(case: str, tmp_path: Path) -> None:
 
 
 def filtered(z: Tensor, v: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """y and the gradient of v."""
+    """Return y and the gradient of v."""
     v = v.to(DEVICE).requires_grad_()
     y = nk.ops.spectral_filter(z, v)
     return y.detach(), torch.autograd.grad(y, v, dy)[0]
@@ -117,7 +118,7 @@ SMALL: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("case", SMALL)
 def test_offsets_of_small_operands(case: str, tmp_path: Path) -> None:
-    """Kernels compute these in 32 bits, and get a compact copy where they would not do."""
+    """Kernels compute these offsets in 32 bits, and get a compact copy where 32 bits would not do."""
     name, shape, strides = SMALL[case]
     values = planes(shape)
     x = {"W": planes((2, 3, 4, 5)), "v": planes((2, 1, 4, 5)), "weight": values}[name].to(DEVICE)
@@ -140,7 +141,7 @@ def cut_kernel(out, chunk, columns, parts, WIDE: tl.constexpr):  # type: ignore[
 
 
 def test_columns_of_parts_in_64_bits() -> None:
-    """The last part begins at 2^31. Of the helpers alone: with data the interpreter would take days."""
+    """The last part begins at 2^31. Only the helpers run: with data the interpreter would take days."""
     chunk, columns = 2**30, 2**31 + 7
     cut = torch.zeros(3, 3, dtype=torch.int64, device=DEVICE)
     cut_kernel[(3,)](cut, chunk, columns, 3, WIDE=True)

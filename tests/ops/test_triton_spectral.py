@@ -26,7 +26,7 @@ def _triton() -> Iterator[None]:
 
 
 def test_triton_serves_these_ops() -> None:
-    """Or everything below would compare eager with the oracle."""
+    """If it did not, everything below would compare eager with the oracle."""
     for op in ("spectral_filter", "cross_spectrum", "kernel_spectrum", "kernel_spectrum_backward"):
         assert nk.backend_of(op, torch.ones(2, 3, 5, 7, device=DEVICE)) == "triton"
 
@@ -66,7 +66,7 @@ SOBEL = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
 def check_spectrum(
     weight: Tensor, size: tuple[int, ...], eps: float = 1e-8, dilation: int | tuple[int, ...] = 1
 ) -> Tensor:
-    """v entry by entry, and the gradient; see test_kernel_spectrum.py."""
+    """Check v entry by entry, and the gradient; see test_kernel_spectrum.py."""
     dv = torch.randn(weight.shape[0], *size, dtype=torch.float64, generator=inputs.generator(3))
     scale = weight.double().abs().flatten(1).amax(1).view(-1, *[1] * len(size))
     dv = (dv * torch.where(scale == 0, 1, scale)).float()
@@ -113,7 +113,7 @@ def test_types_of_the_weight(dtype: torch.dtype) -> None:
 
 
 def test_many_input_channels() -> None:
-    """More taps than a tile of the kernel holds, and no multiple of it."""
+    """There are more taps than a tile of the kernel holds, and no multiple of it."""
     check_spectrum(values((1, 61, 3, 3)), (5, 5))
 
 
@@ -153,7 +153,7 @@ def test_scales(scale: float) -> None:
 
 
 def test_channels_do_not_mix() -> None:
-    """One of zeros, which gets 1 and no gradient, and one 1e15 times another."""
+    """A channel of zeros gets 1 and no gradient; another is 1e15 times the others."""
     weight = values((4, 2, 3, 3))
     weight[1] = 0
     weight[2] *= 1e15

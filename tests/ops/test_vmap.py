@@ -1,4 +1,4 @@
-"""torch.vmap over every op: what a loop over the models gives."""
+"""torch.vmap over every op gives what a loop over the models gives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODELS = 3
 
 
 def samples(op: str) -> list[tuple[Any, ...]]:
-    """Arguments for each model, of different data."""
+    """Return arguments for each model, of different data."""
     found = []
     for i in range(MODELS):
         x = (data("NCHW", torch.float64) * (i + 1)).roll(i, 0).cos()
@@ -32,7 +32,7 @@ def tuple_of(result: Any) -> list[Tensor]:
 
 
 def test_every_op_has_a_rule() -> None:
-    """But the one that changes its arguments."""
+    """Only the op that changes its arguments has none."""
     assert set(_library.ops()) - set(_vmap.DIMENSIONS) == {"precondition"}
 
 
@@ -53,7 +53,7 @@ def test_ops(op: str, mapped: str) -> None:
 # The bare one is whitened, so its gradient in the scale of x is nothing but rounding.
 @pytest.mark.parametrize("function", [name for name in FUNCTIONS if name != "iter_norm-bare"])
 def test_gradients(function: str) -> None:
-    """Of each model (vmap of grad) and through all of them (grad of vmap), in data and parameters."""
+    """They are right for each model (vmap of grad) and through all (grad of vmap), in data and parameters."""
     shift = torch.arange(MODELS)
     x = torch.stack([data("NCHW", torch.float32) + i for i in range(MODELS)])
     w, b = (torch.linspace(low, 3, 8) + 0.1 * shift[:, None] for low in (-1, 1))
@@ -82,7 +82,7 @@ def test_gradients(function: str) -> None:
 
 
 def test_twice() -> None:
-    """Models of models."""
+    """Models may be models of models."""
     x = torch.randn(2, 3, 6, 8, 4)
     got = vmap(vmap(lambda x: nk.ops.iter_norm(x, 4)[0]))(x)
     assert_agree(got, torch.stack([torch.stack([nk.ops.iter_norm(x, 4)[0] for x in row]) for row in x]))

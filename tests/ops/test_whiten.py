@@ -31,7 +31,7 @@ def name(value: object) -> str | None:
 
 
 def arguments(x: Tensor, d: int, *, mean: float = 1.0, weight_dtype: torch.dtype | None = None) -> list[Tensor]:
-    """x, and a mean that is not x's, a W that is not symmetric, gamma of both signs, beta."""
+    """Return x, a mean that is not x's, a W that is not symmetric, gamma of both signs, and beta."""
     c, dtype, g = x.shape[1], stat_dtype(x.dtype), inputs.generator(7)
     w, mu, affine = (torch.randn(s, dtype=torch.float64, generator=g) for s in ((c // d, d, d), (c,), (2, c)))
     affine = affine.to(weight_dtype or x.dtype)
@@ -84,7 +84,10 @@ def test_group_sizes(d: int) -> None:
 
 
 def check_stacked(grad: Tensor, x: Tensor, d: int) -> None:
-    """The op beneath the backward passes, [A | B] [grad - its mean; x - mean] + c, is the sum of two maps."""
+    """Check that the op beneath the backward passes is the sum of two maps.
+
+    It is [A | B] [grad - its mean; x - mean] + c.
+    """
     (_, grad_mean, A, _, _), (_, mean, B, _, c) = arguments(grad, d, mean=2.0), arguments(x, d)
     c = c.to(mean.dtype)
     y = torch.ops.normkernels.stacked_mix(*(moved(t) for t in (grad, x, grad_mean, mean, torch.cat((A, B), 2), c)))
@@ -123,7 +126,7 @@ def test_affine_is_optional(missing: set[str]) -> None:
 @pytest.mark.parametrize("mean", [1e2, 1e4, 1e5], ids="mean{:g}".format)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=name)
 def test_large_means(dtype: torch.dtype, mean: float) -> None:
-    """In standard deviations: A x + (beta - A mean) must not lose more than x - mean does."""
+    """Means are in standard deviations: A x + (beta - A mean) must not lose more than x - mean does."""
     check(arguments(inputs.gaussian((16, 8, 4, 4), dtype=dtype, mean=mean), 4, mean=mean))
 
 
@@ -143,7 +146,7 @@ def test_means_about_where_centring_begins(factor: float, layout: str, shape: tu
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
 def test_half_types_keep_w_in_float32(dtype: torch.dtype) -> None:
-    """At a mean of 30 standard deviations a W rounded to bfloat16 costs 4e-2 of y. Also with float32 weights."""
+    """At a mean of 30 standard deviations a W rounded to bfloat16 costs 4e-2 of y, with float32 weights, too."""
     x = inputs.gaussian((16, 8, 4, 4), dtype=dtype, mean=30.0)
     check(arguments(x, 4, mean=30.0))
     check(arguments(x, 4, mean=30.0, weight_dtype=torch.float32))

@@ -52,7 +52,7 @@ EVERY_LAYER = pytest.mark.parametrize(("make", "shape", "positions"), LAYERS.val
 
 
 def data(*shape: int, channel: int = 1, seed: int = 0) -> Tensor:
-    """Channels of different mean and size, as far from normalized as activations are."""
+    """Draw channels of different mean and size, as far from normalized as activations are."""
     c = shape[channel]
     view = [c if i == channel % len(shape) else 1 for i in range(len(shape))]
     x = torch.randn(shape, dtype=torch.float64, generator=inputs.generator(seed))
@@ -69,7 +69,7 @@ def channel_of(layer: nn.Module) -> int:
 
 
 def backward(model: nn.Module, *batches: Tensor) -> None:
-    """A loss that is not linear, and a mean over the samples."""
+    """Run backward from a loss that is not linear, and a mean over the samples."""
     for x in batches:
         model(x).sin().flatten(1).sum(1).mean().div(len(batches)).backward()
 
@@ -84,7 +84,7 @@ def single(layer: nn.Module, **options: Any) -> tuple[Any, BNP]:
 
 
 def expected(layer: Any, running: oracle.Running, samples: int, positions: float) -> list[Tensor]:
-    """The oracle's gradients from the ones that are there."""
+    """Return the oracle's gradients from the ones that are there."""
     Gb = None if layer.bias is None else layer.bias.grad
     q2 = oracle.scale(layer.weight[0].numel(), samples, positions)
     new = oracle.precondition(layer.weight.grad, Gb, running.mean, running.var, q2, getattr(layer, "groups", 1))
@@ -96,7 +96,7 @@ def state(bnp: BNP, name: str = "") -> tuple[Tensor, Tensor]:
 
 
 def assert_preconditioned(layer: Any, Gw: Tensor, Gb: Tensor, mean: Tensor, var: Tensor, q2: float) -> None:
-    """Entry by entry, with these statistics, from the gradients Gw and Gb."""
+    """Check gradients entry by entry against those from Gw and Gb, with these statistics."""
     want = oracle.precondition(Gw.double(), Gb.double(), mean.double(), var.double(), q2)
     bounds = precondition_floors(Gw, Gb, mean, var, q2, *want)
     for got, exact, bound in zip((layer.weight.grad, layer.bias.grad), want, bounds, strict=True):
@@ -110,7 +110,7 @@ def assert_preconditioned(layer: Any, Gw: Tensor, Gb: Tensor, mean: Tensor, var:
 @EVERY_LAYER
 @pytest.mark.parametrize("samples", [1, 3, 16])
 def test_algorithm(make: Callable[[], nn.Module], shape: tuple[int, ...], positions: int, samples: int) -> None:
-    """Three steps, of a batch of N = 1 too, on batches that differ."""
+    """Three steps are right, of a batch of N = 1 too, on batches that differ."""
     layer, bnp = single(make(), rho=0.7)
     running = oracle.Running(channels_second(torch.empty(1, *shape), layer).shape[1], rho=0.7)
     for seed in range(3):
@@ -128,7 +128,7 @@ def test_algorithm(make: Callable[[], nn.Module], shape: tuple[int, ...], positi
 
 @pytest.mark.parametrize("name", ["linear", "conv2d-groups"])
 def test_defaults_of_the_paper(name: str) -> None:
-    """rho = 0.99, eps1 = 1e-2, eps2 = 1e-4."""
+    """They are rho = 0.99, eps1 = 1e-2, eps2 = 1e-4."""
     make, shape, positions = LAYERS[name]
     layer, bnp = single(make())
     x = data(3, *shape)
@@ -225,11 +225,11 @@ def test_proposition_7(kind: str) -> None:
     assert_agree([layer.weight.detach(), layer.bias.detach()], want)
 
 
-# What is gathered.
+# Statistics that are gathered.
 
 
 def test_micro_batches_count_as_one_batch() -> None:
-    """Uneven ones: N is their sum, moments are merged, and the gradients were summed by autograd."""
+    """N is the sum of uneven ones, moments are merged, and the gradients were summed by autograd."""
     x = data(10, 3, 6, 6)
     grads = []
     for parts in ([10], [4, 1, 5]):
@@ -258,7 +258,7 @@ def test_large_means_cost_no_digits_when_merged() -> None:
 
 
 def test_a_module_called_twice_is_merged() -> None:
-    """Inputs of different sizes: N summed, positions averaged over the samples."""
+    """Its inputs have different sizes: N is summed, positions are averaged over the samples."""
     layer, bnp = single(nn.Conv2d(3, 4, 2), rho=0.0)
     x, y = data(2, 3, 6, 6), data(4, 3, 5, 7, seed=1)
     (layer(x).sin().sum() + layer(y).sin().sum()).backward()
@@ -274,7 +274,7 @@ def test_a_module_called_twice_is_merged() -> None:
 
 
 def test_modules_that_share_weight_and_bias_are_one_layer() -> None:
-    """As if one module were called twice; with other strides, too."""
+    """They count as one module that is called twice, with other strides, too."""
     grads = []
     for shared in (True, False):
         torch.manual_seed(0)
@@ -351,7 +351,7 @@ def test_activation_checkpointing_counts_once(use_reentrant: bool) -> None:
 
 
 def test_empty_batch_gathers_nothing() -> None:
-    """But it is a forward pass: the last rank of an uneven loader has one."""
+    """It is a forward pass all the same: the last rank of an uneven loader has one."""
     layer, bnp = single(nn.Linear(5, 4))
     layer(torch.zeros(0, 5, dtype=torch.float64)).sum().backward()
     bnp.step()
@@ -380,7 +380,7 @@ def two_branches() -> tuple[nn.ModuleDict, BNP]:
 
 
 def test_layer_not_used_in_a_step() -> None:
-    """Left alone before its first statistics; then preconditioned with the running ones and the last N."""
+    """It is left alone before its first statistics, then preconditioned with the running ones and the last N."""
     model, bnp = two_branches()
     a, b = model["a"], model["b"]
     b.weight.grad, b.bias.grad = torch.ones_like(b.weight), torch.ones_like(b.bias)
@@ -473,7 +473,7 @@ def fake(layer: nn.Module, x: Tensor) -> None:
         layer(torch.empty(x.shape, dtype=x.dtype))
 
 
-# Of what torch.export and torch.func.jvp import.
+# Warnings from what torch.export and torch.func.jvp import.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
 @pytest.mark.parametrize(
     "transform",
@@ -488,7 +488,7 @@ def fake(layer: nn.Module, x: Tensor) -> None:
     ids=["export", "export-strict", "fake", "vmap", "grad", "jvp"],
 )
 def test_transforms_and_tracers_gather_nothing(transform: Callable[[nn.Module, Tensor], object]) -> None:
-    """In training mode, and they work as without BNP."""
+    """They do so in training mode, too, and work as without BNP."""
     layer, bnp = single(nn.Linear(5, 4), rho=0.0)
     x = data(6, 5)
     transform(layer, x)
@@ -576,7 +576,7 @@ def test_weight_and_bnp_can_be_collected() -> None:
 
 
 def test_constant_activations() -> None:
-    """Variance 0 in some channels, or in all: eps1 and eps2 stand in."""
+    """The variance is 0 in some channels, or in all: eps1 and eps2 stand in."""
     for dead in ([0, 2], [0, 1, 2, 3, 4]):
         layer, bnp = single(nn.Linear(5, 4), rho=0.0)
         x = data(6, 5)
@@ -602,7 +602,7 @@ def test_no_variance_and_no_eps() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200])
 def test_batch_that_is_not_finite_leaves_the_statistics(value: float) -> None:
-    """Of that layer only; 1e200 has a variance that overflows."""
+    """The statistics of that layer alone stay; 1e200 has a variance that overflows."""
     model, bnp = two_branches()
     model["a"](data(6, 5)).sum().backward()
     bnp.step()
@@ -658,7 +658,7 @@ def test_deterministic() -> None:
 
 
 def test_weights_tied_after_bnp_was_made() -> None:
-    """One gradient of two layers would be preconditioned twice."""
+    """The one gradient of two layers would be preconditioned twice."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     bnp = BNP(model)
     model[1].weight = model[0].weight

@@ -36,7 +36,7 @@ def batch(step: int) -> Tensor:
 
 
 def loss(model: nn.Module, x: Tensor, share: float) -> Tensor:
-    """The mean over the whole batch; DDP divides by the number of ranks, which share undoes."""
+    """Return the mean over the whole batch; DDP divides by the number of ranks, which share undoes."""
     return model(x).sin().flatten(1).sum() / WHOLE * share
 
 
@@ -70,7 +70,7 @@ def of_a_rank(rank: int) -> Tensor:
 
 
 def sequences(ranks: Sequence[int], reduce: Callable[[Tensor], object] | None = None) -> list[Tensor]:
-    """One step with the inputs of these ranks, one after the other; reduce: adds up the ranks' gradients."""
+    """Make one step with the inputs of these ranks, one after the other; reduce: adds up the ranks' gradients."""
     model = Tokens()
     bnp = BNP(model, rho=0.5)
     for rank in ranks:
@@ -83,7 +83,7 @@ def sequences(ranks: Sequence[int], reduce: Callable[[Tensor], object] | None = 
 
 
 def on_a_rank(rank: int, folder: str) -> None:
-    """All cases, as starting a process takes longer than they do."""
+    """Run all cases, as starting a process takes longer than they do."""
     torch.set_num_threads(1)
     start = f"file://{folder}/start"
     dist.init_process_group("gloo", init_method=start, rank=rank, world_size=2, timeout=timedelta(seconds=60))
@@ -165,7 +165,7 @@ def test_ranks_with_images_of_different_sizes(ranks: list[dict[str, Any]]) -> No
 
 
 def test_without_merging(ranks: list[dict[str, Any]]) -> None:
-    """process_group=False: no collective, and every rank has statistics of its own."""
+    """With process_group=False there is no collective, and every rank has statistics of its own."""
     (first, collectives), (second, _) = (rank["even, not merged"] for rank in ranks)
     assert collectives == 0
     assert not torch.equal(first[4], second[4])

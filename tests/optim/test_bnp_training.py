@@ -68,7 +68,7 @@ def assert_identical(got: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def test_attached_is_as_by_hand() -> None:
-    """Once for each optimizer.step(), and no more once the handle is removed."""
+    """It runs once for each optimizer.step(), and no more once the handle is removed."""
     results = []
     for attach in (True, False):
         model = network()
@@ -177,7 +177,7 @@ def test_remove() -> None:
 
 
 def test_clipping_before_and_after() -> None:
-    """Before: the loss's gradients. After: what the optimizer gets."""
+    """Clipping before it acts on the loss's gradients, clipping after it on what the optimizer gets."""
     model = network()
     bnp = BNP(model)
     loss_of(model).backward()
@@ -233,7 +233,7 @@ class Scaled:
 
 
 def test_grad_scaler() -> None:
-    """As without, where nothing overflows."""
+    """The result is as without it, where nothing overflows."""
     scaled = Scaled()
     for seed in range(3):
         scaled.step(seed)
@@ -261,7 +261,7 @@ def test_skipped_step_takes_its_statistics_with_it() -> None:
 
 
 def test_skipped_step_counts_where_gradients_are_zeroed_in_place() -> None:
-    """As documented: zeros cannot be told from a gradient that is zero."""
+    """Zeros cannot be told from a gradient that is zero, as documented."""
     run = Scaled()
     run.step(0, set_to_none=False)
     run.step(1, overflow=True, set_to_none=False)
@@ -281,7 +281,7 @@ def test_fused_optimizer_skips_by_itself_without_a_warning() -> None:
 
 
 def test_gradients_of_a_generator_are_dropped_with_their_statistics() -> None:
-    """The generator's loss goes through the discriminator, whose gradients of it are zeroed before its own loss."""
+    """The generator's loss goes through the discriminator, whose gradients are zeroed before its own loss."""
     model = network()
     bnp = BNP(model)
     loss_of(model, 5).backward()
@@ -423,11 +423,11 @@ def test_model_may_change_its_type() -> None:
     train(model, optimizer, bnp.step, range(1))
     after = bnp.state_dict()["0"]["mean"]
     assert before.dtype == torch.float32 and after.dtype == torch.float64
-    torch.testing.assert_close(after, before.double() * 1.5, rtol=1e-6, atol=0)  # of the same batch: 1/2, then 3/4
+    torch.testing.assert_close(after, before.double() * 1.5, rtol=1e-6, atol=0)  # the same batch weighs 1/2, then 3/4
 
 
 def test_a_weight_may_be_replaced() -> None:
-    """As a new head is put into a network."""
+    """It is replaced as when a new head is put into a network."""
     model = network()
     bnp, optimizer = BNP(model), sgd(model)
     train(model, optimizer, bnp.step, range(2))
@@ -538,12 +538,12 @@ def test_compiled_model(attach: bool) -> None:
 
 
 def test_the_package_does_not_import_dynamo() -> None:
-    """Which takes more than a second."""
+    """Importing it takes more than a second."""
     code = "import sys, normkernels; sys.exit('torch._dynamo' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# What it is for.
+# The purpose of BNP.
 
 
 def test_badly_scaled_inputs_cost_nothing() -> None:
@@ -606,7 +606,7 @@ def test_recipe_for_residual_networks() -> None:
     assert losses[-1] < 0.1 * losses[0]
 
 
-# What it refuses, and what it leaves out.
+# Refusals, and layers that are left out.
 
 
 def test_skip() -> None:

@@ -12,7 +12,10 @@ from torch import Tensor
 
 
 def statistics(h: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 21 and 22 (13 for (N, C)): mean and variance of each channel of h (N, C, *) over samples and positions."""
+    """Return mean and variance of each channel of h (N, C, *) over samples and positions.
+
+    They are those of eq. 21 and 22 (13 for (N, C)).
+    """
     rows = h.movedim(1, 0).flatten(1)
     mean = rows.sum(1) / rows.shape[1]
     return mean, (rows - mean[:, None]).square().sum(1) / rows.shape[1]
@@ -21,7 +24,7 @@ def statistics(h: Tensor) -> tuple[Tensor, Tensor]:
 def positions(
     size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> int:
-    """r s: the output's spatial size, by the arithmetic of convolutions."""
+    """Return r s, the output's spatial size, by the arithmetic of convolutions."""
     count = 1
     for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True):
         count *= (n + 2 * p - d * (k - 1) - 1) // s + 1
@@ -29,12 +32,12 @@ def positions(
 
 
 def scale(fan_in: int, samples: int, outputs: float) -> float:
-    """Step 3: q^2 = max(c k^2 / N, sqrt(r s)); with r s = 1 that of Proposition 5."""
+    """Return q^2 = max(c k^2 / N, sqrt(r s)) of step 3; with r s = 1 it is that of Proposition 5."""
     return max(fan_in / samples, outputs**0.5)
 
 
 def matrix(mean: Tensor, sigma: Tensor) -> Tensor:
-    """P of eq. 15: the identity with -mu^T in the first row, times diag(1, 1 / sigma)."""
+    """Return P of eq. 15: the identity with -mu^T in the first row, times diag(1, 1 / sigma)."""
     one = torch.ones(1, dtype=mean.dtype)
     centring = torch.eye(1 + len(mean), dtype=mean.dtype)
     centring[0, 1:] = -mean
@@ -45,7 +48,7 @@ def precondition(
     Gw: Tensor, Gb: Tensor | None, mean: Tensor, var: Tensor, q2: float, groups: int = 1,
     eps1: float = 1e-2, eps2: float = 1e-4,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """[Gb(o), Gw(o)] <- P P^T [Gb(o), Gw(o)] / q^2 (eq. 15, 23), mu and sigma repeated for the taps of a channel.
+    """Return P P^T [Gb(o), Gw(o)] / q^2 (eq. 15, 23), with mu and sigma repeated for the taps of a channel.
 
     A group is a layer of its own. Without a bias there is no first row and column.
     """
@@ -66,7 +69,7 @@ def precondition(
 
 
 class Running:
-    """Step 2, from mu = 0 and sigma = 1."""
+    """The running statistics of step 2, from mu = 0 and sigma = 1."""
 
     def __init__(self, channels: int, rho: float = 0.99) -> None:
         self.rho = rho
@@ -74,7 +77,7 @@ class Running:
         self.var = torch.ones(channels, dtype=torch.float64)
 
     def update(self, h: Tensor) -> None:
-        """With h (N, C, *) of a step; one row is compared with the running mean (section 3.3)."""
+        """Update with h (N, C, *) of a step; one row is compared with the running mean (section 3.3)."""
         mean, var = statistics(h)
         if h.numel() == h.shape[1]:
             var = (mean - self.mean).square()

@@ -22,7 +22,7 @@ from .plain import stat_dtype
 
 @dataclass(frozen=True)
 class Config:
-    """What nn.Conv2d is built with besides channels and kernel, eps, and whether the gradient stops at the spectrum."""
+    """Options of nn.Conv2d besides channels and kernel, eps, and whether the gradient stops at the spectrum."""
 
     stride: int | tuple[int, ...] = 1
     padding: int | tuple[int, ...] | str = 0
@@ -38,7 +38,7 @@ def per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
 
 
 def spatial(t: Tensor) -> tuple[int, ...]:
-    """The dimensions behind the first two."""
+    """Return the dimensions behind the first two."""
     return tuple(range(2, t.ndim))
 
 
@@ -46,7 +46,7 @@ def spatial(t: Tensor) -> tuple[int, ...]:
 
 
 def embed(weight: Tensor, size: Sequence[int], dilation: int | Sequence[int] = 1) -> Tensor:
-    """weight (C_O, C_I, *k) -> (C_O, C_I, *size): the taps, dilation apart, in a corner of planes of zeros."""
+    """Put weight (C_O, C_I, *k), its taps dilation apart, in a corner of planes of zeros (C_O, C_I, *size)."""
     planes = weight.new_zeros(*weight.shape[:2], *size)
     steps = zip(weight.shape[2:], per_axis(dilation, len(size)), strict=True)
     taps = tuple(slice(0, d * (k - 1) + 1, d) for k, d in steps)
@@ -55,27 +55,30 @@ def embed(weight: Tensor, size: Sequence[int], dilation: int | Sequence[int] = 1
 
 
 def power(weight: Tensor, size: Sequence[int], dilation: int | Sequence[int] = 1) -> Tensor:
-    """sum_i |a^_ki|^2 by an FFT of every padded kernel, (C_O, *size)."""
+    """Return sum_i |a^_ki|^2 by an FFT of every padded kernel, (C_O, *size)."""
     a_hat = torch.fft.fftn(embed(weight, size, dilation), dim=spatial(weight))
     return (a_hat.real**2 + a_hat.imag**2).sum(1)
 
 
 def mean_power(weight: Tensor) -> Tensor:
-    """E_k (C_O, 1...): by Parseval, the mean of sum_i |a^_ki|^2 over all frequencies is the sum of the squared taps."""
+    """Return E_k (C_O, 1...), the sum of the squared taps.
+
+    By Parseval it is the mean of sum_i |a^_ki|^2 over all frequencies.
+    """
     return weight.square().sum(tuple(range(1, weight.ndim))).view(-1, *[1] * (weight.ndim - 2))
 
 
 def kernel_spectrum(
     weight: Tensor, size: Sequence[int], eps: float = 1e-8, dilation: int | Sequence[int] = 1
 ) -> Tensor:
-    """v^ of Algorithm 1 with eps relative to the channel's mean power, (C_O, *size); 1 for a channel of zeros."""
+    """Return v^ of Algorithm 1 with eps relative to the channel's mean power, (C_O, *size); 1 for zeros."""
     e = mean_power(weight)
     v = torch.where(e == 0, 1, power(weight, size, dilation) + eps * e) ** -0.5
     return torch.where(e == 0, 1, v)
 
 
 def spectral_filter(z: Tensor, v: Tensor) -> Tensor:
-    """IFFT(FFT(z) v) of Algorithm 1: real part, z (N, C, *size) and v (C, *size)."""
+    """Return the real part of IFFT(FFT(z) v) of Algorithm 1, for z (N, C, *size) and v (C, *size)."""
     dims = spatial(z)
     return torch.fft.ifftn(torch.fft.fftn(z, dim=dims) * v, dim=dims).real
 
@@ -84,7 +87,10 @@ def spectral_filter(z: Tensor, v: Tensor) -> Tensor:
 
 
 def padding_of(config: Config, kernel_size: Sequence[int]) -> list[tuple[int, int]]:
-    """(before, after) for each axis. 'same' keeps the plane's size; an odd total leaves the larger part behind."""
+    """Return (before, after) for each axis.
+
+    'same' keeps the plane's size; an odd total leaves the larger part behind.
+    """
     if config.padding == "valid":
         return [(0, 0)] * len(kernel_size)
     if config.padding == "same":
@@ -96,19 +102,22 @@ def padding_of(config: Config, kernel_size: Sequence[int]) -> list[tuple[int, in
 
 
 def pad(x: Tensor, pads: list[tuple[int, int]], mode: str = "constant") -> Tensor:
-    """F.pad wants the last axis first."""
+    """Pad every axis; F.pad wants the last one first."""
     return F.pad(x, [p for pair in reversed(pads) for p in pair], mode=mode)
 
 
 def correlate(x: Tensor, weight: Tensor, dilation: int | tuple[int, ...] = 1, groups: int = 1) -> Tensor:
-    """The unstrided, unpadded cross-correlation of ConvNets."""
+    """Return the unstrided, unpadded cross-correlation of ConvNets."""
     if weight.ndim == 3:
         return F.conv1d(x, weight, dilation=dilation, groups=groups)
     return F.conv2d(x, weight, dilation=dilation, groups=groups)
 
 
 def padded(x: Tensor, kernel_size: Sequence[int], config: Config) -> tuple[Tensor, list[tuple[int, int]]]:
-    """B.2, step 1, and B.3: x with max(p, R) zeros on each side, and how many of them are more than were asked for."""
+    """Return x with max(p, R) zeros on each side, and how many more these are than were asked for.
+
+    This is B.2, step 1, and B.3.
+    """
     pads = padding_of(config, kernel_size)
     if config.padding_mode != "zeros":
         x = pad(x, pads, config.padding_mode)
@@ -123,13 +132,13 @@ def padded(x: Tensor, kernel_size: Sequence[int], config: Config) -> tuple[Tenso
 
 
 def unstrided(x: Tensor, weight: Tensor, config: Config) -> Tensor:
-    """B.2, step 2: z, the convolution on the whole circle."""
+    """Return z, the convolution on the whole circle (B.2, step 2)."""
     x, _ = padded(x, weight.shape[2:], config)
     return correlate(x, weight, config.dilation, config.groups)
 
 
 def cropped(y: Tensor, x: Tensor, kernel_size: Sequence[int], config: Config) -> Tensor:
-    """B.2, step 4, and B.4: without what lies in x's extra zeros, then every stride-th."""
+    """Return y without what lies in x's extra zeros, then every stride-th of it (B.2, step 4, and B.4)."""
     _, extra = padded(x, kernel_size, config)
     strides = per_axis(config.stride, len(extra))
     kept = tuple(slice(e, n - f, s) for (e, f), n, s in zip(extra, y.shape[2:], strides, strict=True))
@@ -137,7 +146,7 @@ def cropped(y: Tensor, x: Tensor, kernel_size: Sequence[int], config: Config) ->
 
 
 def normalized(x: Tensor, weight: Tensor, config: Config) -> Tensor:
-    """B.2, steps 1 to 4, and B.4: convolve unstrided, filter, crop, then stride."""
+    """Convolve unstrided, filter, crop, then stride (B.2, steps 1 to 4, and B.4)."""
     dtype = stat_dtype(x.dtype)
     z = unstrided(x, weight, config)
     v = kernel_spectrum(weight.to(dtype), z.shape[2:], config.eps, config.dilation)
@@ -146,7 +155,7 @@ def normalized(x: Tensor, weight: Tensor, config: Config) -> Tensor:
 
 
 def affine(y: Tensor, affine_weight: Tensor) -> Tensor:
-    """r_k * y_k of section 3.3, with zeros around y so that the size stays."""
+    """Return r_k * y_k of section 3.3, with zeros around y so that the size stays."""
     pads = [((k - 1) // 2, k - 1 - (k - 1) // 2) for k in affine_weight.shape[2:]]
     return correlate(pad(y, pads), affine_weight, groups=y.shape[1])
 
@@ -154,7 +163,7 @@ def affine(y: Tensor, affine_weight: Tensor) -> Tensor:
 def conv_norm(
     x: Tensor, config: Config, weight: Tensor, bias: Tensor | None = None, affine_weight: Tensor | None = None
 ) -> Tensor:
-    """The whole layer for a batch x (N, C_I, *n): normalize, then affine, then bias."""
+    """Apply the whole layer to a batch x (N, C_I, *n): normalize, then affine, then bias."""
     y = normalized(x, weight, config)
     if affine_weight is not None:
         y = affine(y, affine_weight)
@@ -165,24 +174,24 @@ def conv_norm(
 
 
 def circulant(a: Tensor) -> Tensor:
-    """A.2: C_a = [s_0[a] s_1[a] ...], the cyclic shifts of a plane as columns, (n, n) with n its number of elements."""
+    """Return C_a = [s_0[a] s_1[a] ...] of A.2, (n, n): the cyclic shifts of a plane of n elements as columns."""
     shifts = product(*(range(n) for n in a.shape))
     return torch.stack([a.roll(shift, tuple(range(a.ndim))).flatten() for shift in shifts], dim=1)
 
 
 def channel_matrix(planes: Tensor) -> Tensor:
-    """Section 3.2: A_k = [C_ak1 ... C_akC_I] of one channel's padded kernels (C_I, *size), (n, C_I n)."""
+    """Return A_k = [C_ak1 ... C_akC_I] of section 3.2, (n, C_I n), for one channel's padded kernels (C_I, *size)."""
     return torch.cat([circulant(a) for a in planes], dim=1)
 
 
 def preconditioner(a_k: Tensor, eps: float, mean_power: float) -> Tensor:
-    """Eq. 6: P_k = (A_k A_k^T)^(-1/2), with eps E_k on the diagonal."""
+    """Return P_k = (A_k A_k^T)^(-1/2) of eq. 6, with eps E_k on the diagonal."""
     eigenvalues, vectors = torch.linalg.eigh(a_k @ a_k.T)
     return vectors / (eigenvalues + eps * mean_power).sqrt() @ vectors.T
 
 
 def channels(weight: Tensor, groups: int) -> Tensor:
-    """The weight of a grouped convolution as that of a full one: zeros where a channel is not looked at."""
+    """Return a grouped convolution's weight as that of a full one: zeros where a channel is not looked at."""
     c_out, width = weight.shape[:2]
     full = weight.new_zeros(c_out, groups * width, *weight.shape[2:])
     for k in range(c_out):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def zca(sigma: Tensor) -> Tensor:
-    """Eq. 2: D Lambda^{-1/2} D^T of sigma (G, d, d), which holds eps already.
+    """Return D Lambda^{-1/2} D^T of sigma (G, d, d), which holds eps already (eq. 2).
 
     Autograd's eigh divides by differences of eigenvalues: this is a reference for the gradient only where they
     are distinct.
@@ -17,7 +17,7 @@ def zca(sigma: Tensor) -> Tensor:
 
 
 def zca_by_inverses(sigma: Tensor, steps: int = 40) -> Tensor:
-    """The same matrix by the Denman-Beavers iteration, whose autograd knows nothing of eigenvalues.
+    """Return the same matrix by the Denman-Beavers iteration, whose autograd knows nothing of eigenvalues.
 
     Y -> (Y + Z^-1) / 2, Z -> (Z + Y^-1) / 2 from Y = sigma, Z = I: Z converges to sigma^{-1/2}. Equal eigenvalues
     are harmless here, so this is the reference for gradients there.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 def scalar_newton(s: Tensor, num_iterations: int) -> tuple[Tensor, Tensor]:
-    """s (G, d) eigenvalues -> p_T(s) (G, d) and the divided differences p_T[s_i, s_j] (G, d, d)."""
+    """Return p_T(s) (G, d) for eigenvalues s (G, d), and the divided differences p_T[s_i, s_j] (G, d, d)."""
     p = torch.ones_like(s)
     dp = torch.zeros_like(s[..., :, None] * s[..., None, :])
     row, column = s[..., :, None], s[..., None, :]
@@ -49,5 +49,5 @@ class _Newton(torch.autograd.Function):
 
 
 def newton(s: Tensor, num_iterations: int) -> Tensor:
-    """P_T of eq. 17 for symmetric s (G, d, d), once differentiable."""
+    """Return P_T of eq. 17 for symmetric s (G, d, d), once differentiable."""
     return _Newton.apply(s, num_iterations)

@@ -15,7 +15,7 @@ DIGITS = 200
 
 
 def _exact(a: Tensor) -> np.ndarray:
-    """float64 -> multiple precision, without rounding."""
+    """Convert float64 to multiple precision, without rounding."""
     return np.vectorize(mpmath.mpf, otypes=[object])(a.double().numpy())
 
 
@@ -24,7 +24,7 @@ def _rounded(a: np.ndarray) -> Tensor:
 
 
 def inverse_sqrt(cov: Tensor, num_iterations: int, eps: float, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """cov (d, d), grad = dL/dW (d, d) -> W and dL/dSigma (d, d), float64, trace scaling."""
+    """Return W and dL/dSigma (d, d), float64, for cov (d, d) and grad = dL/dW (d, d), with trace scaling."""
     with mpmath.workdps(DIGITS):
         d = len(cov)
         one = _exact(torch.eye(d))

@@ -19,19 +19,19 @@ def generator(seed: int) -> torch.Generator:
 
 
 def rotation(d: int, seed: int = 0) -> Tensor:
-    """A random orthogonal matrix (d, d), float64."""
+    """Draw a random orthogonal matrix (d, d), float64."""
     return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator(seed)))[0]
 
 
 def covariance(eigenvalues: Tensor, seed: int = 0) -> Tensor:
-    """A symmetric matrix (d, d) with these eigenvalues, exactly symmetric, float64."""
+    """Return a symmetric matrix (d, d) with these eigenvalues, exactly symmetric, float64."""
     q = rotation(len(eigenvalues), seed)
     cov = q @ (eigenvalues.double()[:, None] * q.T)
     return (cov + cov.T) / 2
 
 
 def spectrum(d: int, condition: float) -> Tensor:
-    """d eigenvalues from 1 down to 1 / condition, evenly spaced in their logarithm."""
+    """Return d eigenvalues from 1 down to 1 / condition, evenly spaced in their logarithm."""
     return torch.logspace(0, -torch.tensor(condition).log10().item(), d, dtype=torch.float64)
 
 
@@ -45,7 +45,7 @@ def gaussian(
     scale: float = 1.0,
     seed: int = 0,
 ) -> Tensor:
-    """x (N, C, ...) whose groups have a covariance of this condition number; mean and scale in x's own units.
+    """Draw x (N, C, ...) whose groups have a covariance of this condition; mean and scale are in x's own units.
 
     The default mean is one standard deviation: a missing centering changes every digit.
     """
@@ -59,7 +59,7 @@ def gaussian(
 
 
 def _inside(values: Tensor, shape: tuple[int, ...], index: tuple[slice, ...]) -> Tensor:
-    """A view with these values into a larger tensor that is NaN elsewhere: reading outside the view shows."""
+    """Return a view with these values into a larger tensor that is NaN elsewhere: reading outside the view shows."""
     big = torch.full(shape, float("nan"), dtype=values.dtype)
     view = big[index]
     view.copy_(values)
@@ -84,17 +84,17 @@ def _cropped(v: Tensor) -> Tensor:
 
 
 def _channels_innermost(v: Tensor) -> Tensor:
-    """Strides of channels_last for any rank."""
+    """Lay v out with the strides of channels_last, for any rank."""
     return v.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _samples_innermost(v: Tensor) -> Tensor:
-    """Strides of a (C, ..., N) tensor: neither NCHW nor channels_last, but dense."""
+    """Lay v out as a (C, ..., N) tensor: neither NCHW nor channels_last, but dense."""
     return v.movedim(0, -1).contiguous().movedim(-1, 0)
 
 
 def _nhwc_slice(v: Tensor) -> Tensor:
-    """Channels innermost, but each position holds more channels than are looked at."""
+    """Lay v out with channels innermost, where each position holds more channels than are looked at."""
     big = torch.full((v.shape[0], *v.shape[2:], v.shape[1] + 5), float("nan"), dtype=v.dtype)
     view = big[..., 2 : 2 + v.shape[1]].movedim(-1, 1)
     view.copy_(v)
@@ -102,7 +102,7 @@ def _nhwc_slice(v: Tensor) -> Tensor:
 
 
 def _offset(v: Tensor) -> Tensor:
-    """Contiguous, but it starts one element into its storage, so it is not aligned."""
+    """Lay v out contiguous, but one element into its storage, so that it is not aligned."""
     return _inside(v.reshape(-1), (v.numel() + 1,), (slice(1, None),)).view(v.shape)
 
 

@@ -18,22 +18,22 @@ LARGEST_PAPER_T = 5
 
 
 def width(num_channels: int, group_size: int) -> int:
-    """d: a group is never wider than the layer."""
+    """Return d: a group is never wider than the layer."""
     return min(group_size, num_channels)
 
 
 def unroll(x: Tensor, d: int) -> Tensor:
-    """x (N, C, ...) -> X (G, d, m): section 3.3, every spatial position is a sample."""
+    """Return x (N, C, ...) as X (G, d, m): every spatial position is a sample (section 3.3)."""
     return x.movedim(1, 0).reshape(x.shape[1] // d, d, x[:, 0].numel())
 
 
 def roll(x: Tensor, like: Tensor) -> Tensor:
-    """X (G, d, m) -> (N, C, ...): the inverse of unroll."""
+    """Return X (G, d, m) as (N, C, ...), the inverse of unroll."""
     return x.reshape(like.shape[1], like.shape[0], *like.shape[2:]).movedim(0, 1)
 
 
 def moments(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Eq. 11 to 13 without eps: mean (C,) and biased covariance (G, d, d)."""
+    """Return mean (C,) and biased covariance (G, d, d) of eq. 11 to 13, without eps."""
     X = unroll(x, width(x.shape[1], group_size))
     mean = X.mean(dim=2)
     centered = X - mean[:, :, None]
@@ -41,7 +41,7 @@ def moments(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 
 def size(sigma: Tensor, scaling: str) -> Tensor:
-    """What Sigma is divided by, (G, 1, 1): tr Sigma (eq. 14), or its Frobenius norm."""
+    """Return the divisor of Sigma, (G, 1, 1): tr Sigma (eq. 14), or its Frobenius norm."""
     if scaling == "trace":
         return sigma.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     assert scaling == "frobenius"
@@ -49,7 +49,7 @@ def size(sigma: Tensor, scaling: str) -> Tensor:
 
 
 def newton(s: Tensor, num_iterations: int) -> Tensor:
-    """Eq. 17: P_0 = I, P_k = (3 P_{k-1} - P_{k-1}^3 S) / 2."""
+    """Return P_T of eq. 17: P_0 = I, P_k = (3 P_{k-1} - P_{k-1}^3 S) / 2."""
     p = torch.eye(s.shape[-1], dtype=s.dtype).expand_as(s)
     for _ in range(num_iterations):
         p = (3 * p - p @ p @ p @ s) / 2
@@ -57,14 +57,14 @@ def newton(s: Tensor, num_iterations: int) -> Tensor:
 
 
 def add_eps(cov: Tensor, eps: float) -> Tensor:
-    """Eq. 13: eps I belongs to Sigma, so it is there before the trace is taken."""
+    """Add eps I, which belongs to Sigma (eq. 13), so that it is there before the trace is taken."""
     return cov + eps * torch.eye(cov.shape[-1], dtype=cov.dtype)
 
 
 def inverse_sqrt(
     cov: Tensor, num_iterations: int, eps: float, scaling: str = "trace", method: str = "newton"
 ) -> Tensor:
-    """Eq. 14, 15 and 17, or eq. 2 for method="eigh": cov (G, d, d) without eps -> W (G, d, d).
+    """Return W (G, d, d) of eq. 14, 15, 17, or of eq. 2 for method="eigh", for cov (G, d, d) without eps.
 
     Two more methods are the same functions for spectra where these lose digits: "inverses" is eq. 2 with gradients
     that are right at equal eigenvalues, "eigenbasis" is eq. 17 where one eigenvalue dominates.
@@ -81,7 +81,7 @@ def inverse_sqrt(
 
 
 def whiten(x: Tensor, mean: Tensor, w: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """Eq. 12 and 16, and the affine transform of section 3.3: weight * (W (x - mean)) + bias."""
+    """Return weight * (W (x - mean)) + bias: eq. 12 and 16, and the affine transform of section 3.3."""
     g, d, _ = w.shape
     y = w @ (unroll(x, d) - mean.reshape(g, d, 1))
     if weight is not None:
@@ -101,7 +101,7 @@ def iter_norm(
     scaling: str = "trace",
     method: str = "newton",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 11 to 17 (or eq. 2 for method="eigh"): y, mean (C,), W (G, d, d), all float64."""
+    """Return y, mean (C,) and W (G, d, d) of eq. 11 to 17 (or eq. 2 for method="eigh"), all float64."""
     x = x.double()
     mean, cov = moments(x, group_size)
     w = inverse_sqrt(cov, num_iterations, eps, scaling, method)

@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 def snd(outputs: Sequence[Sequence[Tensor]]) -> float:
-    """IterNorm, eq. 10, and its mean over samples: outputs[k][i] is the output (d,) of sample k in draw i."""
+    """Return the mean over samples of SND, IterNorm's eq. 10.
+
+    outputs[k][i] is the output (d,) of sample k in draw i.
+    """
     total = 0.0
     for of_sample in outputs:
         mean = [sum(float(y[c]) for y in of_sample) / len(of_sample) for c in range(len(of_sample[0]))]
@@ -21,16 +24,18 @@ def snd(outputs: Sequence[Sequence[Tensor]]) -> float:
 
 
 def rows_of_linear(h: Tensor) -> Tensor:
-    """H of BNP's eq. 11: activations (N, n) are its rows already."""
+    """Return H of BNP's eq. 11: activations (N, n) are its rows already."""
     return h.double()
 
 
 def rows_of_conv(
     h: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    """H of BNP's Lemma 8 and Proposition 9: what every output position multiplies the kernel by, entry by entry.
+    """Return H of BNP's Lemma 8 and Proposition 9, entry by entry.
 
-    h (N, c, *plane) to (N * positions, c * taps), in the order of a flattened kernel.
+    Its rows are what every output position multiplies the kernel by.
+
+    h (N, c, *plane) becomes (N * positions, c * taps), in the order of a flattened kernel.
     """
     h = h.double()
     plane = h.shape[2:]
@@ -55,18 +60,21 @@ def rows_of_conv(
 
 
 def hessian(H: Tensor, second: Tensor, bias: bool = True) -> Tensor:
-    """H^T S H of BNP's eq. 10 and 11, with L'' of every row; H^ = [e, H] for a layer with a bias."""
+    """Return H^T S H of BNP's eq. 10 and 11, with L'' of every row; H^ = [e, H] for a layer with a bias."""
     H_hat = torch.cat([torch.ones(len(H), 1, dtype=torch.float64), H], 1) if bias else H
     return H_hat.mT @ torch.diag(second) @ H_hat
 
 
 def preconditioned(H: Tensor, second: Tensor, mean: Tensor, variance: Tensor, bias: bool = True) -> Tensor:
-    """G^T S G of BNP's Theorem 3: H centered and scaled first. mean and variance for every column of H."""
+    """Return G^T S G of BNP's Theorem 3, H centered and scaled first; mean and variance for every column of H."""
     G = (H - mean if bias else H) / variance.sqrt()
     return hessian(G, second, bias)
 
 
 def condition(H: Tensor, rank: int) -> float:
-    """Of a symmetric matrix whose rank is known (BNP, section 1: the smallest nonzero singular value)."""
+    """Return the condition number of a symmetric matrix whose rank is known.
+
+    It is by the smallest nonzero singular value (BNP, section 1).
+    """
     values = torch.linalg.svdvals(H)
     return (values[0] / values[rank - 1]).item()

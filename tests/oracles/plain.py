@@ -13,14 +13,14 @@ from . import dbn, iternorm
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of statistics: float64 for float64, else float32."""
+    """Return the type of statistics: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def inverse_sqrt(
     cov: Tensor, num_iterations: int, eps: float, scaling: str = "trace", method: str = "newton"
 ) -> Tensor:
-    """Autograd through eq. 14, 15 and 17, or through eigh, in cov's type."""
+    """Return W, for autograd through eq. 14, 15 and 17, or through eigh, in cov's type."""
     sigma = iternorm.add_eps(cov, eps)
     if method == "eigh":
         return dbn.zca(sigma)
@@ -29,7 +29,7 @@ def inverse_sqrt(
 
 
 def whiten(x: Tensor, mean: Tensor, w: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """weight * (W (x - mean)) + bias in the type of the statistics, returned in x's type."""
+    """Return weight * (W (x - mean)) + bias, computed in the type of the statistics, in x's type."""
     dtype = stat_dtype(x.dtype)
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
@@ -46,7 +46,7 @@ def iter_norm(
     scaling: str = "trace",
     method: str = "newton",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y in x's type, mean (C,) and W (G, d, d) in the type of the statistics."""
+    """Return y in x's type, mean (C,) and W (G, d, d) in the type of the statistics."""
     mean, cov = iternorm.moments(x.to(stat_dtype(x.dtype)), group_size)
     w = inverse_sqrt(cov, num_iterations, eps, scaling, method)
     return whiten(x, mean, w, weight, bias), mean, w

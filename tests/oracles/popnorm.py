@@ -1,5 +1,8 @@
-"""POP-Norm: equations 11 and 12, and 18 and 19 for convolutions, of "POP-Norm: A Theoretically Justified and More
-Accelerated Normalization Approach". eps under the root is BatchNorm's; the paper has none."""
+"""POP-Norm: equations 11 and 12, and 18 and 19 for convolutions.
+
+They are from "POP-Norm: A Theoretically Justified and More Accelerated Normalization Approach". eps under the root is
+BatchNorm's; the paper has none.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,14 @@ from torch import Tensor
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (C,) of x (N, C, ...), over samples and positions."""
+    """Return mean and biased variance (C,) of x (N, C, ...), over samples and positions."""
     rows = x.movedim(1, 0).flatten(1)
     mean = rows.mean(1)
     return mean, (rows - mean[:, None]).square().mean(1)
 
 
 def channelwise(v: Tensor, x: Tensor) -> Tensor:
-    """(C,) beside (N, C, ...)."""
+    """Return v (C,) in a shape that broadcasts with x (N, C, ...)."""
     return v.view(-1, *[1] * (x.ndim - 2))
 
 
@@ -28,7 +31,7 @@ def pop_norm(
     center: bool = True,
     scale: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, mean and variance, in x's type."""
+    """Return y, mean and variance, in x's type."""
     mean, var = statistics(x)
     x_tilde = x
     if center:  # eq. 11
@@ -46,7 +49,10 @@ def evaluate(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, kappa: float, eps: float,
     center: bool, scale: bool,
 ) -> Tensor:  # fmt: skip
-    """y with a mean and a variance from elsewhere: of x that has them, x~ has the mean square var + (mean of x~)^2."""
+    """Return y with a mean and a variance from elsewhere.
+
+    For an x that has them, x~ has the mean square var + (mean of x~)^2.
+    """
     shift = torch.zeros_like(mean) if not center else mean if bias is None else mean - bias
     x_tilde = x - channelwise(shift, x)
     if not scale:
@@ -56,7 +62,7 @@ def evaluate(
 
 
 def plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, *options: object) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in the type of the statistics, y in x's type: what somebody would write with autograd."""
+    """Return the same in the type of the statistics, y in x's type: what somebody would write with autograd."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight, bias = (None if value is None else value.to(dtype) for value in (weight, bias))
     y, mean, var = pop_norm(x.to(dtype), weight, bias, *options)  # type: ignore[arg-type]

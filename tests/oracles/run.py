@@ -34,11 +34,11 @@ class Result:
     dbias: Tensor | None = None
 
 
-device = torch.device("cpu")  # where the tests of every backend compute; the fixture ``backend`` sets it
+device = torch.device("cpu")  # the tests of every backend compute here; the fixture ``backend`` sets it
 
 
 def moved(t: Tensor) -> Tensor:
-    """The same values, strides and alignment on that device."""
+    """Return the same values, strides and alignment on ``device``."""
     if t.device == device:
         return t.detach()
     whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.detach().untyped_storage()).to(device)  # type: ignore[call-overload]
@@ -46,12 +46,12 @@ def moved(t: Tensor) -> Tensor:
 
 
 def leaf(t: Tensor | None) -> Tensor | None:
-    """The same values and strides as a leaf that asks for a gradient."""
+    """Return the same values and strides as a leaf that asks for a gradient."""
     return None if t is None else moved(t).requires_grad_()
 
 
 def back(t: Tensor | None) -> Tensor | None:
-    """A result, where the tests compare."""
+    """Return a result where the tests compare, on the CPU."""
     return None if t is None else t.detach().cpu()
 
 
@@ -60,7 +60,7 @@ IterNorm = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 def run(path: IterNorm, config: Config, x: Tensor, dy: Tensor, weight: Tensor | None = None,
         bias: Tensor | None = None) -> Result:  # fmt: skip
-    """Forward, then backward from dy (in y's type)."""
+    """Run forward, then backward from dy (in y's type)."""
     x, weight, bias, dy = leaf(x), leaf(weight), leaf(bias), moved(dy)
     y, mean, w = path(
         x, config.group_size, config.num_iterations, config.eps, weight=weight, bias=bias,
@@ -77,7 +77,7 @@ STABLE = {"newton": "eigenbasis", "eigh": "inverses"}
 
 def oracle(config: Config, x: Tensor, dy: Tensor, weight: Tensor | None = None, bias: Tensor | None = None,
            *, stable: bool = False) -> Result:  # fmt: skip
-    """The float64 oracle on exactly the values that the other paths get.
+    """Run the float64 oracle on exactly the values that the other paths get.
 
     stable: the spectrum has a dominant eigenvalue (eq. 17 loses digits) or equal ones (autograd through eigh divides
     by zero).
@@ -90,11 +90,11 @@ def oracle(config: Config, x: Tensor, dy: Tensor, weight: Tensor | None = None, 
 
 def plain_path(config: Config, x: Tensor, dy: Tensor, weight: Tensor | None = None,
                bias: Tensor | None = None) -> Result:  # fmt: skip
-    """The plain same-type PyTorch path."""
+    """Run the plain same-type PyTorch path."""
     return run(plain.iter_norm, config, x, dy, weight, bias)
 
 
 def incoming_gradient(x: Tensor, seed: int = 1) -> Tensor:
-    """A random dL/dy of x's shape, type and layout."""
+    """Draw a random dL/dy of x's shape, type and layout."""
     dy = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return torch.empty_like(x).copy_(dy)

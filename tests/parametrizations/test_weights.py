@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from normkernels import parametrizations
 from normkernels.parametrizations import centered_weight_norm, oni, weight_standardization
 
-# torch.compile's own, about torch's own.
+# torch.compile's own warnings, about torch's own code.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
 
 Parametrize = Callable[..., nn.Module]
@@ -40,7 +40,7 @@ HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f
 
 
 def rows(module: Any, weight: Tensor) -> Tensor:
-    """One row for each output channel, by hand: channel o of a grouped ConvTranspose has the inputs of its group."""
+    """Return one row for each output channel; in a grouped ConvTranspose it has the inputs of its group."""
     if not getattr(module, "transposed", False):
         return weight.reshape(weight.shape[0], -1)
     c_in, n = weight.shape[0] // module.groups, weight.shape[1]
@@ -50,7 +50,7 @@ def rows(module: Any, weight: Tensor) -> Tensor:
 
 
 def oni_oracle(Z: Tensor, num_iterations: int) -> Tensor:
-    """ONI's recursion as it is written, on the (n, n) Gram matrix whatever n, in float64."""
+    """Return ONI's recursion as it is written, on the (n, n) Gram matrix whatever n, in float64."""
     n, d = Z.shape
     Z = Z.double()
     if n != d:
@@ -75,7 +75,7 @@ def cwn_oracle(Z: Tensor, g: Tensor | None = None) -> Tensor:
 ORACLES = {oni: lambda Z: oni_oracle(Z, 5), weight_standardization: ws_oracle, centered_weight_norm: cwn_oracle}
 
 
-# What they compute.
+# Values and gradients.
 
 
 @EVERY_LAYER
@@ -91,7 +91,7 @@ def test_against_the_equation(make: Callable[..., nn.Module], normalize: Paramet
 @EVERY_LAYER
 @EACH
 def test_gradients(make: Callable[..., nn.Module], normalize: Parametrize) -> None:
-    """Also of second order: everything inside is differentiable twice."""
+    """Gradients of second order are right, too: everything inside is differentiable twice."""
     module = normalize(make(dtype=torch.float64))
     originals = [p.detach().requires_grad_() for p in module.parametrizations.weight.parameters()]
     parametrization = module.parametrizations.weight[0]
@@ -117,7 +117,7 @@ def test_half_types_are_computed_in_float32(normalize: Parametrize, dtype: torch
 
 @EACH
 def test_meta_device(normalize: Parametrize) -> None:
-    """Where models are made before their weights are there; and it has no autocast."""
+    """Models are made there before they have weights; and it has no autocast."""
     assert normalize(nn.Conv2d(5, 4, 3, device="meta")).weight.shape == (4, 5, 3, 3)
 
 
@@ -162,7 +162,7 @@ def test_weight_standardization_at_other_scales(scale: float) -> None:
 @EACH
 @pytest.mark.parametrize("what", ["zeros", "constant", "fan-in of 1", "one zero filter"])
 def test_nothing_to_normalize(normalize: Parametrize, what: str) -> None:
-    """Filters with nothing left once centred: finite values and gradients."""
+    """Filters with nothing left once centred have finite values and gradients."""
     module = nn.Conv2d(4, 4, 1, groups=4) if what == "fan-in of 1" else nn.Conv2d(4, 3, 2)
     with torch.no_grad():
         if what in ("zeros", "constant"):
@@ -185,7 +185,7 @@ def test_nothing_to_normalize(normalize: Parametrize, what: str) -> None:
 
 @EVERY_LAYER
 def test_oni_reaches_orthogonality(make: Callable[..., nn.Module]) -> None:
-    """Rows if they are fewer than the fan-in, columns else, at the side's mean of zero."""
+    """Rows become orthonormal if they are fewer than the fan-in, columns else, and the side's mean is zero."""
     module = oni(make(dtype=torch.float64), num_iterations=30)
     W = rows(module, module.weight)
     n, d = W.shape
@@ -197,7 +197,7 @@ def test_oni_reaches_orthogonality(make: Callable[..., nn.Module]) -> None:
 
 
 def test_oni_column_mode() -> None:
-    """ONI's code divides twice in column mode: diag Q^T Q is .07 to .2."""
+    """Columns are orthonormal. ONI's code divides twice in column mode: diag Q^T Q is .07 to .2."""
     for shape in ((64, 16), (64, 3), (100, 30)):
         module = nn.Linear(shape[1], shape[0])
         nn.init.normal_(module.weight)
@@ -207,7 +207,7 @@ def test_oni_column_mode() -> None:
 
 @pytest.mark.parametrize("shape", [(64, 64, 3, 3), (16, 3, 3, 3), (64, 32, 1, 1), (32, 1, 3, 3), (48, 48, 1, 1)])
 def test_oni_of_normal_weights(shape: tuple[int, ...]) -> None:
-    """ONI's code: NaN for N(0, 1) weights. In float32 no singular value exceeds 1 by more than rounding."""
+    """In float32 no singular value exceeds 1 by more than rounding. ONI's code: NaN for N(0, 1) weights."""
     module = nn.Conv2d(shape[1], shape[0], shape[2:])
     nn.init.normal_(module.weight)
     for num_iterations in (5, 9, 40):
@@ -216,7 +216,7 @@ def test_oni_of_normal_weights(shape: tuple[int, ...]) -> None:
         trial.weight.square().sum().backward()
         assert values.max() < 1 + 1e-3
         assert trial.parametrizations.weight.original.grad.isfinite().all()
-    assert values.min() > 0.99 or shape[2:] == (1, 1)  # of a random square matrix the smallest is lost in eps
+    assert values.min() > 0.99 or shape[2:] == (1, 1)  # a random square matrix loses its smallest one in eps
 
 
 @pytest.mark.parametrize(("shape", "five", "seven"), [((64, 576), 0.96, 0.9999), ((512, 4608), 0.80, 0.99)])
@@ -297,7 +297,7 @@ def test_copy_state_dict_and_removal(normalize: Parametrize) -> None:
 
 @EACH
 def test_assigning_a_weight(normalize: Parametrize) -> None:
-    """right_inverse: what is assigned is normalized."""
+    """An assigned weight is normalized, by right_inverse."""
     module = normalize(nn.Linear(7, 4, dtype=torch.float64))
     given = torch.randn(4, 7, dtype=torch.float64)
     module.weight = given

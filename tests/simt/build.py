@@ -48,16 +48,16 @@ TORCH_LIBRARIES = ("libtorch.so", "libtorch_cpu.so", "libc10.so")
 
 
 class BuildError(Exception):
-    """What the compiler said."""
+    """An error of the compiler, with what it said."""
 
 
 def missing() -> str:
-    """What keeps the runtime from being built here, or nothing."""
+    """Return what keeps the runtime from being built here, or an empty string."""
     return "" if shutil.which(COMPILER) else f"no C++ compiler {COMPILER!r} (set CXX)"
 
 
 def build(*, sanitize: bool = False) -> Path:
-    """The library of the package's kernels."""
+    """Build the library of the package's kernels."""
     from torch.utils.cpp_extension import include_paths
 
     libraries = Path(torch.__file__).parent / "lib"
@@ -78,7 +78,7 @@ def link(
     *,
     sanitize: bool = False,
 ) -> Path:
-    """The library of these sources and the runtime; several processes may ask for it at the same time."""
+    """Build the library of these sources and the runtime; several processes may ask for it at the same time."""
     folder = BUILD / ("sanitized" if sanitize else "plain")
     folder.mkdir(parents=True, exist_ok=True)
     mode = SANITIZED if sanitize else PLAIN
@@ -136,7 +136,7 @@ def _ask(question: str) -> str:
 
 
 def sanitized_environment() -> dict[str, str]:
-    """The variables with which a Python that is not instrumented itself can load a sanitized library."""
+    """Return variables with which a Python that is not instrumented itself can load a sanitized library."""
     # libstdc++ comes along because AddressSanitizer looks for __cxa_throw when it starts.
     libraries = " ".join(_ask(f"-print-file-name={name}") for name in ("libasan.so", "libstdc++.so"))
     return {
@@ -148,7 +148,7 @@ def sanitized_environment() -> dict[str, str]:
 
 
 def sanitizing() -> bool:
-    """Whether this process has been started so."""
+    """Return whether this process has been started with these variables."""
     return "libasan" in os.environ.get("LD_PRELOAD", "")
 
 

@@ -49,8 +49,8 @@ inline void prepare_registers(Registers& registers, unsigned char* bottom, unsig
 
 using Registers = void*;  // the stack pointer; the others lie on the stack
 
-// The registers that a function must preserve, and no floating-point modes, which no kernel changes. It jumps instead
-// of returning: the processor predicts returns from calls, and there was none.
+// Switches the registers that a function must preserve, but no floating-point modes, which no kernel changes. It jumps
+// instead of returning: the processor predicts returns from calls, and there was none.
 extern "C" void normkernels_simt_switch(Registers* save, Registers* load);
 asm(R"(
   .pushsection .text
@@ -114,7 +114,7 @@ class Fiber {
     prepare_registers(registers_, memory_ + page_, top_, entry);
   }
 
-  // From outside: goes on in the fiber until it calls suspend() or finish().
+  // Called from outside: goes on in the fiber until it calls suspend() or finish().
   void resume() {
     void* frames = nullptr;
     __sanitizer_start_switch_fiber(&frames, memory_ + page_, BYTES);

@@ -172,7 +172,7 @@ MUTATIONS = (
 
 
 def survives(mutation: Mutation) -> str:
-    """Why the mistake was not caught as it should, with what the tests printed; nothing if it was."""
+    """Return why the mistake was not caught as it should, with what the tests printed; else an empty string."""
     with mutated(mutation) as root:
         mode = "sanitized" if mutation.sanitize else "plain"
         # Without pytest's capture, which would take along what a sanitizer says when it ends the process.
@@ -194,7 +194,7 @@ def survives(mutation: Mutation) -> str:
 
 @contextmanager
 def mutated(mutation: Mutation) -> Iterator[Path]:
-    """A copy of the repository, as far as the tests need it, with the mistake."""
+    """Make a copy of the repository, as far as the tests need it, with the mistake."""
     with tempfile.TemporaryDirectory(prefix="normkernels-mutation-") as folder:
         root = Path(folder)
         for name in COPIED:
@@ -216,7 +216,7 @@ def mutated(mutation: Mutation) -> Iterator[Path]:
 
 
 def environment(root: Path, order: str) -> dict[str, str]:
-    """This process's, without what sanitizers and pytest's workers have put there, and with the copy to import from."""
+    """Return this process's variables without those of sanitizers and pytest's workers, and with the copy to import."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "LD_PRELOAD"))}
     return {**inherited, "PYTHONPATH": str(root), "NORMKERNELS_SIMT_THREADS": order}
 

@@ -30,7 +30,7 @@ float* shared_floats() {
 
 // --- what must work ------------------------------------------------------------------------------------------------
 
-// One sum per block, of `per_block` numbers: by warps, then of the warps' sums. The last block adds up all sums.
+// Adds up `per_block` numbers in each block: by warps, then the warps' sums. The last block adds up all sums.
 __global__ void sum_kernel(const float* x, int n, int per_block, float* sums, float* total, unsigned* done) {
   float* const of_warps = shared_floats();
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -52,7 +52,7 @@ __global__ void sum_kernel(const float* x, int n, int per_block, float* sums, fl
   for (unsigned i = 0; i < gridDim.x; ++i) *total += __ldcg(sums + i);
 }
 
-// Of every lane: what the three shuffles brought, among all lanes and among `width`.
+// Writes what each of the three shuffles brings to every lane, within segments of `width`.
 __global__ void shuffle_kernel(const int* x, int argument, int width, int* out) {
   const int lane = threadIdx.x;
   out[lane] = __shfl_sync(~0u, x[lane], argument, width);

@@ -39,7 +39,7 @@ struct Copy {
   unsigned bytes, group;
 };
 
-// What a thread waits in, or nothing.
+// The call that a thread waits in, or none.
 struct Wait {
   const char* what = nullptr;
   Where where{};
@@ -69,7 +69,7 @@ struct Warp {
   unsigned lanes = 0;     // that exist
   unsigned runnable = 0;  // bits
   unsigned arrived = 0;   // at a collective, count
-  Wait wait;              // of the lane that arrived first
+  Wait wait;              // the wait of the lane that arrived first
   void* operands[WARP];
 };
 
@@ -82,7 +82,7 @@ struct Block {
   unsigned threads = 0, returned = 0;
   unsigned runnable = 0;  // warps, bits
   unsigned arrived = 0;   // at the barrier, count
-  Wait wait;              // of the thread that arrived first
+  Wait wait;              // the wait of the thread that arrived first
   Warp warps[MOST_WARPS];
   std::exception_ptr error;
 };
@@ -117,7 +117,7 @@ unsigned first(unsigned bits) {
   return block.descending ? 31 - std::countl_zero(bits) : std::countr_zero(bits);
 }
 
-// Always the first in order of those that can: nobody else goes on while it can.
+// Returns the first in order of the threads that can go on: nobody else goes on while it can.
 Thread* next() {
   if (!block.runnable) return nullptr;
   const unsigned warp = first(block.runnable);
@@ -130,7 +130,7 @@ void pause() {
   self.wait = {};
 }
 
-// A wait that all of a warp or of a block must come to: whether this thread is the last, who then lets all go on.
+// Comes to a wait of a whole warp or block. Returns whether this thread is the last, which then lets all go on.
 bool arrive(Wait own, Wait& first_one, unsigned& arrived, unsigned expected) {
   if (arrived == 0) first_one = own;
   if (!(own == first_one)) fail("waits in " + own.text() + " while others wait in " + first_one.text());
@@ -143,9 +143,9 @@ bool arrive(Wait own, Wait& first_one, unsigned& arrived, unsigned expected) {
   return false;
 }
 
-// Nobody can go on, and not everybody has returned.
+// Reports that nobody can go on, although not everybody has returned.
 [[noreturn]] void report_deadlock() {
-  std::map<std::string, std::pair<unsigned, unsigned>> groups;  // what they do -> count, the first of them
+  std::map<std::string, std::pair<unsigned, unsigned>> groups;  // an action -> how many threads, the first of them
   for (unsigned i = 0; i < block.threads; ++i) {
     const Thread& thread = *pool[i];
     const std::string what = thread.returned ? "returned" : "waiting in " + thread.wait.text();
@@ -184,7 +184,7 @@ void enter() {
 }
 
 void run_block() {
-  // Of exactly the size that was asked for, so that AddressSanitizer sees an access beyond.
+  // The memory has exactly the size that was asked for, so that AddressSanitizer sees an access beyond.
   constexpr std::align_val_t alignment{16};
   const auto release = [](unsigned char* memory) { ::operator delete(memory, alignment); };
   const std::unique_ptr<unsigned char, decltype(release)> memory(

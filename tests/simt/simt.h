@@ -90,7 +90,7 @@ namespace simt {
 
 using Where = std::source_location;
 
-extern unsigned char* shared;  // of the block that runs
+extern unsigned char* shared;  // shared memory of the block that runs
 
 void barrier(const Where& where);
 
@@ -225,7 +225,7 @@ T __shfl_down_sync(unsigned mask, T value, unsigned lanes, int width = nk::WARP,
 
 inline void __threadfence() {}
 
-// Not for float: sums in whatever order the blocks come are not wanted in any kernel.
+// There is none for float: no kernel wants sums in whatever order the blocks come.
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
   const unsigned before = *address;
   *address += value;

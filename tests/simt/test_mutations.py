@@ -1,4 +1,4 @@
-"""That the tests of the kernels catch mistakes: see mutations.py."""
+"""The tests of the kernels catch mistakes: see mutations.py."""
 
 from __future__ import annotations
 

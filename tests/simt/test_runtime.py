@@ -23,7 +23,7 @@ ORDERS = ("ascending", "descending")
 
 
 class Library:
-    """runtime_kernels.cu; tensors are handed over as addresses, and an error's message comes back."""
+    """The functions of runtime_kernels.cu; tensors are handed over as addresses, and an error's message comes back."""
 
     def __init__(self, path: Path) -> None:
         self.functions = ctypes.CDLL(str(path))
@@ -90,7 +90,7 @@ def test_sum_by_shuffles_barrier_and_last_block(library):
 
 
 def test_fibers_without_assembly():
-    """What other processors than x86-64 use."""
+    """Processors other than x86-64 use these fibers."""
     check_sum(Library(build.link("runtime-ucontext", [KERNELS], ["-DNORMKERNELS_SIMT_UCONTEXT"])))
 
 
@@ -113,7 +113,7 @@ def toward_zero(x: Tensor) -> Tensor:
 
 
 def cut(x: Tensor) -> Tensor:
-    """To the 10 bits of mantissa that TF32 has."""
+    """Cut x to the 10 bits of mantissa that TF32 has."""
     return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 

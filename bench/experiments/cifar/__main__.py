@@ -82,7 +82,7 @@ def summary_table(rows: Sequence[Summary]) -> str:
 
 
 def draw(runs: Sequence[Sequence[Epoch]], path: Path) -> Path:
-    """Loss and accuracy by epoch; of training dashed, of the test images solid."""
+    """Draw loss and accuracy by epoch: dashed for training, solid for the test images."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for run in runs:
         first = run[0]
@@ -109,7 +109,7 @@ def draw(runs: Sequence[Sequence[Epoch]], path: Path) -> Path:
 
 
 def width(text: str) -> str:
-    """As a fraction in lowest terms, so that .5 and 1/2 are one width."""
+    """Return a fraction in lowest terms, so that .5 and 1/2 are one width."""
     try:
         return str(Fraction(text))
     except (ValueError, ZeroDivisionError):
@@ -189,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(training: Training, data: str, out: Path, beside: Sequence[Path]) -> None:
-    """The files of a run; of one that is not over, the curves so far."""
+    """Write the files of a run; for a run that is not over, the curves so far."""
     settings, history = training.settings, training.history
     write_csv(out / CURVES, Epoch, history)
     with plt.rc_context(STYLE):

@@ -19,7 +19,7 @@ from bench.experiments.digits import digits_split
 
 SIZE, CHANNELS, CLASSES, PADDING = 32, 3, 10, 4
 RECORD = 1 + CHANNELS * SIZE * SIZE  # bytes: label, then the red, green and blue plane, each row by row
-FOLDER = "cifar-10-batches-bin"  # what the archive unpacks to
+FOLDER = "cifar-10-batches-bin"  # the archive unpacks to this folder
 TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 TEST_FILES = ("test_batch.bin",)
 
@@ -40,13 +40,13 @@ class Images:
     flip: bool
 
     def standardized(self, x: Tensor) -> Tensor:
-        """Pixels in the default type, with the training images' mean 0 and deviation 1 in each channel."""
+        """Standardize pixels with the training images' mean and deviation of each channel, in the default type."""
         mean, std = (t.to(x.device, torch.get_default_dtype()) for t in (self.mean, self.std))
         return (x - mean) / std
 
 
 def images(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], flip: bool, device: torch.device) -> Images:
-    """Statistics from counts of the 256 values, exact and without 600 MB of float32 pixels."""
+    """Return images and their statistics, from counts of the 256 values: exact, without 600 MB of float32 pixels."""
     values = torch.arange(256, dtype=torch.float64)
     counts = torch.stack([train[0][:, c].flatten().bincount(minlength=256) for c in range(CHANNELS)]).double()
     mean = (counts * values).sum(1) / counts.sum(1)
@@ -58,7 +58,10 @@ def images(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], flip: bool
 
 
 def digits(device: torch.device) -> Images:
-    """The split of bench.experiments.digits: 898 and 899 grey images, 8 x 8 in the original, three equal channels."""
+    """Return the split of bench.experiments.digits as images of 32 x 32.
+
+    They are 898 and 899 grey images, 8 x 8 in the original, with three equal channels.
+    """
     data, split = load_digits(), digits_split()
     pixels = torch.from_numpy(data.images).unsqueeze(1) * (255 / 16)
     pixels = F.interpolate(pixels, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
@@ -67,7 +70,7 @@ def digits(device: torch.device) -> Images:
 
 
 def cifar(folder: Path, device: torch.device) -> Images:
-    """CIFAR-10's binary version, from ``folder`` or its subfolder cifar-10-batches-bin.
+    """Read CIFAR-10's binary version from ``folder`` or its subfolder cifar-10-batches-bin.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing, is not made of records of 3073 bytes, or has labels above 9.
@@ -84,7 +87,7 @@ def cifar(folder: Path, device: torch.device) -> Images:
 
 
 def read(path: Path) -> tuple[Tensor, Tensor]:
-    """Pixels (n, 3, 32, 32) in uint8 and labels (n,) of one file."""
+    """Read pixels (n, 3, 32, 32) in uint8 and labels (n,) of one file."""
     content = bytearray(path.read_bytes())
     if not content or len(content) % RECORD:
         raise ValueError(f"{path}: expected records of {RECORD} bytes, got {len(content)} bytes")
@@ -102,28 +105,29 @@ def _joined(files: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def batches(count: int, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Tensor]:
-    """Indices of each batch of one epoch, shuffled if there is a generator; the last batch may be smaller."""
+    """Yield the indices of each batch of an epoch, shuffled if there is a generator; the last batch may be smaller."""
     order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
     yield from order.split(batch_size)
 
 
 def share(whole: Tensor, rank: int, ranks: int) -> Tensor:
-    """What a rank has of a batch: every ranks-th row, as DistributedSampler deals, but none twice.
+    """Return a rank's part of a batch: every ranks-th row, as DistributedSampler deals, but none twice.
 
-    Shares of one batch so differ by a row at most; of a batch with fewer rows than ranks some are empty.
+    So the shares of one batch differ by one row at most; where a batch has fewer rows than there are ranks, some are
+    empty.
     """
     return whole[rank::ranks]
 
 
 def draws(count: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """(count, 3): rows and columns that a crop begins at, from 0 to 8, and whether it is mirrored."""
+    """Draw (count, 3): the row and the column that a crop begins at, from 0 to 8, and whether it is mirrored."""
     offsets = torch.randint(2 * PADDING + 1, (count, 2), generator=generator)
     mirrored = torch.randint(2, (count, 1), generator=generator) if flip else torch.zeros(count, 1, dtype=torch.long)
     return torch.cat([offsets, mirrored], dim=1)
 
 
 def augmented(x: Tensor, drawn: Tensor) -> Tensor:
-    """Crops of the images (n, 3, 32, 32), padded by 4 black pixels on each side; all of them in one gather."""
+    """Return crops of the images (n, 3, 32, 32), padded by 4 black pixels on each side, all in one gather."""
     row, column, mirrored = drawn.to(x.device).T.unsqueeze(-1)
     steps = torch.arange(SIZE, device=x.device)
     columns = column + torch.where(mirrored == 1, SIZE - 1 - steps, steps)

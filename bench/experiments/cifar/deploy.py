@@ -1,4 +1,4 @@
-"""What comes after training: normalizations folded away, the network exported, both compared with the original."""
+"""Deployment: normalizations are folded away, the network is exported, both are compared with the original."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ CLOSE = 1e-3  # in float32, as far as the folded weights' rounding goes through 
 
 @dataclass(frozen=True)
 class Deployed:
-    """Differences are the largest of a logit, over the largest logit.
+    """The outcome of a deployment. Differences are the largest of a logit, over the largest logit.
 
-    ``norms_left``: those that folding could not merge; ``exact_difference``: of float64 copies on the first images.
+    ``norms_left``: the norms that folding could not merge; ``exact_difference``: of float64 copies on the first images.
     """
 
     norms_left: int

@@ -36,7 +36,9 @@ class Block(nn.Module):
 
 
 def resnet18(width: Fraction | int | str = 1, classes: int = 10) -> nn.Sequential:
-    """(n, 3, 32, 32) -> (n, classes), with BatchNorm; convolutions begin as He et al. do (arXiv 1502.01852).
+    """Build a network (n, 3, 32, 32) -> (n, classes) with BatchNorm.
+
+    Its convolutions begin as those of He et al. do (arXiv 1502.01852).
 
     Raises:
         ValueError: ``width`` times 64 is not an integer of at least 1.

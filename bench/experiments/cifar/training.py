@@ -30,7 +30,7 @@ NORMS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What defines a run, and so has to be the same when it is resumed; ``width``: as Fraction reads it."""
+    """The arguments that define a run and must be the same when it is resumed; ``width``: as Fraction reads it."""
 
     norm: str = "iternorm"
     where: str = "all"
@@ -48,7 +48,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What is recorded after one; losses are means over the images, ``seconds`` those of training on rank 0."""
+    """The record of an epoch; losses are means over the images, ``seconds`` those of training on rank 0."""
 
     norm: str
     where: str
@@ -65,21 +65,21 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Process:
-    """One of ``ranks``."""
+    """One of ``ranks`` processes."""
 
     rank: int
     ranks: int
     device: torch.device
 
     def total(self, sums: Tensor) -> list[float]:
-        """Over all processes."""
+        """Return the sums over all processes."""
         if self.ranks > 1:
             dist.all_reduce(sums)
         return sums.tolist()
 
 
 def join() -> Process:
-    """Read torchrun's environment, if it is there, and join the others."""
+    """Read torchrun's environment, if it is there, and join the other processes."""
     rank, ranks, local, here = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
@@ -94,7 +94,7 @@ def join() -> Process:
 
 
 def build(settings: Settings) -> nn.Module:
-    """One seed gives the same convolutions whatever the norm, and on every process."""
+    """Build the network: one seed gives the same convolutions whatever the norm, and on every process."""
     torch.manual_seed(settings.seed)
     model = resnet18(settings.width)
     families = NORMS[settings.norm]
@@ -105,7 +105,7 @@ def build(settings: Settings) -> nn.Module:
 
 
 def scheduler(optimizer: torch.optim.Optimizer, settings: Settings) -> torch.optim.lr_scheduler.LRScheduler:
-    """Cosine to zero, or a tenth after half and after three quarters of the epochs."""
+    """Return the schedule of the rate: cosine to zero, or a tenth after half and after three quarters of the epochs."""
     if settings.schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs)
     milestones = [max(1, settings.epochs * quarters // 4) for quarters in (2, 3)]
@@ -124,7 +124,7 @@ class Training:
         self.history: list[Epoch] = []
 
     def save(self, path: Path) -> None:
-        """Whole or not at all: a process that is killed meanwhile leaves the checkpoint before."""
+        """Save a checkpoint whole or not at all: a process that is killed meanwhile leaves the checkpoint before."""
         state = {
             "arguments": asdict(self.settings),
             "mean": self.data.mean,
@@ -144,7 +144,8 @@ class Training:
         temporary.replace(path)
 
     def load(self, path: Path) -> None:
-        """
+        """Load a checkpoint, from which the run goes on.
+
         Raises:
             ValueError: the run of the checkpoint had other arguments or other images.
         """
@@ -192,7 +193,7 @@ class Training:
                     self.save(checkpoint)
 
     def _epoch(self, model: nn.Module, bar: tqdm, train: bool) -> tuple[float, float]:
-        """Mean loss and accuracy over the images, in training as they were before each step."""
+        """Run an epoch and return mean loss and accuracy over the images, in training as they were before each step."""
         data, process, settings = self.data, self.process, self.settings
         pixels, labels = (data.train_x, data.train_y) if train else (data.test_x, data.test_y)
         model.train(train)

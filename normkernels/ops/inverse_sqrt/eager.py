@@ -25,19 +25,19 @@ def step(M: Tensor) -> Tensor:
     return torch.sub(1.5 * eye_like(M), M, alpha=0.5)
 
 
-ROUNDINGS = 64  # what a channel has of its own must be more than as many of the type's roundings
+ROUNDINGS = 64  # the part that a channel shares with no other must be more than as many of the type's roundings
 
 
 def stopped(P: Tensor, S: Tensor, iteration: int) -> Tensor | None:
     """Return which matrices have no further iteration (G, 1, 1), or None where none can stop yet.
 
     S_ii (P_k^2)_ii rises to the variance inflation factor of channel i, 1 / (1 - R^2). Where it comes to 1 / 64 eps,
-    what the channel has of its own is rounding: Newton's iteration would divide by it, or, where rounding has made S
-    indefinite, grow without end. See DERIVATION.md.
+    the part that the channel shares with no other is rounding: Newton's iteration would divide by it, or, where
+    rounding has made S indefinite, grow without end. See DERIVATION.md.
     """
     eps = torch.finfo(S.dtype).eps
     limit = 1 / (ROUNDINGS * eps)
-    if 2.25**iteration <= limit:  # no more is possible so far
+    if 2.25**iteration <= limit:  # it cannot be larger than that so far
         return None
     inflation = S.diagonal(dim1=1, dim2=2).clamp(min=eps**2) * P.square().sum(2)
     return (inflation > limit).any(1).view(-1, 1, 1)  # a NaN does not stop, and goes through to W
@@ -50,8 +50,9 @@ def unless(stops: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
 def newton(S: Tensor, num_iterations: int) -> Tensor:
     """Return P_T -> S^(-1/2) for symmetric S (G, d, d) with eigenvalues in [0, 1], but for rounding.
 
-    Eq. 17 through its residual M_k = P_k^2 S: P_{k+1} = P_k Q_k and M_{k+1} = M_k Q_k^2. The same P_k in exact
-    arithmetic, and stable in float32 where P - P^3 S amplifies rounding errors. 3 (T - 1) products.
+    This is eq. 17 through its residual M_k = P_k^2 S: P_{k+1} = P_k Q_k and M_{k+1} = M_k Q_k^2. In exact arithmetic
+    the P_k are the same; in float32 it is stable, where P - P^3 S amplifies rounding errors. It takes 3 (T - 1)
+    products.
     """
     if num_iterations == 0:
         return eye_like(S).expand_as(S)
@@ -80,7 +81,7 @@ def newton_adjoint(E: Tensor, S: Tensor, num_iterations: int) -> Tensor:
         X = bmm(dM, M)
         U = bmm(M, torch.add(X.mT, X, alpha=0.5))
         Z = torch.add(0.25 * U, X, alpha=-1.5)
-        dM = unless(stops, dM, torch.add(Z + Z.mT, dM, alpha=2.25))  # of M Q^2 = 2.25 M - 1.5 M^2 + .25 M^3
+        dM = unless(stops, dM, torch.add(Z + Z.mT, dM, alpha=2.25))  # derivative of M Q^2 = 2.25 M - 1.5 M^2 + .25 M^3
         M = unless(stops, M, bmm(M, bmm(Q, Q)))
         Q = step(M)
         dP = unless(stops, dP, sym(torch.sub(bmm(dP, Q), bmm(P, dM), alpha=0.5)))
@@ -117,8 +118,8 @@ def inverse_sqrt(
             "inverse_sqrt: expected method='newton' (IterNorm) in a CUDA graph, got 'eigh' (DBN), whose "
             "eigendecomposition makes the host wait"
         )
-    # In float64, because the error of a float32 decomposition is relative to the largest eigenvalue: beside a channel
-    # of standard deviation 1e4 nothing is left of one of 1. A device without float64 leaves it to the CPU.
+    # It is computed in float64, because the error of a float32 decomposition is relative to the largest eigenvalue:
+    # beside a channel of standard deviation 1e4, nothing is left of one of 1. Without float64 the CPU computes it.
     W, U, s = (value.to(cov.device, cov.dtype) for value in _by_eigenvalues(in_float64(cov), eps))
     return W, U.contiguous(), s
 

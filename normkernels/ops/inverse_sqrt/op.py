@@ -15,7 +15,7 @@ from normkernels.ops.inverse_sqrt import eager
 def inverse_sqrt(
     cov: Tensor, num_iterations: int = 5, eps: float = 1e-5, scaling: str = "trace", method: str = "newton"
 ) -> Tensor:
-    r"""Whitening matrix of each group from its covariance.
+    r"""Return the whitening matrix of each group from its covariance.
 
     ``method="newton"`` (IterNorm, eq. 14, 15, 17), with :math:`S = (\Sigma + \epsilon I) / \varphi`:
 
@@ -85,7 +85,7 @@ class _InverseSqrt(torch.autograd.Function):
 def _differentiable_adjoint(
     grad: Tensor, cov: Tensor, num_iterations: int, eps: float, scaling: str, method: str
 ) -> Tensor:
-    """The same gradient in differentiable PyTorch, for backward(create_graph=True)."""
+    """Return the same gradient in differentiable PyTorch, for backward(create_graph=True)."""
     if method == "eigh":
         raise NotImplementedError(
             "inverse_sqrt: expected a first derivative for method='eigh', got create_graph=True; "
@@ -101,7 +101,7 @@ def _fake(cov: Tensor, num_iterations: int, eps: float, scaling: str, method: st
 
 
 def scale_length(d: int, method: str) -> int:
-    """Length of a group's ``scale``: one number for newton, the square roots of all eigenvalues for eigh."""
+    """Return the length of a group's ``scale``: one number for newton, the roots of all eigenvalues for eigh."""
     return 1 if method == "newton" else d
 
 

@@ -1,7 +1,7 @@
 """Triton implementation of the small matrix function and its adjoint: one program for each group.
 
-The matrices of the recursions live in memory (``scratch``: a few of (D, D) for each group), of which a multiprocessor's
-cache holds all, and at most 64 rows of a result in registers. With everything in registers the compiler spills
+The matrices of the recursions live in memory (``scratch``: a few of (D, D) for each group), and a multiprocessor's
+cache holds all of them; registers hold at most 64 rows of a result. With everything in registers the compiler spills
 from 64 x 64 on. A barrier follows every store, so that all threads read what it wrote (`make kernels` checks that).
 """
 
@@ -17,13 +17,13 @@ from normkernels.ops._triton import Unsupported, architecture, check_supported, 
 from normkernels.ops.inverse_sqrt import eager
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-MOST_ITERATIONS = 15  # more may have to stop (eager.stopped), for which the kernels have no registers left
-FORWARD_MATRICES, BACKWARD_MATRICES = 3, 8  # of (D, D), in memory, of each group; backward with E
+MOST_ITERATIONS = 15  # later ones may have to stop (eager.stopped), for which the kernels have no registers left
+FORWARD_MATRICES, BACKWARD_MATRICES = 3, 8  # (D, D) each, in memory, for each group; backward with E
 
 
 @triton.jit
 def entries(first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Row and column numbers of a block of whole rows."""
+    """Return row and column numbers of a block of whole rows."""
     return (first + tl.arange(0, ROWS))[:, None], tl.arange(0, COLUMNS)[None, :]
 
 
@@ -31,7 +31,7 @@ def entries(first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def multiply_add(
     out, alpha, left, right, beta, B, gamma, C, D: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """out = alpha left right + beta B + gamma C; B and C may be None, out any but ``right``."""
+    """Set out = alpha left right + beta B + gamma C; B and C may be None, out any but ``right``."""
     ROWS: tl.constexpr = 64 if D > 64 else D
     for first in range(0, D, ROWS):
         row, column = entries(first, ROWS, D)
@@ -53,7 +53,7 @@ def multiply_add(
 
 @triton.jit
 def add_transposed(out, alpha, A, beta, X, gamma, D: tl.constexpr):
-    """out = alpha A + beta X + gamma X^T; A may be None, out any but X."""
+    """Set out = alpha A + beta X + gamma X^T; A may be None, out any but X."""
     ROWS: tl.constexpr = 64 if D > 64 else D
     for first in range(0, D, ROWS):
         row, column = entries(first, ROWS, D)
@@ -67,7 +67,7 @@ def add_transposed(out, alpha, A, beta, X, gamma, D: tl.constexpr):
 
 @triton.jit
 def combine(out, alpha, beta, A, gamma, B, D: tl.constexpr):
-    """out = alpha I + beta A + gamma B; B may be None."""
+    """Set out = alpha I + beta A + gamma B; B may be None."""
     ROWS: tl.constexpr = 64 if D > 64 else D
     for first in range(0, D, ROWS):
         row, column = entries(first, ROWS, D)
@@ -80,7 +80,7 @@ def combine(out, alpha, beta, A, gamma, B, D: tl.constexpr):
 
 @triton.jit
 def inner_product(A, B, D: tl.constexpr):
-    """<A, B> = sum of the products of their entries."""
+    """Return <A, B>, the sum of the products of their entries."""
     ROWS: tl.constexpr = 64 if D > 64 else D
     total = 0.0
     for first in range(0, D, ROWS):
@@ -92,7 +92,7 @@ def inner_product(A, B, D: tl.constexpr):
 
 @triton.jit
 def read_group(out, factor, matrix, group, d: tl.constexpr, D: tl.constexpr):
-    """out = factor times a group's matrix of (G, d, d), with zeros beyond d."""
+    """Set out = factor times a group's matrix of (G, d, d), with zeros beyond d."""
     ROWS: tl.constexpr = 64 if D > 64 else D
     for first in range(0, D, ROWS):
         row, column = entries(first, ROWS, D)
@@ -103,7 +103,7 @@ def read_group(out, factor, matrix, group, d: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def write_group(matrix, factor, A, group, d: tl.constexpr, D: tl.constexpr):
-    """A group's matrix of (G, d, d) = factor A."""
+    """Set a group's matrix of (G, d, d) to factor A."""
     ROWS: tl.constexpr = 64 if D > 64 else D
     for first in range(0, D, ROWS):
         row, column = entries(first, ROWS, D)
@@ -114,14 +114,17 @@ def write_group(matrix, factor, A, group, d: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def next_residual(M, square, D: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
-    """M Q^2 = 2.25 M - 1.5 M^2 + .25 M^3 in place, with Q = (3 I - M) / 2."""
+    """Replace M by M Q^2 = 2.25 M - 1.5 M^2 + .25 M^3, with Q = (3 I - M) / 2."""
     multiply_add(square, 1.0, M, M, 0.0, None, 0.0, None, D, STEP, PRECISION)
     multiply_add(M, 0.25, M, square, -1.5, square, 2.25, M, D, STEP, PRECISION)
 
 
 @triton.jit
 def newton(scratch, T, D: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
-    """P_T -> S^(-1/2), eq. 17 in its residual form (DERIVATION.md). Of 3 matrices, S is the first and P_T the last."""
+    """Compute P_T -> S^(-1/2), eq. 17 in its residual form (DERIVATION.md).
+
+    S is the first of 3 matrices, and P_T the last.
+    """
     M, square, P = scratch, scratch + D * D, scratch + 2 * D * D
     combine(P, tl.where(T == 0, 1.0, 1.5), tl.where(T == 0, 0.0, -0.5), M, 0.0, None, D)
     for _ in range(1, T):
@@ -131,9 +134,9 @@ def newton(scratch, T, D: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.conste
 
 @triton.jit
 def newton_adjoint(scratch, T, D: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
-    """sym dL/dS for E = sym dL/dP_T: the derivative of the recursion in the direction E.
+    """Compute sym dL/dS for E = sym dL/dP_T: the derivative of the recursion in the direction E.
 
-    Of 7 matrices S is the first, E the second, and the result the third.
+    S is the first of 7 matrices, E the second, and the result the third.
     """
     M, dM, dP = scratch, scratch + D * D, scratch + 2 * D * D
     P, square = scratch + 3 * D * D, scratch + 4 * D * D
@@ -154,7 +157,7 @@ def newton_adjoint(scratch, T, D: tl.constexpr, STEP: tl.constexpr, PRECISION: t
 
 @triton.jit
 def scale_of(cov, D: tl.constexpr, FROBENIUS: tl.constexpr):
-    """The upper bound of the largest eigenvalue that eq. 14 divides by: trace or Frobenius norm."""
+    """Return the upper bound of the largest eigenvalue that eq. 14 divides by: trace or Frobenius norm."""
     ROWS: tl.constexpr = 64 if D > 64 else D
     scale = 0.0
     if FROBENIUS:
@@ -180,7 +183,10 @@ def whitening_matrix(
     scratch, W_out, S_out, scale_out, group, T, eps,
     d: tl.constexpr, D: tl.constexpr, FROBENIUS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """W of a group's covariance, with S and its scale. The covariance is the first of 3 matrices, zero beyond d."""
+    """Compute W of a group's covariance, with S and its scale.
+
+    The covariance is the first of 3 matrices, zero beyond d.
+    """
     cov, P = scratch, scratch + 2 * D * D
     index = tl.arange(0, D)
     diagonal = tl.load(cov + index * D + index)
@@ -201,9 +207,9 @@ def covariance_adjoint(
     scratch, W, S, scale, factor, group, T,
     d: tl.constexpr, D: tl.constexpr, FROBENIUS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """factor sym dL/dcov for E = sym dL/dW: eq. 6, both S and W depend on the scale.
+    """Compute factor sym dL/dcov for E = sym dL/dW: eq. 6, where both S and W depend on the scale.
 
-    Of 8 matrices E is the last, and the result the third.
+    E is the last of 8 matrices, and the result the third.
     """
     M, dM, dS, E = scratch, scratch + D * D, scratch + 2 * D * D, scratch + 7 * D * D
     scale = tl.load(scale + group)
@@ -214,7 +220,7 @@ def covariance_adjoint(
     along_W = inner_product(E, M, D)
     read_group(M, 1.0, S, group, d, D)
     d_scale = -(inner_product(dS, M, D) + 0.5 * along_W) / scale
-    if FROBENIUS:  # the gradient of the scale is S, that of the trace I
+    if FROBENIUS:  # the gradient of the Frobenius norm is S, that of the trace is I
         combine(dS, 0.0, factor / scale, dS, factor * d_scale, M, D)
     else:
         combine(dS, factor * d_scale, factor / scale, dS, 0.0, None, D)
@@ -254,7 +260,7 @@ def check_iterations(num_iterations: int) -> None:
 def inverse_sqrt(
     cov: Tensor, num_iterations: int, eps: float, scaling: str, method: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if method == "eigh":  # a batched eigendecomposition has no product to fuse: the library's, on every device
+    if method == "eigh":  # a batched eigendecomposition has no product to fuse: the library's is used
         return full_precision(eager.inverse_sqrt)(cov, num_iterations, eps, scaling, method)
     check_supported(cov, group_size=cov.shape[1])
     check_iterations(num_iterations)

@@ -1,4 +1,4 @@
-"""Plain PyTorch implementation of the fused training op: reduce, small matrix, mix, and the same back."""
+"""Plain PyTorch implementation of the fused training op: reduce, small matrix, mix, and the same backward."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def iter_norm_backward(
     g, d, _ = W.shape
     m = max(x.numel() // x.shape[1], 1)
     D, sum_grad, sum_centred = reduce(grad, x, mean, d)
-    # What the rounding of the mean left in x - mean is taken out of everything linear in it.
+    # The rounding of the mean leaves an offset in x - mean, which is taken out of everything linear in x - mean.
     offset = (sum_centred / m).to(W.dtype).view(g, d, 1)
     f = sum_grad.to(W.dtype).view(g, d, 1)
     D = D - f * offset.mT

@@ -37,8 +37,8 @@ def iter_norm(
 
     .. math:: y = \mathrm{diag}(\gamma)\, W (x - \mu) + \beta, \qquad W \approx (\Sigma + \epsilon I)^{-1/2}
 
-    The same values as ``moments``, ``inverse_sqrt`` and ``whiten`` in a row (see there for each equation), in three
-    passes over the activations forward and five backward, BatchNorm's number.
+    The values are those of ``moments``, ``inverse_sqrt`` and ``whiten`` in a row (see there for each equation), in
+    three passes over the activations forward and five backward, as many as BatchNorm has.
 
     Args:
         x: (N, C, *) float16, bfloat16, float32 or float64.

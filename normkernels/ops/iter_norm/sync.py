@@ -25,7 +25,7 @@ def sync_iter_norm(
     scaling: str = "trace",
     method: str = "newton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""``iter_norm`` with the statistics of the samples of all ranks, in one collective forward and one backward.
+    r"""Whiten as ``iter_norm`` does, with the statistics of all ranks, in one collective forward and one backward.
 
     .. math:: m = \sum_r m_r, \quad \mu = \frac1m \sum_r m_r \mu_r, \quad
               \Sigma = \frac1m \sum_r m_r (\Sigma_r + \mu_r \mu_r^\top) - \mu \mu^\top
@@ -125,9 +125,9 @@ def _merged_moments(
 
     exact: as in ``moments``.
 
-    Sums of squares about 0 in float64: about a mean that all ranks know there would be less to lose, but they know none
-    before the collective. A difference that is below its rounding counts as none, so that constant channels
-    have no variance, however large they are.
+    Squares are summed about 0 in float64. About a mean that all ranks know there would be less to lose, but they know
+    none before the collective. A difference that is below its rounding counts as zero, so that constant channels have
+    no variance, however large they are.
     """
     mean, remainder, cov = torch.ops.normkernels.moments(x, group_size, exact)
     channels, (g, d, _) = x.shape[1], cov.shape
@@ -170,7 +170,7 @@ def _in_float64(values: Tensor) -> Tensor:
 def _sum_over_ranks(values: Tensor, process_group: Any, device: torch.device) -> Tensor:
     """Return the sum of float64 values over the ranks, which talk to each other by tensors on a device.
 
-    One that lacks float64 gathers the values' bits as integers, and each rank's CPU adds them up.
+    Where the device lacks float64, ranks gather the values' bits as integers, and each rank's CPU adds them up.
     """
     if _float64_on(device):
         return _all_reduce(values, process_group)
@@ -182,7 +182,7 @@ def _sum_over_ranks(values: Tensor, process_group: Any, device: torch.device) ->
 
 
 def _all_reduce(values: Tensor, process_group: Any) -> Tensor:
-    """Return the sum over the ranks. A functional collective: torch.compile keeps it inside its graph."""
+    """Return the sum over the ranks, by a functional collective, which torch.compile keeps inside its graph."""
     from torch.distributed import _functional_collectives as collectives
 
     return collectives.wait_tensor(collectives.all_reduce(values, "sum", process_group))
@@ -193,18 +193,18 @@ def _outer(v: Tensor, g: int, d: int) -> Tensor:
 
 
 def _times(matrix: Tensor, v: Tensor) -> Tensor:
-    """matrix (G, d, d) times v (C,); a matmul would follow autocast."""
+    """Return matrix (G, d, d) times v (C,); a matmul would follow autocast."""
     return (matrix * v.view(matrix.shape[0], 1, -1)).sum(2).flatten()
 
 
 def _triangle_of(matrices: Tensor) -> Tensor:
-    """The lower triangles of (G, d, d), rows first, end to end."""
+    """Return the lower triangles of (G, d, d), rows first, end to end."""
     row, column = _lower(matrices.shape[1], matrices.device)
     return matrices[:, row, column].flatten()
 
 
 def _symmetric(triangles: Tensor, g: int, d: int) -> Tensor:
-    """The symmetric matrices (G, d, d) of these lower triangles."""
+    """Return the symmetric matrices (G, d, d) of these lower triangles."""
     row, column = _lower(d, triangles.device)
     result = triangles.new_empty(g, d, d)
     result[:, row, column] = result[:, column, row] = triangles.view(g, -1)
@@ -212,6 +212,9 @@ def _symmetric(triangles: Tensor, g: int, d: int) -> Tensor:
 
 
 def _lower(d: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Not kept from call to call: what was made under a FakeTensorMode or in a CUDA graph would not do elsewhere."""
+    """Return the indices of a lower triangle.
+
+    They are not kept from call to call: tensors of a FakeTensorMode or of a CUDA graph could not be used elsewhere.
+    """
     row, column = torch.tril_indices(d, d, device=device)
     return row, column

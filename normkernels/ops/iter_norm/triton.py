@@ -3,8 +3,8 @@
 reduce (parts of the data) -> finish (merge the parts, small matrix function) -> mix, in both directions. The second
 launch has several programs for each group, which merge some rows each; the last of them to arrive goes on to
 the small matrix function. Merging by one program would read the parts at the speed of one multiprocessor, and take
-longer than the pass over a small batch. method="eigh", and groups of one channel, whose matrices are numbers, have
-their small matrix function from plain PyTorch between our passes; for eigh the covariance, too (moments/triton.py).
+longer than the pass over a small batch. For method="eigh", and for groups of one channel, whose matrices are numbers,
+plain PyTorch computes the small matrix function between our passes; for eigh the covariance, too (moments/triton.py).
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from normkernels.ops.moments.triton import (
 )
 from normkernels.ops.whiten.triton import mix
 
-ROWS = 4  # of a matrix, merged by one program
+ROWS = 4  # rows of a matrix that one program merges
 
 
 @triton.jit
 def last_of_group(ticket, group):
-    """Whether all other programs of the group have finished writing before this one came here."""
+    """Return whether all other programs of the group have finished writing before this one came here."""
     tl.debug_barrier()  # all threads of this program have written
     arrived = tl.atomic_add(ticket + group, 1, sem="acq_rel", scope="gpu")
     return arrived == tl.num_programs(1) - 1
@@ -53,8 +53,8 @@ def last_of_group(ticket, group):
 
 @triton.jit
 def vector(values, start, row, d: tl.constexpr, default: tl.constexpr):
-    """values[start + row] in float32, or a default where there is no vector or no row."""
-    if values is None:  # an early return would not compile: what follows it is compiled all the same
+    """Return values[start + row] in float32, or a default where there is no vector or no row."""
+    if values is None:  # an early return would not compile: the code after it is compiled all the same
         result = tl.full(row.shape, default, tl.float32)
     else:
         result = tl.load(values + start + row, mask=row < d, other=default).to(tl.float32)
@@ -68,7 +68,7 @@ def finish_forward(
     d: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr,
     MATRICES: tl.constexpr, FROBENIUS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Mean, W with what its adjoint needs, and constant = bias + A (mean - exact mean) with A = diag(weight) W."""
+    """Compute mean, W with what its adjoint needs, and constant = bias + A (mean - exact mean); A = diag(weight) W."""
     group, own, index = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
     scratch += group.to(tl.int64) * (MATRICES * D * D)
     rows, exact = merged_covariance(shift, delta, gram, group, parts, chunk, columns, own, D, BATCH)
@@ -97,7 +97,7 @@ def finish_backward(
     d: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr,
     MATRICES: tl.constexpr, FROBENIUS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[A^T | B] and the constant of dx = A^T dy + B (x - mean) + constant, and the gradients of weight and bias."""
+    """Compute [A^T | B] and the constant of dx = A^T dy + B (x - mean) + constant, and gradients of weight and bias."""
     group, own, index = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
     scratch += group.to(tl.int64) * (MATRICES * D * D)
     B, E = scratch + 2 * D * D, scratch + 7 * D * D
@@ -105,7 +105,7 @@ def finish_backward(
     if last_of_group(ticket, group):
         m = columns.to(tl.float32)
         f = merged_sum(sum_grad, group, parts, index, D, BATCH).to(tl.float32)
-        # What the rounding of the mean left in x - mean is taken out of everything linear in it.
+        # The rounding of the mean leaves an offset in x - mean, which is taken out of everything linear in x - mean.
         offset = merged_sum(sum_x, group, parts, index, D, BATCH).to(tl.float32) / m
         tl.store(grad_bias_out + group * d + index, f, mask=index < d)
         tl.debug_barrier()

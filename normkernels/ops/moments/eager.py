@@ -15,14 +15,14 @@ from normkernels.ops._devices import in_float64, widest
 from normkernels.ops._products import fast, times_transposed
 from normkernels.ops._tiles import as_image, channels_innermost, stack, tiles, workspace
 
-SMALL = 2**19  # values, up to which an exact covariance is made of float64 products
-CHAIN = 64  # columns, at most, of the float32 sums that an exact covariance is added up from
+SMALL = 2**19  # the most values of which an exact covariance is made with float64 products
+CHAIN = 64  # the most columns of one of the float32 sums that add up to an exact covariance
 
 
 def moments(x: Tensor, group_size: int, exact: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean (C,), what rounding the mean left out (C,), and biased covariance (G, d, d) of x (N, C, *).
 
-    One pass. Sums are taken of x - s, with s the mean of the first tile, and corrected once at the end:
+    It takes one pass. Sums are taken of x - s, with s the mean of the first tile, and corrected once at the end:
     mean = s + delta and cov = sum (x - s)(x - s)^T / m - delta delta^T, with delta = sum (x - s) / m.
     Nothing cancels: |delta|^2 is at most the variance times the number of tiles, however large the mean is.
 
@@ -58,7 +58,7 @@ def moments(x: Tensor, group_size: int, exact: bool = False) -> tuple[Tensor, Te
     squares = gram.to(torch.float64 if exact else wide) / m
     d = delta.view(-1, group_size, 1).to(squares)
     cov = squares - d * d.mT
-    if exact:  # no more than the statistics' type holds, so that a batch overflows in every size and layout alike
+    if exact:  # entries beyond the statistics' type become NaN: a batch overflows in every size and layout alike
         cov = torch.where(cov.abs() <= torch.finfo(dtype).max, cov, torch.nan)
     mean = (shift + delta).to(dtype)
     return mean, (shift.to(wide) - mean + delta).to(dtype), (0.5 * (cov + cov.mT)).to(gram.dtype)
@@ -138,7 +138,7 @@ def _operand(tile: Tensor, shift: Tensor | None, dtype: torch.dtype, groups: int
 
 
 def outer(y: Tensor, x: Tensor, like: Tensor) -> Tensor:
-    """sum y x^T of images (n, C, 1, l), per group (G, d, d) as ``like``.
+    """Return sum y x^T of images (n, C, 1, l), per group (G, d, d) as ``like``.
 
     With the channels innermost it is the weight gradient of the 1x1 convolution that maps x to y, at 350 to 400
     GFLOP/s. Images in rows are multiplied as rows, small groups in one batch; a convolution would reorder them inside,

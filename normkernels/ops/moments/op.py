@@ -14,7 +14,7 @@ from normkernels.ops.moments import eager
 
 
 def moments(x: Tensor, group_size: int = 64) -> tuple[int, Tensor, Tensor]:
-    r"""Count, mean and group-wise biased covariance of a batch.
+    r"""Return count, mean and group-wise biased covariance of a batch.
 
     .. math:: \mu = \frac1m \sum_i x_i, \qquad
               \Sigma_g = \frac1m \sum_i (x_i - \mu)_g (x_i - \mu)_g^\top
@@ -30,7 +30,7 @@ def moments(x: Tensor, group_size: int = 64) -> tuple[int, Tensor, Tensor]:
         mean: (C,) float32 (float64 for float64 x).
         cov: (G, d, d) of the same type, symmetric.
 
-    Differentiable in x, any number of times. Large means do not cost precision: the sums are shifted.
+    It is differentiable in x, any number of times. Large means do not cost precision: the sums are shifted.
 
     Raises:
         TypeError: x is not a floating-point tensor.
@@ -43,7 +43,7 @@ def moments(x: Tensor, group_size: int = 64) -> tuple[int, Tensor, Tensor]:
 
 
 def cross_moments(y: Tensor, x: Tensor, mean: Tensor, group_size: int = 64) -> tuple[Tensor, Tensor]:
-    r"""Sums of products of two batches, the reduction of every whitening backward.
+    r"""Return sums of products of two batches, the reduction of every whitening backward.
 
     .. math:: D_g = \sum_i y_{i,g} (x_i - \mu)_g^\top, \qquad f = \sum_i y_i
 
@@ -69,7 +69,7 @@ def cross_moments(y: Tensor, x: Tensor, mean: Tensor, group_size: int = 64) -> t
 
 
 class _Moments(torch.autograd.Function):
-    """The op: mean, the remainder that rounding the mean left out, and covariance.
+    """The op that computes mean, the remainder that rounding the mean left out, and covariance.
 
     The remainder shows in y where means are large (iter_norm). It is a number of its own, because not every device has
     float64. ``exact`` asks for a covariance that an eigendecomposition may rely on: in float64, on the CPU where the

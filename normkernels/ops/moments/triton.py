@@ -34,7 +34,7 @@ def partial_moments(
     d: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squares about it of one part of the columns, with the mean in two numbers: shift + delta.
+    """Compute the mean of one part of the columns, in two numbers shift + delta, and the sum of squares about it.
 
     The shift is the mean of the part's first tile. gram = sum (x - mean)(x - mean)^T.
     """
@@ -64,7 +64,7 @@ def partial_moments(
     slot = group.to(tl.int64) * tl.num_programs(1) + part
     tl.store(shift_out + slot * D + row, shift)
     tl.store(delta_out + slot * D + row, delta)
-    # Split products are symmetric but for rounding.
+    # Split products are symmetric only up to rounding.
     tl.store(gram_out + slot * D * D + row[:, None] * D + row[None, :], 0.5 * (gram + tl.trans(gram)))
     if part == 0:
         tl.store(ticket + group, 0)
@@ -78,7 +78,7 @@ def partial_cross(
     d: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, Y_RUN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sum y (x - mean)^T, sum y and sum (x - mean) of one part of the columns."""
+    """Compute sum y (x - mean)^T, sum y and sum (x - mean) of one part of the columns."""
     group, part = tl.program_id(0), tl.program_id(1)
     row, offset = tl.arange(0, D), tl.arange(0, BLOCK)
     channel = group * d + row
@@ -109,7 +109,7 @@ def partial_cross(
 
 @triton.jit
 def merged_sum(partial, group, parts, row, D: tl.constexpr, BATCH: tl.constexpr):
-    """Sum over the parts, in float64: entries ``row`` of vectors (G, parts, D)."""
+    """Return the sum over the parts, in float64: entries ``row`` of vectors (G, parts, D)."""
     total = tl.zeros(row.shape, tl.float64)
     for start in range(0, parts, BATCH):
         part = start + tl.arange(0, BATCH)
@@ -120,7 +120,7 @@ def merged_sum(partial, group, parts, row, D: tl.constexpr, BATCH: tl.constexpr)
 
 @triton.jit
 def merged_mean(shift, delta, group, parts, chunk, columns, row, D: tl.constexpr, BATCH: tl.constexpr):
-    """The parts' means shift + delta, weighted by their counts, in float64."""
+    """Return the average of the parts' means shift + delta, weighted by their counts, in float64."""
     total = tl.zeros(row.shape, tl.float64)
     for start in range(0, parts, BATCH):
         part = start + tl.arange(0, BATCH)
@@ -134,7 +134,7 @@ def merged_mean(shift, delta, group, parts, chunk, columns, row, D: tl.constexpr
 
 @triton.jit
 def merged_covariance(shift, delta, gram, group, parts, chunk, columns, row, D: tl.constexpr, BATCH: tl.constexpr):
-    """Rows ``row`` of the covariance (Chan's formula), and the mean of all D channels in float64.
+    """Return rows ``row`` of the covariance (Chan's formula), and the mean of all D channels in float64.
 
     m Sigma = sum over the parts of gram + count (mean of the part - mean)(mean of the part - mean)^T.
     """
@@ -158,7 +158,7 @@ def merged_covariance(shift, delta, gram, group, parts, chunk, columns, row, D: 
 
 @triton.jit
 def deviation(shift, delta, at, mask, mean):
-    """The parts' means minus the mean; zero beyond the last part."""
+    """Return the parts' means minus the mean; zero beyond the last part."""
     shift = tl.load(shift + at, mask=mask, other=0.0).to(tl.float64)
     delta = tl.load(delta + at, mask=mask, other=0.0).to(tl.float64)
     return tl.where(mask, shift - mean[None, :] + delta, 0.0).to(tl.float32)
@@ -166,7 +166,7 @@ def deviation(shift, delta, at, mask, mean):
 
 @triton.jit
 def merged_matrix(cross, group, parts, row, D: tl.constexpr, BATCH: tl.constexpr):
-    """Rows ``row`` of the sum over the parts."""
+    """Return rows ``row`` of the sum over the parts."""
     every = tl.arange(0, D)
     total = tl.zeros((row.shape[0], D), tl.float32)
     for start in range(0, parts, BATCH):
@@ -182,7 +182,7 @@ def finish_moments(
     shift, delta, gram, parts, chunk, columns, mean_out, remainder_out, cov_out,
     d: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
-    """Mean, what rounding the mean left out, and the covariance."""
+    """Compute the mean, what rounding the mean left out, and the covariance."""
     group, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     every = tl.arange(0, D)
     cov, mean = merged_covariance(shift, delta, gram, group, parts, chunk, columns, row, D, BATCH)
@@ -215,7 +215,7 @@ def finish_cross(
 
 
 class Partials(NamedTuple):
-    """What the first pass left for each group and part: two vectors (G, parts, D) and a matrix (G, parts, D, D).
+    """The first pass's results for each group and part: two vectors (G, parts, D) and a matrix (G, parts, D, D).
 
     ticket (G,) is zero: it counts the programs of a kernel that finish with a group (see iter_norm/triton.py).
     """
@@ -266,7 +266,7 @@ def reduce_cross(y: Tensor, x: Tensor, mean: Tensor, group_size: int) -> Partial
 
 
 def summed_products(y: Tensor, x: Tensor, mean: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """sum y (x - mean)^T (G, d, d), sum y (C,) and sum (x - mean) (C,), in float32."""
+    """Return sum y (x - mean)^T (G, d, d), sum y (C,) and sum (x - mean) (C,), in float32."""
     if group_size == 1:
         return merge_channel_cross(y, x, mean)
     partials = reduce_cross(y, x, mean, group_size)

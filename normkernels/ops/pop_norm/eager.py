@@ -13,7 +13,7 @@ def factors(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, kappa: float, eps: float, center: bool,
     scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """a = gamma / (kappa r), r = sqrt(mean of x~^2 + eps) and beta, each (C,) in the statistics' type.
+    """Return a = gamma / (kappa r), r = sqrt(mean of x~^2 + eps) and beta, each (C,) in the statistics' type.
 
     The second moment is that of x~ = x - mean + beta, or of x: var + beta^2, or var + mean^2.
     """
@@ -56,14 +56,14 @@ def pop_norm_backward(
     shift = mean if center else torch.zeros_like(mean)
     D, sum_grad, sum_shifted = summed_products(grad, x, shift, 1)
     D, f = D.flatten(), sum_grad.to(mean.dtype)
-    # What the rounding of the mean left in x - mean is taken out of everything linear in it.
+    # The rounding of the mean leaves an offset in x - mean, which is taken out of everything linear in x - mean.
     offset = (sum_shifted / m).to(mean.dtype) if center else torch.zeros_like(mean)
     D = D - f * offset
     e = D + beta * f  # sum dy x~
     q = -a * e / (m * r * r) if scale else torch.zeros_like(a)
     if center:
         constant = -(a * f / m + q * offset)
-        # Not f - beta e / r^2, which loses (beta / sigma)^2 of its digits.
+        # Rejected: f - beta e / r^2, which loses (beta / sigma)^2 of its digits.
         grad_bias = a * (f * (var + eps) - beta * D) / (r * r) if scale else f
     else:
         constant, grad_bias = None, torch.zeros_like(f)

@@ -31,7 +31,7 @@ def pop_norm(
               y = \frac{\gamma\, \tilde x}{\kappa \sqrt{\frac1m \sum_i \tilde x_i^2 + \epsilon}}
 
     over the m = N * prod(spatial) samples of a channel. Without ``center`` x~ = x, without ``scale`` y = x~. It moves
-    BatchNorm's bytes: three passes over the activations forward and five backward.
+    as many bytes as BatchNorm: three passes over the activations forward and five backward.
 
     Args:
         x: (N, C, *) float16, bfloat16, float32 or float64.
@@ -45,7 +45,7 @@ def pop_norm(
         y: x's shape, type and layout.
         mean, var: (C,) float32 (float64 for float64 x), biased, for running statistics; no gradient flows through them.
 
-    Differentiable in x, weight and bias, any number of times.
+    It is differentiable in x, weight and bias, any number of times.
 
     Raises:
         TypeError, ValueError: a type, shape, device or option other than the ones above.
@@ -107,7 +107,7 @@ def affine_map(
     center: bool,
     scale: bool,
 ) -> Tensor:
-    """``pop_norm`` with given statistics, as in evaluation: y = a (x - mu) + a beta, or a x; see eager.factors."""
+    """Apply ``pop_norm`` with given statistics, as in evaluation: y = a (x - mu) + a beta or a x; see eager.factors."""
     a, _, beta = eager.factors(mean, var, weight, bias, kappa, eps, center, scale)
     if center:
         return whiten(x, mean, a.view(-1, 1, 1), bias=a * beta)

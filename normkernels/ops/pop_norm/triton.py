@@ -1,4 +1,4 @@
-"""Triton implementation of POP-Norm: two launches forward and two backward, BatchNorm's passes over the activations.
+"""Triton implementation of POP-Norm: two launches forward and two backward, with as many passes as BatchNorm.
 
 reduce (parts of the data) -> map, whose programs merge the parts for their own channels first, in both directions.
 """
@@ -28,7 +28,7 @@ from normkernels.ops.pop_norm import eager
 
 @triton.jit
 def factors(mean, var, weight, bias, kappa, eps, channel, channels, CENTER: tl.constexpr, SCALE: tl.constexpr):
-    """a = gamma / (kappa r), 1 / (kappa r), r and beta, as eager.factors."""
+    """Return a = gamma / (kappa r), 1 / (kappa r), r and beta, as in eager.factors."""
     beta = of_channels(bias, channel, channels, 0.0)
     if SCALE:
         lever = beta if CENTER else mean
@@ -49,7 +49,7 @@ def normalize(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr, RUN2: tl.constexpr, Y_RUN: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Mean, variance, and y = a (x - mean) + a (beta + mean - exact mean), or a x."""
+    """Compute mean, variance, and y = a (x - mean) + a (beta + mean - exact mean), or a x."""
     channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mean, left_out, var = merged_moments(
         shift, delta, square, parts, part_chunk, columns, channels, channel, ROWS, BATCH
@@ -77,7 +77,7 @@ def normalize_backward(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr, RUN2: tl.constexpr, Y_RUN: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """dgamma, dbeta, and dx = a dy + q (x - mean) + constant; without SCALE x is None, for q = 0."""
+    """Compute dgamma, dbeta, and dx = a dy + q (x - mean) + constant; without SCALE x is None, because q = 0."""
     channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m, zero = columns.to(tl.float32), tl.zeros((ROWS,), tl.float32)
     shift = of_channels(mean, channel, channels, 0.0)
@@ -87,7 +87,7 @@ def normalize_backward(
     f, offset, q, grad_weight, grad_bias, constant = zero, zero, zero, zero, zero, zero
     if CENTER:
         f = merged_sums(sum_y, parts, channels, channel, ROWS, BATCH)
-        if SCALE:  # what the rounding of the mean left in x - mean is taken out of everything linear in it
+        if SCALE:  # the offset that the mean's rounding leaves in x - mean, taken out of everything linear in that
             offset = merged_sums(sum_x, parts, channels, channel, ROWS, BATCH) / m
     if SCALE:
         D = merged_sums(cross, parts, channels, channel, ROWS, BATCH) - offset * f
@@ -96,7 +96,7 @@ def normalize_backward(
         grad_weight = e * inverse
     if CENTER:
         grad_bias = f
-        if SCALE:  # not f - beta e / r^2, which loses (beta / sigma)^2 of its digits
+        if SCALE:  # rejected: f - beta e / r^2, which loses (beta / sigma)^2 of its digits
             spread = of_channels(var, channel, channels, 0.0) + eps
             grad_bias = a * (f * spread - beta * D) / (r * r)
         constant = -(a * f / m + q * offset)

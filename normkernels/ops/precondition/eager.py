@@ -29,7 +29,7 @@ def precondition(
 def _precondition(
     weight_grad: Tensor, bias_grad: Tensor, mean: Tensor, var: Tensor, groups: int, q2: float, eps1: float, eps2: float
 ) -> Tensor:
-    """One layer, in place; the number of rows that are left as they are, () int32."""
+    """Change one layer's gradients in place; return the number of rows that are left as they are, () int32."""
     dtype = statistics_dtype(weight_grad.dtype)
     Gw = weight_grad.unflatten(0, (groups, -1))  # (G, O, I, *k)
     Gb = bias_grad.view(groups, -1).to(dtype) if len(bias_grad) else None
@@ -38,7 +38,7 @@ def _precondition(
 
     old = Gw.to(dtype)
     new = old
-    if old is Gw and not (Gw.is_cpu and _bounded(Gw, Gb, mean, factor, q2)):  # elsewhere the host would wait
+    if old is Gw and not (Gw.is_cpu and _bounded(Gw, Gb, mean, factor, q2)):  # on other devices the host would wait
         new = Gw.clone()
     channel = (groups, 1, -1, *[1] * (Gw.dim() - 3))
     if Gb is not None:
@@ -62,7 +62,7 @@ def _precondition(
 
 
 def _bounded(Gw: Tensor, Gb: Tensor | None, mean: Tensor, factor: Tensor, q2: float) -> bool:
-    """Whether every number on the way is surely finite, so that the gradients may be changed where they are."""
+    """Return whether every number on the way is surely finite, so that the gradients may be changed in place."""
     largest = max(value.abs().item() for value in Gw.aminmax())
     of_bias = 0.0 if Gb is None else Gb.abs().max().item()
     mu = mean.abs().max().item()

@@ -1,10 +1,11 @@
 """Triton implementation of BNP's change of the gradients: one launch for all layers, whatever their number.
 
 The kernel gets a table of the layers, a row of numbers for each: addresses, sizes, and where the layer's programs
-begin, by which a program finds its own. It has ROWS rows of one group's weight gradients, which it reads twice: for
-step 5 and whether that is finite, and again, from the cache, for what it writes.
+begin, by which a program finds its layer. A program has ROWS rows of one group's weight gradients. It reads them twice:
+for step 5 and the test whether all is finite, and again, from the cache, for the values that it writes.
 
-Kernel arguments instead of a table would be compiled for every model, and are at most 4 KiB, some 100 layers.
+Rejected: kernel arguments instead of a table. They would be compiled for every model, and are at most 4 KiB, some 100
+layers.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from torch import Tensor
 from normkernels.ops._tiles import channels_innermost
 from normkernels.ops._triton import Unsupported, architecture, check_supported, configuration, launch
 
-LONGEST_ROW = 2**30  # of what can be divided by a multiplication in 32 bits
-SEARCH = 128  # layers at a time
-# Of the table, in this order: the number of the layer's first program; addresses of its weight and bias gradients (0:
-# no bias), means and variances; outputs of a group, its inputs, and entries of a row, inputs times taps; multiplier and
-# shift that divide by ``period`` (see below); whether channels are innermost; q^2 as the bits of a float64.
+LONGEST_ROW = 2**30  # the longest row whose entries can be divided by a multiplication in 32 bits
+SEARCH = 128  # layers that are searched at a time
+# A layer's row of the table has, in this order: the number of the layer's first program; addresses of its weight and
+# bias gradients (0: no bias), means and variances; outputs of a group, its inputs, and entries of a row, inputs times
+# taps; multiplier and shift that divide by ``period`` (see below); whether channels are innermost; q^2 as the bits of a
+# float64.
 FIELDS = ("first", "weight", "bias", "mean", "var", "outputs", "inputs", "entries", "multiplier", "shift", "last", "q2")
 FIRST, WEIGHT, BIAS, MEAN, VAR, OUTPUTS, INPUTS, ENTRIES, MULTIPLIER, SHIFT, LAST, Q2 = map(
     tl.constexpr, range(len(FIELDS))
@@ -35,7 +37,7 @@ LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 @triton.jit
 def layer_of(table, layers, program, SEARCH: tl.constexpr):
-    """The last layer whose first program is not after this one."""
+    """Return the last layer whose first program is not after this one."""
     found = 0
     for start in range(0, layers, SEARCH):
         layer = start + tl.arange(0, SEARCH)
@@ -46,7 +48,7 @@ def layer_of(table, layers, program, SEARCH: tl.constexpr):
 
 @triton.jit
 def input_of(entry, inputs, multiplier, shift, last):
-    """The input channel, within its group, of an entry of a row as it lies in memory: entry // taps or entry % inputs.
+    """Return the input channel, within its group, of an entry of a row in memory: entry // taps or entry % inputs.
 
     (2 entry multiplier) >> (32 + shift) is the quotient, exactly; a division would take five times the instructions.
     """
@@ -56,7 +58,7 @@ def input_of(entry, inputs, multiplier, shift, last):
 
 @triton.jit
 def preconditioned(weight, at, within, entry, entries, mean, var, inputs, multiplier, shift, last, Gb, damping, q2):
-    """(G_w - mu G_b) / (q^2 v~) of a tile, before it is rounded, and mu (BLOCK)."""
+    """Return (G_w - mu G_b) / (q^2 v~) of a tile, before it is rounded, and mu (BLOCK)."""
     j = input_of(entry, inputs, multiplier, shift, last)
     mu = tl.load(mean + j, mask=entry < entries, other=0.0)
     factor = 1.0 / (q2 * (tl.load(var + j, mask=entry < entries, other=1.0) + damping))
@@ -69,7 +71,10 @@ def precondition_kernel(
     like, table, layers, eps1, eps2, left, ROWS: tl.constexpr, BLOCK: tl.constexpr, SEARCH: tl.constexpr,
     MOST: tl.constexpr,
 ):  # fmt: skip
-    """like: any of the gradients, for their type, whose largest number is MOST."""
+    """Change ROWS rows of one layer's gradients in place.
+
+    like: any of the gradients, for their type, whose largest number is MOST.
+    """
     program = tl.program_id(0)
     layer = layer_of(table, layers, program, SEARCH)
     fields = table + layer.to(tl.int64) * WIDTH
@@ -130,15 +135,15 @@ def precondition_kernel(
 
 
 def division(period: int) -> tuple[int, int]:
-    """Multiplier and shift with entry // period = (2 entry multiplier) >> (32 + shift) for every entry < 2^30."""
+    """Return multiplier and shift with entry // period = (2 entry multiplier) >> (32 + shift) for any entry < 2^30."""
     shift = period.bit_length() - 1
     return -(-(1 << (31 + shift)) // period), shift
 
 
 def in_rows(grad: Tensor) -> tuple[Tensor, bool]:
-    """The gradient with its rows dense one after the other, itself where they are, and whether channels are innermost.
+    """Return the gradient with dense rows one after the other, and whether its channels are innermost.
 
-    Innermost channels are those of channels_last.
+    It is not copied where its rows are so already. Channels are innermost in channels_last.
     """
     if grad.is_contiguous():
         return grad, False
@@ -148,15 +153,15 @@ def in_rows(grad: Tensor) -> tuple[Tensor, bool]:
 
 
 Numbers = tuple[tuple[int, ...], ...]
-_tables: dict[tuple[torch.device, int], tuple[Numbers, Tensor]] = {}  # the last of each device and stream
-_captured: list[Tensor] = []  # those that a CUDA graph may read again
+_tables: dict[tuple[torch.device, int], tuple[Numbers, Tensor]] = {}  # the last one of each device and stream
+_captured: list[Tensor] = []  # tables that a CUDA graph may read again
 
 
 def table_of(numbers: Numbers, device: torch.device) -> Tensor:
-    """(L, fields) int64 on the device, the one of the last call where nothing has changed.
+    """Return the table, (L, fields) int64 on the device, that of the last call where nothing has changed.
 
     The copy from pinned memory does not make the host wait. A CUDA graph would repeat it at each replay, from memory
-    that is something else by then: while one is captured, only a table that is there already is used.
+    that holds other values by then: while a graph is captured, only a table that exists already is used.
     """
     if device.type != "cuda":
         return torch.tensor(numbers, device=device)

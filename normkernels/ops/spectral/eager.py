@@ -20,13 +20,16 @@ from normkernels.ops._tiles import constant, empty_output, tile_threads, workspa
 # --- kernel_spectrum ----------------------------------------------------------------------------------------------
 
 CHUNK_ELEMENTS = 2**18  # float64 numbers of one chunk of channels: 2 MiB
-FLOOR = torch.finfo(torch.float64).eps  # times E: what rounding leaves of a spectral zero; less power is not believed
+FLOOR = torch.finfo(torch.float64).eps  # times E: rounding leaves so much of a spectral zero; less power is not used
 Waves = tuple[Tensor, Tensor]
 
 
 @constant
 def waves(n: int, reach: int, dilation: int, device: torch.device) -> Waves:
-    """cos and sin of 2 pi u t / n for frequencies u and lags t = -reach..reach, dilated: (n, 2 reach + 1), float64."""
+    """Return cos and sin of 2 pi u t / n for frequencies u, dilated lags t = -reach..reach: float64 (n, 2 reach + 1).
+
+    Both have this shape.
+    """
     lags = torch.arange(-reach, reach + 1, dtype=torch.float64, device=device) * dilation
     # The remainder, exact in float64, keeps the argument small.
     angle = torch.outer(torch.arange(n, dtype=torch.float64, device=device), lags).remainder(n) * (2 * math.pi / n)
@@ -41,43 +44,43 @@ def both_waves(weight: Tensor, size: Sequence[int], dilation: Sequence[int]) -> 
 
 
 def autocorrelation(weight: Tensor) -> Tensor:
-    """R[t] = sum_i sum_s a_i[s] a_i[s + t] of each output channel: (C_O, 2 kh - 1, 2 kw - 1).
+    """Return R[t] = sum_i sum_s a_i[s] a_i[s + t] of each output channel: (C_O, 2 kh - 1, 2 kw - 1).
 
-    Through the Gram matrix of the taps, whose entries (s, s') belong to lag s' - s.
+    It is computed from the Gram matrix of the taps, whose entries (s, s') belong to lag s' - s.
     """
     taps = weight.flatten(2)
     return along_lags(torch.bmm(taps.mT, taps), *weight.shape[2:])
 
 
 def along_lags(gram: Tensor, kh: int, kw: int) -> Tensor:
-    """Sums of the entries (s, s') of Gram matrices (C_O, k, k) for each lag s' - s."""
+    """Return the sums of the entries (s, s') of Gram matrices (C_O, k, k) for each lag s' - s."""
     gram = gram.unflatten(2, (kh, kw))
     shifted = [pad(gram[:, i * kw + j], (kw - 1 - j, j, kh - 1 - i, i)) for i in range(kh) for j in range(kw)]
     return functools.reduce(torch.add, shifted)
 
 
 def from_lags(R: Tensor, kh: int, kw: int) -> Tensor:
-    """The adjoint of ``along_lags``: the matrices (C_O, k, k) whose entry (s, s') is R[s' - s]."""
+    """Apply the adjoint of ``along_lags``: return the matrices (C_O, k, k) whose entry (s, s') is R[s' - s]."""
     windows = [R[:, kh - 1 - i : 2 * kh - 1 - i, kw - 1 - j : 2 * kw - 1 - j] for i in range(kh) for j in range(kw)]
     return torch.stack([window.flatten(1) for window in windows], 1)
 
 
 def power_spectrum(R: Tensor, rows: Waves, columns: Waves) -> tuple[Tensor, Tensor]:
-    """The cosine transform of the autocorrelation (C_O, H, W), and its mean E = R[0] (C_O, 1, 1)."""
+    """Return the cosine transform of the autocorrelation (C_O, H, W), and its mean E = R[0] (C_O, 1, 1)."""
     (cos_h, sin_h), (cos_w, sin_w) = rows, columns
     power = cos_h @ R @ cos_w.T - sin_h @ R @ sin_w.T
     return power, R[:, R.shape[1] // 2, R.shape[2] // 2, None, None]
 
 
 def inverse_root(R: Tensor, rows: Waves, columns: Waves, eps: float) -> Tensor:
-    """(power + eps E)^(-1/2); 1 for a channel of zeros."""
+    """Return (power + eps E)^(-1/2); 1 for a channel of zeros."""
     power, energy = power_spectrum(R, rows, columns)
     square = torch.maximum(power, FLOOR * energy) + eps * energy
     return torch.where(energy == 0, 1.0, square).rsqrt()  # masked before, or the gradient would be 0 times infinity
 
 
 def scaled(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Kernels in float64 over the largest tap of their output channel, and that tap (C_O, 1, 1).
+    """Return kernels in float64 divided by the largest tap of their output channel, and that tap (C_O, 1, 1).
 
     v is homogeneous, v(w) = v(w / s) / s, and with this s no square over- or underflows. Its gradient may treat s as a
     constant for the same reason.
@@ -89,17 +92,17 @@ def scaled(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def spectrum(weight: Tensor, waves: tuple[Waves, Waves], eps: float) -> Tensor:
-    """v in float64, differentiable."""
+    """Return v in float64, differentiable."""
     kernels, scale = scaled(weight)
     return inverse_root(autocorrelation(kernels), *waves, eps) / scale
 
 
 def chunks(weight: Tensor, size: Sequence[int]) -> Iterator[slice]:
-    """Slices of output channels, so that float64 intermediates stay small whatever the layer."""
+    """Yield slices of output channels, so that float64 intermediates stay small whatever the layer."""
     channels = weight.shape[0]
     taps = weight.shape[2] * weight.shape[3]
     largest = max(weight[0].numel(), size[0] * size[1], 4 * taps * taps)
-    elements = CHUNK_ELEMENTS if weight.device.type == "cpu" else 4 * CHUNK_ELEMENTS  # launches count elsewhere
+    elements = CHUNK_ELEMENTS if weight.device.type == "cpu" else 4 * CHUNK_ELEMENTS  # elsewhere launches count
     step = max(1, elements // largest)
     return (slice(i, i + step) for i in range(0, channels, step))
 
@@ -118,7 +121,10 @@ def kernel_spectrum(weight: Tensor, size: Sequence[int], eps: float, dilation: S
 
 
 def kernel_spectrum_backward(grad: Tensor, weight: Tensor, eps: float, dilation: Sequence[int]) -> Tensor:
-    """dL/dR is the cosine transform of dL/dpower = -v^3 dv / 2, and R is quadratic in the taps (DERIVATION.md)."""
+    """Return the gradient of the weight.
+
+    dL/dR is the cosine transform of dL/dpower = -v^3 dv / 2, and R is quadratic in the taps (DERIVATION.md).
+    """
     kh, kw = weight.shape[2:]
     result = torch.empty_like(weight, memory_format=torch.contiguous_format)
     if widest(weight) == torch.float32:
@@ -142,13 +148,13 @@ def kernel_spectrum_backward(grad: Tensor, weight: Tensor, eps: float, dilation:
     return result
 
 
-# The same without float64: products of ``_digits`` where numbers cancel, float32 where they do not.
+# The same without float64: products are those of ``_digits`` where numbers cancel, and in float32 where they do not.
 
 
 def in_float32(
     weight: Tensor, size: Sequence[int], eps: float, dilation: Sequence[int], grad: Tensor | None = None
 ) -> Tensor:
-    """v (C_O, H, W) in float32, or with ``grad``, that of v, the gradient (C_O, C_I k) of the weight."""
+    """Return v (C_O, H, W) in float32 or, with ``grad``, that of v, the gradient (C_O, C_I k) of the weight."""
     kh, kw = weight.shape[2:]
     rows, columns = (
         _digits.waves(n, k - 1, step, weight.device) for n, k, step in zip(size, (kh, kw), dilation, strict=True)
@@ -171,7 +177,7 @@ def in_float32(
 
 
 def scaled_in_float32(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Kernels in float32 over a power of two of their output channel, exact, and what divides by that power."""
+    """Return kernels in float32, exactly divided by a power of two for each output channel, and a division by that."""
     flat = weight.float().flatten(1).unsqueeze(1)
     largest = flat.abs().amax(2, keepdim=True)
     largest = torch.where(largest == 0, 1.0, largest)
@@ -185,14 +191,14 @@ def scaled_in_float32(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor
 
 # A window is (start, step, count) of the positions of a plane along one dimension.
 Window = Sequence[int]
-TILE_ELEMENTS = 2**18  # of a tile of planes for each thread; with 2**17 it takes a sixth longer, 2**19 gains nothing
-FFT_FACTOR = 13  # largest prime factor that torch.fft (MKL on a CPU) has its own code for
+TILE_ELEMENTS = 2**18  # for each thread in a tile of planes; 2**17 takes a sixth longer, 2**19 gains nothing
+FFT_FACTOR = 13  # the largest prime factor for which torch.fft (MKL on a CPU) has its own code
 SHORTEST_FFT, LONGEST_PRODUCT = 20, 128
 
 
 @constant
 def dft(n: int, window: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The columns of the real DFT matrix R_n at the positions of a window: (n, count). R_n is orthogonal.
+    """Return the columns of the real DFT matrix R_n at the positions of a window: (n, count). R_n is orthogonal.
 
     Its rows are cosines of the frequencies 0..n//2, then sines of 1..(n-1)//2.
     """
@@ -207,19 +213,19 @@ def dft(n: int, window: tuple[int, ...], dtype: torch.dtype, device: torch.devic
 
 
 def negated(v: Tensor, dim: int) -> Tensor:
-    """v at the negative frequencies of one dimension."""
+    """Return v at the negative frequencies of one dimension."""
     first, others = v.split((1, v.shape[dim] - 1), dim)
     return torch.cat((first, others.flip(dim)), dim)
 
 
 def symmetric_half(v: Tensor) -> Tensor:
-    """(v(f) + v(-f)) / 2 at the frequencies that rfft2 keeps."""
+    """Return (v(f) + v(-f)) / 2 at the frequencies that rfft2 keeps."""
     half = v.shape[2] // 2 + 1
     return 0.5 * (v[..., :half] + negated(negated(v, 1), 2)[..., :half])
 
 
 def coefficients(v: Tensor) -> tuple[Tensor, Tensor]:
-    """A (C, H, W) and B (C, (H-1)//2, (W-1)//2) of the filter in the basis of ``dft``.
+    """Return A (C, H, W) and B (C, (H-1)//2, (W-1)//2) of the filter in the basis of ``dft``.
 
     With l+ = v(u, w) and l- = v(u, -w): A = (l+ + l-) / 2 and B = (l- - l+) / 2 (DERIVATION.md). B vanishes where
     u or w has no sine. The real part of the result depends on v(f) + v(-f) only.
@@ -235,7 +241,10 @@ def coefficients(v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def multiply(Z: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """The filter between the transforms, for Z (n, C, H, W): it couples cos cos with sin sin, cos sin with sin cos."""
+    """Apply the filter between the transforms to Z (n, C, H, W).
+
+    It couples cos cos with sin sin, and cos sin with sin cos.
+    """
     h, w = Z.shape[2:]
     result = workspace(Z, Z.numel(), Z.dtype, "spectrum").view(Z.shape)
     torch.mul(Z, A, out=result)
@@ -249,19 +258,19 @@ def multiply(Z: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def rows_times(planes: Tensor, matrix: Tensor) -> Tensor:
-    """Planes (n, h, w) times matrix^T (w', w) from the right."""
+    """Return planes (n, h, w) times matrix^T from the right, for a matrix (w', w)."""
     return times_transposed(planes.reshape(-1, planes.shape[2]), matrix).view(*planes.shape[:2], -1)
 
 
 def times_rows(matrix: Tensor, planes: Tensor) -> Tensor:
-    """matrix (h', h) times planes (n, h, w) from the left."""
+    """Return matrix (h', h) times planes (n, h, w) from the left."""
     if planes.shape[1] == 1 and len(matrix) == 1:  # one-dimensional signals
         return planes * matrix
     return times_columns(matrix, planes)
 
 
 def by_products(z: Tensor, h: int, w: int) -> bool:
-    """Whether planes of h x w are transformed by products with the real DFT matrix rather than by torch.fft.
+    """Return whether planes of h x w are transformed by products with the real DFT matrix rather than by torch.fft.
 
     Time of the products / time of torch.fft (2 Zen 5 cores, float32, python -m bench.experiments.transforms): .5 to .9
     from 7 to 18; .7 at 34 = 2 * 17, .5 at 58 = 2 * 29, .95 at 114 = 2 * 3 * 19, 1.1 to 1.8 from 194 on; without such a
@@ -284,7 +293,7 @@ def largest_prime_factor(n: int) -> int:
 
 
 def plane_tiles(z: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of samples and channels with about TILE_ELEMENTS of work for each thread; off the CPU all at once."""
+    """Yield slices of samples and channels of about TILE_ELEMENTS of work for each thread; off the CPU all at once."""
     n, channels = z.shape[:2]
     planes = max(1, TILE_ELEMENTS * tile_threads() // size)
     if z.device.type != "cpu":
@@ -331,7 +340,7 @@ def spectral_filter(z: Tensor, v: Tensor, source: Sequence[int], target: Sequenc
 
 
 def on_plane(z: Tensor, size: tuple[int, int], rows: Window, columns: Window) -> Tensor:
-    """z (n, C, h, w) at its window's positions of a plane of zeros."""
+    """Return z (n, C, h, w) at its window's positions of a plane of zeros."""
     if tuple(z.shape[2:]) == size:
         return z
     plane = z.new_zeros((*z.shape[:2], *size))
@@ -340,12 +349,12 @@ def on_plane(z: Tensor, size: tuple[int, int], rows: Window, columns: Window) ->
 
 
 def positions(rows: Window, columns: Window) -> Any:
-    """The index of a window of planes (n, C, H, W)."""
+    """Return the index of a window of planes (n, C, H, W)."""
     return (..., *(slice(start, start + step * count, step) for start, step, count in (rows, columns)))
 
 
 def cross_spectrum(y: Tensor, z: Tensor, size: Sequence[int], of_y: Sequence[int], of_z: Sequence[int]) -> Tensor:
-    """sum_n Re(conj(Y) Z) / (H W) (C, H, W): the gradient of the filter in v, for dL/dy = y."""
+    """Return sum_n Re(conj(Y) Z) / (H W) (C, H, W): the gradient of the filter in v, for dL/dy = y."""
     h, w = size
     dtype = statistics_dtype(z.dtype)
     if not has_fft(z.device):
@@ -362,5 +371,5 @@ def cross_spectrum(y: Tensor, z: Tensor, size: Sequence[int], of_y: Sequence[int
             )
             result[channels] += (Y.real * Z.real + Y.imag * Z.imag).sum(0)
     result /= h * w
-    left_out = negated(result, 1)[..., 1 : (w - 1) // 2 + 1].flip(2)  # by rfft2: -f of those it keeps
+    left_out = negated(result, 1)[..., 1 : (w - 1) // 2 + 1].flip(2)  # rfft2 leaves out -f of those it keeps
     return torch.cat((result, left_out), 2)

@@ -19,7 +19,7 @@ from normkernels.ops.spectral import eager
 def kernel_spectrum(
     weight: Tensor, size: int | Sequence[int], eps: float = 1e-8, dilation: int | Sequence[int] = 1
 ) -> Tensor:
-    r"""Inverse square root of the power spectrum of each output channel of a convolution.
+    r"""Return the inverse square root of the power spectrum of each output channel of a convolution.
 
     .. math:: v_k(f) = \Big( \sum_i |\hat a_{ki}(f)|^2 + \epsilon E_k \Big)^{-1/2}
 
@@ -38,7 +38,7 @@ def kernel_spectrum(
         device without float64 as exactly, in products of float32, without a wait for the host. A channel whose kernels
         are all zero gets 1.
 
-    Differentiable in weight, once or more; on a device without float64 the CPU computes the second derivative.
+    It is differentiable in weight, once or more; on a device without float64 the CPU computes the second derivative.
 
     Raises:
         TypeError: weight is not floating-point.
@@ -66,7 +66,7 @@ def kernel_spectrum(
 def spectral_filter(
     z: Tensor, v: Tensor, target: Sequence[slice] | None = None, source: Sequence[slice] | None = None,
     ) -> Tensor:  # fmt: skip
-    r"""Circular filter of image planes by a real spectrum, one for each channel.
+    r"""Filter image planes circularly by a real spectrum, one for each channel.
 
     .. math:: y_{nk} = \mathrm{Re}\, F^{-1} ( v_k \odot F z_{nk} )
 
@@ -75,7 +75,7 @@ def spectral_filter(
 
     Args:
         z: (N, C, H, W) or (N, C, L) float16, bfloat16, float32 or float64.
-        v: (C, H, W) or (C, L) in float32 (float64 for float64 z). Of v(f) and v(-f) only the mean matters.
+        v: (C, H, W) or (C, L) in float32 (float64 for float64 z). Only the mean of v(f) and v(-f) matters.
         target: slices of the plane to return, such as a crop and a stride; what they leave out costs less than it would
             to filter it and throw it away. None for the whole plane.
         source: slices of the plane where z lies, the rest being zero; None if z is the whole plane.
@@ -118,7 +118,7 @@ def _per_dimension(name: str, value: int | Sequence[int], dims: int) -> list[int
 
 
 def _windows(name: str, slices: Sequence[slice] | None, plane: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(start, step, count) of each slice."""
+    """Return (start, step, count) of each slice."""
     if slices is None:
         return [(0, 1, n) for n in plane]
     if len(slices) != len(plane):
@@ -154,7 +154,7 @@ class _KernelSpectrum(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         if torch.is_grad_enabled():
             with torch.autocast(weight.device.type, enabled=False):
-                alias = weight.view_as(weight)  # a graph of its own, see iter_norm
+                alias = weight.view_as(weight)  # a graph of its own, as in _fused.gradients
                 exact = in_float64(alias)
                 v = eager.spectrum(exact, eager.both_waves(exact, grad.shape[1:], ctx.dilation), ctx.eps)
                 (grad_weight,) = torch.autograd.grad(v, alias, in_float64(grad), create_graph=True)
@@ -189,7 +189,7 @@ class _SpectralFilter(torch.autograd.Function):
 
 
 class _CrossSpectrum(torch.autograd.Function):
-    """sum_n Re(conj(Y) Z) / (H W), the filter's gradient in v."""
+    """The op sum_n Re(conj(Y) Z) / (H W), the filter's gradient in v."""
 
     @staticmethod
     def forward(y: Tensor, z: Tensor, size: list[int], of_y: list[int], of_z: list[int]) -> Tensor:
@@ -210,12 +210,12 @@ class _CrossSpectrum(torch.autograd.Function):
 
 
 def _taken(placed: list[int], t: Tensor) -> list[int]:
-    """The target window that gives what the source window ``placed`` of t takes."""
+    """Return the target window that gives the part of the plane where the source window ``placed`` puts t."""
     return [*placed[:2], t.shape[2], *placed[2:], t.shape[3]]
 
 
 def _exchanged(source: list[int], target: list[int], extent: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The windows of the adjoint filter."""
+    """Return the source and target windows of the adjoint filter."""
     return [*target[:2], *target[3:5]], [*source[:2], extent[0], *source[2:], extent[1]]
 
 

@@ -34,7 +34,7 @@ from normkernels.ops.spectral import eager
 
 @triton.jit
 def on_window(position, start, count, STEP: tl.constexpr):
-    """Index in a window of a position of the plane, and whether the window has it."""
+    """Return the index in a window of a position of the plane, and whether the window has it."""
     index = position - start
     inside = index >= 0
     if STEP > 1:
@@ -45,7 +45,7 @@ def on_window(position, start, count, STEP: tl.constexpr):
 
 @triton.jit
 def halves(start, count, STRIDE: tl.constexpr, STEP: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
-    """Offsets and masks of the first half of a line of n positions, and of its mirror image.
+    """Return offsets and masks of the first half of a line of n positions, and of its mirror image.
 
     The middle of an odd n is its own mirror image: it is in the first half only.
     """
@@ -61,7 +61,7 @@ def halves(start, count, STRIDE: tl.constexpr, STEP: tl.constexpr, N: tl.constex
 
 @triton.jit
 def quarter(planes, channel_mask, row, row_mask, column, column_mask, INNERMOST: tl.constexpr):
-    """Pointers and mask of a quarter of P planes: (KH, KW, P) with channels innermost in memory, else (KH, P, KW)."""
+    """Return pointers and mask of a quarter of P planes: (KH, KW, P) if channels are innermost, else (KH, P, KW)."""
     if INNERMOST:
         at = planes[None, None, :] + (row[:, None, None] + column[None, :, None])
         mask = row_mask[:, None, None] & column_mask[None, :, None] & channel_mask[None, None, :]
@@ -73,7 +73,7 @@ def quarter(planes, channel_mask, row, row_mask, column, column_mask, INNERMOST:
 
 @triton.jit
 def load_quarter(planes, channel_mask, row, row_mask, column, column_mask, INNERMOST: tl.constexpr):
-    """(KH P, KW) in float32."""
+    """Return a quarter of P planes, (KH P, KW), in float32."""
     at, mask = quarter(planes, channel_mask, row, row_mask, column, column_mask, INNERMOST)
     tile = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     if INNERMOST:
@@ -92,7 +92,7 @@ def store_quarter(planes, tile, channel_mask, row, row_mask, column, column_mask
 
 @triton.jit
 def load_halves(planes, channel_mask, rows, columns, INNERMOST: tl.constexpr):
-    """The sum and the difference of the upper and the lower half, on the left and mirrored on the right: (KH P, KW)."""
+    """Return sum and difference of the upper and the lower half, on the left and mirrored on the right: (KH P, KW)."""
     up, up_mask, down, down_mask = rows
     left, left_mask, right, right_mask = columns
     a = load_quarter(planes, channel_mask, up, up_mask, left, left_mask, INNERMOST)
@@ -107,7 +107,7 @@ def load_halves(planes, channel_mask, rows, columns, INNERMOST: tl.constexpr):
 
 @triton.jit
 def exchanged(tile, ROWS: tl.constexpr):
-    """P matrices (ROWS, columns) transposed: (ROWS P, columns) -> (columns P, ROWS)."""
+    """Transpose P matrices (ROWS, columns): (ROWS P, columns) -> (columns P, ROWS)."""
     columns: tl.constexpr = tile.shape[1]
     P: tl.constexpr = tile.shape[0] // ROWS
     return tl.reshape(tl.permute(tl.reshape(tile, (ROWS, P, columns)), (2, 1, 0)), (columns * P, ROWS))
@@ -115,7 +115,7 @@ def exchanged(tile, ROWS: tl.constexpr):
 
 @triton.jit
 def product(left, waves, which, K: tl.constexpr, PRECISION: tl.constexpr):
-    """left times matrix number ``which`` (see half_waves), its even columns and its odd ones.
+    """Return left times matrix number ``which`` (see half_waves), by its even columns and its odd ones.
 
     Every warp needs the whole right operand, in two or three parts for the precision: at K = 32 half of it fits into
     registers beside the rest. The data is always the left operand, of which a warp has its rows only.
@@ -130,7 +130,9 @@ def product(left, waves, which, K: tl.constexpr, PRECISION: tl.constexpr):
 def transform(
     first, second, waves_h, waves_w, pair, KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A pair of blocks of the real DFT, transposed: cc and ss from ee and oo, or cs and sc from eo and oe, (KW P, KH).
+    """Return a pair of blocks of the real DFT, transposed: (KW P, KH).
+
+    They are cc and ss from ee and oo, or cs and sc from eo and oe.
 
     The barriers, here and below, are for the compiler: it would load all matrices at once, and keep them.
     """
@@ -146,7 +148,7 @@ def transform(
 def inverse(
     first, second, waves_h, waves_w, pair, KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The even and odd parts, (KH P, KW), from a pair of blocks."""
+    """Return the even and odd parts, (KH P, KW), from a pair of blocks."""
     tl.debug_barrier()
     first = exchanged(product(first, waves_h, 0, KH, PRECISION), KW)
     first = product(first, waves_w, pair, KW, PRECISION)
@@ -157,20 +159,23 @@ def inverse(
 
 @triton.jit
 def spectrum_of(data, first, STRIDE: tl.constexpr, P: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr):
-    """Pointers (KW P, KH) to what P channels have for each frequency, in memory for a whole number of programs."""
+    """Return pointers (KW P, KH) to P channels' values at each frequency, in memory for a whole number of programs."""
     row = tl.arange(0, KW * P)[:, None]
     return data + first.to(tl.int64) * STRIDE + (row % P * STRIDE + row // P * KH + tl.arange(0, KH)[None, :])
 
 
 @triton.jit
 def sine_frequency(slot, N: tl.constexpr):
-    """The sine of frequency 0 is no wave: its slot has that of n / 2, whose cosine is none."""
+    """Return the frequency of a slot's sine: slot 0 has that of n / 2, because the sine of frequency 0 is no wave.
+
+    The cosine of n / 2 is no wave either.
+    """
     return tl.where(slot == 0, N // 2, slot)
 
 
 @triton.jit
 def even_part(v, row_stride, column_stride, u, w, mask, H: tl.constexpr, W: tl.constexpr):
-    """A(u, w) and B(u, w) of the filter. The loads at f and -f make the spectrum even."""
+    """Return A(u, w) and B(u, w) of the filter. The loads at f and -f make the spectrum even."""
     minus_u, minus_w = tl.where(u == 0, 0, H - u) * row_stride, tl.where(w == 0, 0, W - w) * column_stride
     u, w = u * row_stride, w * column_stride
     plus = tl.load(v + u + w, mask=mask, other=0.0)
@@ -185,7 +190,10 @@ def coefficients_of_filter(
     v, channel_stride, row_stride, column_stride, channels, out,
     H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
 ):  # fmt: skip
-    """A of each block cc, ss, cs, sc, then B: (C, 5, KW, KH). B is zero where a frequency lacks its cosine or sine."""
+    """Compute A of each block cc, ss, cs, sc, then B: (C, 5, KW, KH).
+
+    B is zero where a frequency lacks its cosine or sine.
+    """
     channel = tl.program_id(0).to(tl.int64)
     w, u = tl.arange(0, KW)[:, None], tl.arange(0, KH)[None, :]
     mask = (u < (H + 1) // 2) & (w < (W + 1) // 2) & (channel < channels)
@@ -218,7 +226,7 @@ def filter_planes(
     Y_STEP_H: tl.constexpr, Y_STEP_W: tl.constexpr, Y_INNERMOST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y = the planes z filtered: P channels of one sample."""
+    """Filter the planes z into y: P channels of one sample."""
     groups = tl.cdiv(channels, P)
     sample, first = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups * P
     channel = first + tl.arange(0, P)
@@ -268,9 +276,9 @@ def partial_cross_spectrum(
     Z_STEP_H: tl.constexpr, Z_STEP_W: tl.constexpr, Z_INNERMOST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of ``chunk`` samples, the gradients of A in the two blocks of a pair and that of B: (parts, C, 2, 3, KW, KH).
+    """Sum the gradients of A in the two blocks of a pair and that of B over ``chunk`` samples.
 
-    A program has one pair: the sums of both do not fit into registers.
+    They are (parts, C, 2, 3, KW, KH). A program has one pair: the sums of both do not fit into registers.
     """
     first, part, pair = tl.program_id(0) * P, tl.program_id(1), tl.program_id(2)
     sign = 1.0 - 2.0 * pair
@@ -310,7 +318,7 @@ def partial_cross_spectrum(
 
 @triton.jit
 def slots(f, N: tl.constexpr):
-    """Slot of a frequency 0..n - 1 of either sign, whether it has a cosine, a sine, and whether f > n / 2."""
+    """Return the slot of a frequency 0..n - 1 of either sign, whether it has a cosine, a sine, and if f > n / 2."""
     beyond = 2 * f > N
     f = tl.where(beyond, N - f, f)
     nyquist = 2 * f == N
@@ -322,7 +330,7 @@ def finish_cross_spectrum(
     partial, out, parts, part_stride,
     H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dv (C, H, W) from the parts, in their order. Frequencies f and -f share a gradient."""
+    """Compute dv (C, H, W) from the parts, in their order. Frequencies f and -f share a gradient."""
     channel = tl.program_id(0).to(tl.int64)
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = index < H * W
@@ -347,16 +355,17 @@ def finish_cross_spectrum(
 
 # --- launchers ------------------------------------------------------------------------------------------------------
 
-PROGRAMS = 8  # for each multiprocessor
+PROGRAMS = 8  # programs for each multiprocessor
 FINISH_BLOCK = 256  # frequencies that a program of the second stage of cross_spectrum sums
 
 
 @constant
 def half_waves(n: int, size: int, device: torch.device) -> Tensor:
-    """Cosines, sines and their transposes on the first half of a line of n, about its middle: (4, size, size).
+    """Return cosines, sines and their transposes on the first half of a line of n, about its middle: (4, size, size).
 
-    A row for each frequency and a column for each position, zero beyond (n + 1) // 2; then the other way round. Even
-    columns come before odd ones. Made on the device, in the warm-up call that capturing a CUDA graph needs anyway.
+    Cosines and sines have a row for each frequency and a column for each position, zero beyond (n + 1) // 2. Even
+    columns come before odd ones. They are made on the device, in the warm-up call that capturing a CUDA graph needs
+    anyway.
     """
     used = (n + 1) // 2
     slot = torch.arange(used, dtype=torch.float64, device=device)

@@ -15,13 +15,13 @@ from normkernels.ops._triton import Unsupported, architecture, check_supported, 
 from normkernels.ops.spectral import eager
 
 FLOOR = tl.constexpr(eager.FLOOR)
-LAGS = 4  # of the autocorrelation, at a time
-FREQUENCIES = 32, 64  # rows and columns of the plane that a program works on at a time, at most
+LAGS = 4  # lags of the autocorrelation at a time
+FREQUENCIES = 32, 64  # the most rows and columns of the plane that a program works on at a time
 
 
 @triton.jit
 def tap(index, weight, input_stride, row_stride, column_stride, kw: tl.constexpr, T: tl.constexpr):
-    """Where the entries of a channel's kernels are, numbered as in (C_I, kh, kw)."""
+    """Return where the entries of a channel's kernels are, numbered as in (C_I, kh, kw)."""
     s = index % T
     return weight + (index // T).to(tl.int64) * input_stride + s // kw * row_stride + s % kw * column_stride
 
@@ -30,7 +30,7 @@ def tap(index, weight, input_stride, row_stride, column_stride, kw: tl.constexpr
 def largest_tap(
     weight, input_stride, row_stride, column_stride, entries, kw: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """1 for a channel of zeros."""
+    """Return the largest absolute value of a channel's kernels, 1 for a channel of zeros."""
     largest = tl.zeros((BLOCK,), tl.float64)
     for begin in range(0, entries, BLOCK):
         index = begin + tl.arange(0, BLOCK)
@@ -45,7 +45,7 @@ def autocorrelation(
     weight, input_stride, row_stride, column_stride, entries, inverse, R, lags,
     kh: tl.constexpr, kw: tl.constexpr, BLOCK: tl.constexpr, LAGS: tl.constexpr,
 ):  # fmt: skip
-    """R (lags): of each pair of lags t and -t the later one, from t = 0 on."""
+    """Compute R (lags). For each pair of lags t and -t it has the later one, from t = 0 on."""
     T: tl.constexpr = kh * kw
     for begin in range(0, lags, LAGS):
         lag = begin + tl.arange(0, LAGS)
@@ -66,14 +66,17 @@ def autocorrelation(
 
 @triton.jit
 def split_lag(lag, kw: tl.constexpr):
-    """(t_h, t_w) of the later half of the lags, numbered from (0, 0) in rows of 2 kw - 1."""
+    """Return (t_h, t_w) of the later half of the lags, numbered from (0, 0) in rows of 2 kw - 1."""
     t_h = (lag + kw - 1) // (2 * kw - 1)
     return t_h, lag - t_h * (2 * kw - 1)
 
 
 @triton.jit
 def wave_of_lag(lag, rows, columns, H: tl.constexpr, W: tl.constexpr, waves, kh: tl.constexpr, kw: tl.constexpr):
-    """cos 2 pi (u t_h / H + w t_w / W) for a tile of frequencies. waves: cosines and sines of rows and of columns."""
+    """Return cos 2 pi (u t_h / H + w t_w / W) for a tile of frequencies.
+
+    waves: cosines and sines of rows and of columns.
+    """
     t_h, t_w = split_lag(lag, kw)
     at_h, at_w = rows * (2 * kh - 1) + kh - 1 + t_h, columns * (2 * kw - 1) + kw - 1 + t_w
     cos_h, sin_h = (
@@ -89,7 +92,7 @@ def wave_of_lag(lag, rows, columns, H: tl.constexpr, W: tl.constexpr, waves, kh:
 
 @triton.jit
 def power(R, lags, rows, columns, H: tl.constexpr, W: tl.constexpr, waves, kh: tl.constexpr, kw: tl.constexpr):
-    """The cosine transform of the autocorrelation at a tile of frequencies."""
+    """Return the cosine transform of the autocorrelation at a tile of frequencies."""
     total = tl.zeros((rows.shape[0], columns.shape[0]), tl.float64) + tl.load(R)
     for lag in range(1, lags):
         total += 2 * tl.load(R + lag) * wave_of_lag(lag, rows, columns, H, W, waves, kh, kw)
@@ -98,7 +101,7 @@ def power(R, lags, rows, columns, H: tl.constexpr, W: tl.constexpr, waves, kh: t
 
 @triton.jit
 def inverse_root(power, energy, EPS: tl.constexpr):
-    """(power + eps E)^(-1/2); 1 for a channel of zeros. NaN stays NaN."""
+    """Return (power + eps E)^(-1/2); 1 for a channel of zeros. NaN stays NaN."""
     square = tl.where(power < energy * FLOOR, energy * FLOOR, power) + EPS * energy
     return 1.0 / tl.sqrt(tl.where(energy == 0, 1.0, square))
 
@@ -109,7 +112,7 @@ def spectrum_of_kernels(
     H: tl.constexpr, W: tl.constexpr, kh: tl.constexpr, kw: tl.constexpr, EPS: tl.constexpr, LARGEST: tl.constexpr,
     BLOCK: tl.constexpr, LAGS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """v of one output channel. R is the program's own memory."""
+    """Compute v of one output channel. R is the program's own memory."""
     channel = tl.program_id(0).to(tl.int64)
     weight += channel * channel_stride
     R += channel * lags
@@ -135,7 +138,7 @@ def gradient_of_kernels(
     H: tl.constexpr, W: tl.constexpr, kh: tl.constexpr, kw: tl.constexpr, EPS: tl.constexpr,
     BLOCK: tl.constexpr, LAGS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dL/dweight of one output channel: from dL/dpower = -v^3 dv / 2 to dL/dR, in which the taps are quadratic."""
+    """Compute dL/dweight of one output channel: dL/dpower = -v^3 dv / 2 gives dL/dR, and R is quadratic in the taps."""
     T: tl.constexpr = kh * kw
     channel = tl.program_id(0).to(tl.int64)
     weight += channel * channel_stride
@@ -189,7 +192,7 @@ def gradient_of_kernels(
 
 
 class Weights(NamedTuple):
-    """What both kernels on weights take."""
+    """The arguments that both kernels on weights share."""
 
     arguments: tuple[Any, ...]
     lags: int

@@ -14,7 +14,7 @@ SMALL_MEAN = 8.0
 
 
 def mix(sources: list[tuple[Tensor, Tensor | None]], matrix: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
-    """matrix @ [source - shift; ...] + bias for the stacked sources, in one pass over them.
+    """Return matrix @ [source - shift; ...] + bias for the stacked sources, in one pass over them.
 
     sources: pairs of (N, C, *) data and (C,) shift; matrix (G, d, parts * d); bias (C,);
     like: (N, C, *), which gives the result's type, shape and layout.
@@ -37,7 +37,7 @@ def stacked_mix(grad: Tensor, x: Tensor, grad_mean: Tensor, mean: Tensor, matrix
 
 
 def scaled(parts: list[tuple[Tensor, Tensor | None]], matrix: Tensor, bias: Tensor | None) -> Tensor:
-    """What ``product`` is for groups of one channel: sum of factor * (tile - shift), + bias, in reused memory."""
+    """Do what ``product`` does, for groups of one channel: sum of factor * (tile - shift), + bias, in reused memory."""
     *others, (tile, shift) = parts
     # Contiguous vectors: with the channels innermost a step between factors would keep the loops from vectorizing.
     factors = matrix.view(len(matrix), len(parts)).T.contiguous().view(len(parts), -1, 1, 1).unbind()
@@ -49,7 +49,7 @@ def scaled(parts: list[tuple[Tensor, Tensor | None]], matrix: Tensor, bias: Tens
 
 
 def product(matrix: Tensor, image: Tensor, bias: Tensor | None) -> Tensor:
-    """matrix @ image + bias for a stacked image (n, G * parts * d, 1, l): (n, C, 1, l).
+    """Return matrix @ image + bias for a stacked image (n, G * parts * d, 1, l): (n, C, 1, l).
 
     It is a 1x1 convolution, which takes both layouts and all groups in one call: 400 to 430 GFLOP/s with the channels
     innermost (2 Zen 5 cores; bench/experiments/products.py). With the positions innermost oneDNN reorders input and
@@ -62,7 +62,7 @@ def product(matrix: Tensor, image: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def affine(W: Tensor, weight: Tensor | None) -> Tensor:
-    """A = diag(weight) W (G, d, d), in W's type."""
+    """Return A = diag(weight) W (G, d, d), in W's type."""
     return W if weight is None else W * weight.to(W.dtype).view(W.shape[0], -1, 1)
 
 
@@ -82,12 +82,12 @@ def whiten(x: Tensor, mean: Tensor, W: Tensor, weight: Tensor | None, bias: Tens
 
 
 def _small(mean: Tensor, W: Tensor) -> bool:
-    """Whether y = A x + (c - A mean), which spares centring x, is exact enough.
+    """Return whether y = A x + (c - A mean), which needs no centring of x, is exact enough.
 
     Its rounding error is u |W| (|x - mean| + |mean|) instead of u |W| |x - mean|, in standard deviations of y, where
     |W| |x - mean| is itself several. (BatchNorm's inference does the same for any mean.) The training op centres
-    always: there one group's values must not decide how another one's are rounded. Never on other devices than a CPU,
-    where the question would make the host wait.
+    always: there one group's values must not decide how another one's are rounded. On other devices than a CPU x is
+    always centred, because this test would make the host wait.
     """
     if W.device.type != "cpu":
         return False

@@ -32,7 +32,7 @@ def mix_kernel(
     d: tl.constexpr, D: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr, RUN2: tl.constexpr,
     Y_RUN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y = diag(weight) (matrix [x - shift; x2 - shift2]) + bias: OUT rows of a group, on one part of the columns.
+    """Set y = diag(weight) (matrix [x - shift; x2 - shift2]) + bias: OUT rows of a group, on one part of the columns.
 
     shift, x2 and shift2, weight, and bias may be None.
     """
@@ -85,7 +85,7 @@ def mix(
     like: Tensor,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """diag(weight) matrix @ [source - shift; ...] + bias for one or two stacked sources, in one launch."""
+    """Return diag(weight) matrix @ [source - shift; ...] + bias for one or two stacked sources, in one launch."""
     groups, d, _ = matrix.shape
     if d == 1:
         return map_channels(sources, matrix, bias, like, weight)
