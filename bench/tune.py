@@ -30,7 +30,7 @@ import normkernels
 from bench.gradients import EPS1, EPS2, make_layers
 from bench.timing import clock_for, describe
 from bench.workload import TOLERANCE, compare
-from normkernels.ops import _library, _triton
+from normkernels.ops import _triton, _warnings
 from normkernels.ops._triton import Config, Key
 
 ROUNDS, WARMUP = 20, 3
@@ -242,7 +242,7 @@ def measurer(case: Case, arch: int, device: torch.device) -> Callable[[Config], 
     clock = clock_for(device)
 
     def seconds(config: Config) -> float:
-        _library._warned.clear()  # a candidate that does not compile falls back to eager with a warning: it is out
+        _warnings.warned.clear()  # a candidate that does not compile falls back to eager with a warning: it is out
         with (
             warnings.catch_warnings(action="error"),
             normkernels.use_backend("triton"),

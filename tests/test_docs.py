@@ -51,3 +51,16 @@ def test_support_matrix(row: re.Match[str]) -> None:
 
 def test_support_matrix_is_read() -> None:
     assert len(ROWS) == SUPPORT.count(".py::")
+
+
+SOURCES = {".py", ".pyi", ".cpp", ".cu", ".cuh", ".h"}
+FRAGMENT = re.compile(r'(?:"""|# |// )(?:Of|What|Those|Whose)\b.*')
+
+
+def test_comments_are_whole_sentences() -> None:
+    """Docstrings and comments that begin so leave out their subject; ruff looks at the first lines of docstrings."""
+    folders = ("normkernels", "csrc", "tests", "bench")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.*") if path.suffix in SOURCES]
+    assert len(sources) > 300
+    found = {path.name: FRAGMENT.findall(path.read_text(encoding="utf-8")) for path in sources}
+    assert {name: fragments for name, fragments in found.items() if fragments} == {}

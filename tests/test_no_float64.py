@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import normkernels as nk
-from normkernels.ops import _devices, _library, _onnx
+from normkernels.ops import _devices, _library, _onnx, _warnings
 from normkernels.ops._devices import has_float64
 from tests.oracles import inputs
 from tests.pretended import DEVICE, LACKING, PretendedTensor, pretended
@@ -250,7 +250,7 @@ def cases(*, of: Callable[[str], bool] = lambda _: True) -> list[str]:
 
 @pytest.fixture
 def _warned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_library, "_warned", set())
+    monkeypatch.setattr(_warnings, "warned", set())
 
 
 def on_pretended_device(case: Case) -> Results:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +35,7 @@ def reasons(result: Mapping[str, Any]) -> Iterator[str]:
     for key in ("fold", "converted"):
         short: dict[str, int] = {}
         for reason, names in result.get(key, {}).get("reasons", {}).items():
-            said = reason.partition("; and to be folded")[0].partition(". ")[0]
+            said = re.split(r"; and to be folded|; name the layers|\. ", reason)[0]
             short[said] = short.get(said, 0) + len(names)
         counts |= {said: max(count, counts.get(said, 0)) for said, count in short.items()}
     for reason, count in counts.items():

@@ -124,8 +124,9 @@ def reasons(said: str) -> dict[str, list[str]]:
 
 
 def without_names(message: str) -> str:
-    """Return a message with the classes of modules instead of their names."""
-    return re.sub(r"'[^']*'", "it", re.sub(r"'[^']*' \((\w+)\)", r"\1", message))
+    """Return a message with the classes of modules instead of their names, and the last module instead of several."""
+    last = re.sub(r"(?:'[^']*'(?: \(\w+\))?, )+(?=')", "", message)
+    return re.sub(r"'[^']*'", "it", re.sub(r"'[^']*' \((\w+)\)", r"\1", last))
 
 
 def trial(name: str) -> dict[str, Any]:

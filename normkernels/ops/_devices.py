@@ -8,6 +8,8 @@ import os
 import torch
 from torch import Tensor
 
+from normkernels.ops._warnings import warn_once
+
 
 def has_float64(device: torch.device) -> bool:
     """Return whether tensors of float64 (and complex128) can be made on a device.
@@ -31,7 +33,7 @@ def with_float64(value: Tensor) -> Tensor:
     """
     if value.dtype == torch.float64 or has_float64(value.device) or value.device.type == "cpu":
         return value
-    _tell_once(f"what needs float64 is computed on the CPU: {value.device.type} has no float64")
+    warn_once(f"what needs float64 is computed on the CPU: {value.device.type} has no float64")
     return value.cpu()
 
 
@@ -44,14 +46,8 @@ def has_fft(device: torch.device) -> bool:
     """Return whether torch.fft works on a device; if not, one warning says that transforms take the CPU."""
     if device.type in ("cpu", "cuda") or _transforms(device):
         return True
-    _tell_once(f"spectral_filter: on the CPU, because torch.fft does not work on {device.type}")
+    warn_once(f"spectral_filter: on the CPU, because torch.fft does not work on {device.type}")
     return False
-
-
-def _tell_once(message: str) -> None:
-    from normkernels.ops._library import _warn_once  # here, because it imports modules that import this one
-
-    _warn_once(message)
 
 
 @functools.cache

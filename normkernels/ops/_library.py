@@ -27,6 +27,7 @@ from torch import Tensor
 from normkernels.ops import _cuda, _triton, _vmap
 from normkernels.ops._checks import check_integer, resolve_group_size
 from normkernels.ops._triton import Unsupported
+from normkernels.ops._warnings import warn_once
 
 LIBRARY = torch.library.Library("normkernels", "DEF")
 NEXT = torch.library.Library("normkernels_next", "DEF")
@@ -39,8 +40,8 @@ ORDER: dict[str, tuple[str, ...]] = {"default": BACKENDS}
 
 # Op -> backend -> implementation. The implementations of "cuda" are registered by the extension and not here.
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}  # op -> its gradient
 _compiled: set[tuple[str, str]] = set()  # (op, dispatch key) of the kernels that the extension has registered
-_warned: set[str] = set()
 _chosen = "auto"
 _overrides: torch.library.Library | None = None
 
@@ -68,6 +69,7 @@ def define(
     LIBRARY.impl(name, exact, "CompositeExplicitAutograd")
     torch.library.register_fake(f"normkernels::{name}", fake, lib=LIBRARY)
     if autograd is not None:
+        _FUNCTIONS[name] = autograd
         torch.library.register_autograd(
             f"normkernels::{name}", autograd.backward, setup_context=autograd.setup_context, lib=LIBRARY
         )
@@ -83,6 +85,11 @@ def define(
     NEXT.impl(name, reporting(handed_on(name, kernels, exact, texts)), "CompositeExplicitAutograd")
 
 
+def differentiable(op: str) -> Callable[..., Any]:
+    """Return an op with its gradient, for gradients that are another op's, whose module imports theirs."""
+    return _FUNCTIONS[op].apply
+
+
 def ops() -> tuple[str, ...]:
     """Return the names of all ops, in order of definition."""
     return tuple(_IMPLEMENTATIONS)
@@ -95,7 +102,7 @@ def falling_back(op: str, kernels: Callable[..., Any], eager: Callable[..., Any]
         try:
             return kernels(*args)
         except Unsupported as reason:
-            _warn_once(f"{op}: plain PyTorch instead of the Triton kernels: {reason}")
+            warn_once(f"{op}: plain PyTorch instead of the Triton kernels: {reason}")
         return eager(*args)
 
     return call
@@ -126,9 +133,9 @@ def handed_on(
         if reason:
             # A GPU that was not compiled for is one reason, not one for each op.
             subject = "" if reason.startswith(_cuda.OTHER_GPU) else f"{op}: "
-            _warn_once(f"{subject}{server} instead of the CUDA kernels: {reason}")
+            warn_once(f"{subject}{server} instead of the CUDA kernels: {reason}")
         elif refusal:
-            _warn_once(f"{op}: plain PyTorch instead of the Triton kernels: {refusal}")
+            warn_once(f"{op}: plain PyTorch instead of the Triton kernels: {refusal}")
         return result if server == "Triton" else eager(*arguments)
 
     return call
@@ -145,12 +152,6 @@ def reporting(function: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return call
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, stacklevel=3)
 
 
 def device_of(args: Sequence[Any]) -> torch.device:

@@ -15,8 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from normkernels.ops._checks import check_integer, check_number, check_tensor, statistics_dtype
 from normkernels.ops.precondition.op import precondition
-from normkernels.optim._batch import Batch, Running, merge_ranks
+from normkernels.optim._batch import Batch
 from normkernels.optim._layers import Layer, find_layers, listed
+from normkernels.optim._running import Running, merge_ranks
 
 
 class BNP:

@@ -6,8 +6,8 @@ from tests.mutations.source import Mutation
 
 BY_HAND = (
     # Mistakes that a review had found and no test noticed, and their relatives.
-    Mutation("optim._batch:merge_ranks", "by_layer[:, :, 0] / totals[:, 0]", "by_layer[:, :, 1] / totals[:, 1]"),
-    Mutation("optim._batch:merge_ranks", "variances + (means - mean).square()", "variances"),
+    Mutation("optim._running:merge_ranks", "by_layer[:, :, 0] / totals[:, 0]", "by_layer[:, :, 1] / totals[:, 1]"),
+    Mutation("optim._running:merge_ranks", "variances + (means - mean).square()", "variances"),
     Mutation("optim._batch:Batch.merged", "other.rows / rows,", "other.samples / (self.samples + other.samples),"),
     Mutation("ops.iter_norm.sync:_merged_moments", "m = x.numel() // channels", "m = x.shape[0]"),
     Mutation("ops.moments.triton:partial_moments", "tl.minimum(stop - start, BLOCK).to(tl.float32)", "BLOCK"),
@@ -53,7 +53,7 @@ BY_HAND = (
     # Optimizers.
     Mutation("optim._batch:Batch.merged", "t * (1 - t)", "t"),
     Mutation("optim._batch:Batch.of", "x.numel() // x.shape[1]", "x.shape[0]"),
-    Mutation("optim._batch:Running.update", "1 - rho", "rho"),
+    Mutation("optim._running:Running.update", "1 - rho", "rho"),
     Mutation("optim._layers:Layer.q2", "self.positions**0.5", "self.positions"),
     # Conversion, weights.
     Mutation("convert._affine:fold_behind", "layer.bias - mean", "layer.bias + mean"),

@@ -38,6 +38,7 @@ LAYERS = {
 }
 OPTIM = {
     "optim._batch": ("tests/optim/test_bnp.py", "tests/optim/test_bnp_distributed.py"),
+    "optim._running": ("tests/optim/test_bnp.py", "tests/optim/test_bnp_distributed.py"),
     "optim._layers": ("tests/optim/test_bnp.py", "tests/optim/test_bnp_training.py", "-k", "not compiled"),
     "optim.bnp": ("tests/optim/test_bnp.py", "tests/optim/test_bnp_training.py", "-k", "not compiled"),
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import normkernels as nk
 import tests.oracles.run
-from normkernels.ops import _cuda, _library, _triton
+from normkernels.ops import _cuda, _library, _triton, _warnings
 from tests.oracles import inputs
 from tests.oracles.run import Config, incoming_gradient, oracle, plain_path, run
 from tests.tolerances import assert_iter_norm
@@ -279,7 +279,7 @@ def test_the_extension_is_not_tried_without_cuda() -> None:
 @pytest.fixture
 def handed_on(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> Callable[..., Any]:
     """Return a function that calls moments of x as C++ does, with a reason."""
-    monkeypatch.setattr(_library, "_warned", set())
+    monkeypatch.setattr(_warnings, "warned", set())
     return lambda reason, x=x: torch.ops.normkernels_next.moments(x, 8, False, list(reason.encode()))
 
 
@@ -309,7 +309,7 @@ def test_triton_is_next_on_a_gpu(reason: str, monkeypatch: pytest.MonkeyPatch) -
     """If it cannot serve either, one warning says so, whichever of the two has something to say."""
     monkeypatch.setattr(_triton, "installed", lambda: True)
     monkeypatch.setattr(_library, "device_of", lambda args: torch.device("cuda"))
-    monkeypatch.setattr(_library, "_warned", set())
+    monkeypatch.setattr(_warnings, "warned", set())
     refusals = [""]
 
     def kernels(*args: object) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import normkernels as nk
-from normkernels.ops import _library
+from normkernels.ops import _warnings
 from tests.ops.test_cuda import ANYWHERE, SERVED, SIMT, equal, filtered, given, raw, step
 from tests.ops.test_spectral_kernels import values
 from tests.oracles import inputs
@@ -179,7 +179,7 @@ def test_bad_input_is_named(op: str, at: int, bad: Change | object, message: str
 
 @pytest.fixture
 def unwarned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_library, "_warned", set())
+    monkeypatch.setattr(_warnings, "warned", set())
 
 
 def pop_step(x: Tensor) -> list[Tensor]:

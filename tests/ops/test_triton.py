@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import normkernels as nk
-from normkernels.ops import _library, _triton
+from normkernels.ops import _library, _triton, _warnings
 from tests.backends import TRITON
 from tests.oracles import inputs, iternorm
 from tests.oracles.run import Config, incoming_gradient, oracle, run
@@ -60,7 +60,7 @@ def step(x: Tensor, group_size: int = 8, **options: Any) -> list[Tensor]:
 
 @pytest.fixture
 def unwarned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_library, "_warned", set())
+    monkeypatch.setattr(_warnings, "warned", set())
 
 
 @pytest.mark.usefixtures("unwarned")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import normkernels as nk
-from normkernels.ops import _library, _triton
+from normkernels.ops import _library, _triton, _warnings
 from tests.oracles import inputs
 from tests.oracles.run import incoming_gradient
 from tests.tolerances import assert_agree
@@ -273,7 +273,7 @@ def test_a_refusal_changes_nothing(broken: str, monkeypatch: pytest.MonkeyPatch)
     """Plain PyTorch then begins with what was given: done twice, the change would be another one."""
     from normkernels.ops.precondition import triton as kernels
 
-    monkeypatch.setattr(_library, "_warned", set())
+    monkeypatch.setattr(_warnings, "warned", set())
     layers, expected = Layers(SHAPES), Layers(SHAPES)
     expected.run("eager")
     if broken == "rows":
@@ -349,7 +349,7 @@ def test_a_network_of_gradients_on_a_gpu() -> None:
 @pytest.mark.gpu
 def test_gradients_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of a call before the capture is read again; gradients elsewhere are changed by plain PyTorch."""
-    monkeypatch.setattr(_library, "_warned", set())
+    monkeypatch.setattr(_warnings, "warned", set())
     layers, fresh = Layers(SHAPES), Layers(SHAPES)
     originals = [weight.clone() for weight in layers.weights]
     torch.cuda.set_sync_debug_mode("error")

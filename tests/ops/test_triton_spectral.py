@@ -52,7 +52,7 @@ def test_what_the_kernels_do_not_serve() -> None:
 
 def test_without_float64_plain_pytorch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel of the spectrum adds up in float64, and keeps it in memory."""
-    monkeypatch.setattr("normkernels.ops._library._warned", set())
+    monkeypatch.setattr("normkernels.ops._warnings.warned", set())
     monkeypatch.setenv("NORMKERNELS_NO_FLOAT64", "1")
     weight = torch.ones(1, 2, 3, 3, device=DEVICE, requires_grad=True)
     with pytest.warns(UserWarning, match="expected a device with float64") as warned:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normkernels.ops._checks import check_data, check_like, resolve_group_size, statistics_dtype
-from normkernels.ops._library import define
+from normkernels.ops._library import define, differentiable
 from normkernels.ops._tiles import in_layout_of
 from normkernels.ops.moments import eager
 
@@ -88,12 +88,10 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, _: Any, grad_cov: Tensor) -> tuple[Tensor, None, None]:
-        from normkernels.ops.whiten.op import whiten
-
         x, mean = ctx.saved_tensors
         m = max(x.numel() // x.shape[1], 1)
         matrix = ((grad_cov + grad_cov.mT) / m).to(mean.dtype)
-        return whiten(x, mean, matrix, bias=grad_mean / m), None, None
+        return differentiable("whiten")(x, mean, matrix, None, grad_mean / m), None, None
 
 
 class _CrossMoments(torch.autograd.Function):
@@ -109,11 +107,10 @@ class _CrossMoments(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_cross: Tensor, grad_sum: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        from normkernels.ops.whiten.op import whiten
-
         y, x, mean, sum_y = ctx.saved_tensors
-        grad_y = in_layout_of(y, whiten(x, mean, grad_cross, bias=grad_sum))
-        grad_x = in_layout_of(x, whiten(y, torch.zeros_like(mean), grad_cross.mT))
+        mix = differentiable("whiten")
+        grad_y = in_layout_of(y, mix(x, mean, grad_cross, None, grad_sum))
+        grad_x = in_layout_of(x, mix(y, torch.zeros_like(mean), grad_cross.mT, None, None))
         grad_mean = -(grad_cross * sum_y.view(*grad_cross.shape[:2], 1)).sum(1).flatten()
         return grad_y, grad_x, grad_mean, None
 
