@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -18,24 +17,20 @@ from tests import backends
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-try:
-    import hypothesis
-except ImportError:  # without hypothesis, as on a machine for the GPU tests only, property tests alone are skipped
-    hypothesis = sys.modules["hypothesis"] = MagicMock(__spec__=ModuleSpec("hypothesis", None))
-    hypothesis.given = lambda *_, **__: pytest.mark.skip(reason="needs hypothesis")
-    hypothesis.settings = MagicMock(return_value=lambda test: test)
+# Derandomized and without a database: a failure in CI is a failure on every machine. A CPU without a warm cache may
+# need seconds for an example, so there is no deadline. A machine that runs the GPU tests alone has no hypothesis.
+if importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import HealthCheck, settings
 
-# Derandomized and without a database: a failure in CI is a failure on every machine. A CPU without
-# a warm cache may need seconds for an example, so there is no deadline.
-hypothesis.settings.register_profile(
-    "normkernels",
-    deadline=None,
-    derandomize=True,
-    database=None,
-    max_examples=25,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
-)
-hypothesis.settings.load_profile("normkernels")
+    settings.register_profile(
+        "normkernels",
+        deadline=None,
+        derandomize=True,
+        database=None,
+        max_examples=25,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+    settings.load_profile("normkernels")
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -45,23 +40,56 @@ if INTERPRETED:
     behave_as_gpus_do()
 
 
-def cannot_run(item: pytest.Item) -> bool:
-    """Return whether a test cannot run here.
+def marked(item: pytest.Item, name: str) -> bool:
+    return item.get_closest_marker(name) is not None
 
-    Tests marked gpu need a CUDA device, and Triton kernels on a CPU need the interpreter. The kernels do not serve
-    float64, and a test of the fallback has nothing to add; tiles of other sizes are the eager backend's. With --simt,
-    only what runs on the SIMT runtime is run; without it, everything else.
-    """
-    parameters = getattr(getattr(item, "callspec", None), "params", {})
-    backend = str(parameters.get("backend", ""))
-    return (
-        (item.get_closest_marker("gpu") is not None and not torch.cuda.is_available())
-        or (backend == "triton" and (not INTERPRETED or item.get_closest_marker("large") is not None))
-        or (backend.startswith(("triton", "simt", "cuda")) and torch.float64 in parameters.values())
-        or (backend not in ("", "eager") and "tiny_tiles" in getattr(item, "fixturenames", ()))
-        or (backend.endswith("-cuda") and item.get_closest_marker("on_cpu") is not None)
-        or (item.get_closest_marker("simt") is not None) != (item.config.getoption("--simt") != "off")
-    )
+
+def parameters(item: pytest.Item) -> dict[str, object]:
+    return getattr(getattr(item, "callspec", None), "params", {})
+
+
+def backend_of(item: pytest.Item) -> str:
+    """Return the parameter of the fixture ``backend``, or "" for a test without it."""
+    return str(parameters(item).get("backend", ""))
+
+
+def lacks_a_gpu(item: pytest.Item) -> bool:
+    return marked(item, "gpu") and not torch.cuda.is_available()
+
+
+def lacks_the_interpreter(item: pytest.Item) -> bool:
+    """Return whether Triton's kernels would have to run on a CPU without the interpreter, or too long with it."""
+    return backend_of(item) == "triton" and (not INTERPRETED or marked(item, "large"))
+
+
+def has_float64_for_kernels(item: pytest.Item) -> bool:
+    """Return whether kernels would be asked for float64, which eager serves: that is tested with eager."""
+    kernels = backend_of(item).startswith(("triton", "simt", "cuda"))
+    return kernels and torch.float64 in parameters(item).values()
+
+
+def has_tiles_for_kernels(item: pytest.Item) -> bool:
+    """Return whether another backend would run with tiles that only eager has."""
+    return backend_of(item) not in ("", "eager") and "tiny_tiles" in getattr(item, "fixturenames", ())
+
+
+def stays_on_the_cpu(item: pytest.Item) -> bool:
+    return backend_of(item).endswith("-cuda") and marked(item, "on_cpu")
+
+
+def is_of_the_other_run(item: pytest.Item) -> bool:
+    """Return whether a test belongs to the runs with --simt and this is none, or the other way round."""
+    return marked(item, "simt") != (item.config.getoption("--simt") != "off")
+
+
+LEFT_OUT = (
+    lacks_a_gpu,
+    lacks_the_interpreter,
+    has_float64_for_kernels,
+    has_tiles_for_kernels,
+    stays_on_the_cpu,
+    is_of_the_other_run,
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -100,7 +128,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if torch.cuda.is_available() and item.path.name.startswith("test_triton"):
             item.add_marker(pytest.mark.gpu)
     part, parts = map(int, config.getoption("--part").split("/"))
-    left_out = {item for i, item in enumerate(items) if cannot_run(item) or i % parts != part - 1}
+    left_out = {item for i, item in enumerate(items) if any(rule(item) for rule in LEFT_OUT) or i % parts != part - 1}
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]

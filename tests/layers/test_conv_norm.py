@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import hypothesis
 import pytest
 import torch
-from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import normkernels as nk
@@ -27,7 +25,7 @@ from tests.layers.conv_norm_checks import (
     result,
 )
 from tests.oracles import convnorm
-from tests.oracles.convnorm import Config, padding_of
+from tests.oracles.convnorm import Config
 from tests.oracles.run import incoming_gradient
 from tests.tolerances import conv_norm_floors, largest, unit
 
@@ -142,41 +140,6 @@ def test_gradcheck(axes: int, detach: bool) -> None:
     leaves = (x, *(getattr(layer, n) for n in names))
     assert gradcheck(call, leaves)
     assert gradgradcheck(call, leaves)
-
-
-SETTINGS = st.fixed_dictionaries(
-    {
-        "kernel": st.tuples(st.integers(1, 4), st.integers(1, 4)),
-        "stride": st.tuples(st.integers(1, 3), st.integers(1, 3)),
-        "padding": st.one_of(st.tuples(st.integers(0, 4), st.integers(0, 4)), st.sampled_from(["same", "valid"])),
-        "dilation": st.tuples(st.integers(1, 3), st.integers(1, 3)),
-        "groups": st.sampled_from([1, 2]),
-        "padding_mode": st.sampled_from(["zeros", "replicate"]),
-        "size": st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    }
-)
-
-
-@hypothesis.given(SETTINGS)
-@hypothesis.settings(max_examples=60)
-def test_shape_is_that_of_conv2d(given: dict[str, Any]) -> None:
-    """The values are the oracle's; a plane that nn.Conv2d has no output for is refused."""
-    size, kernel = given.pop("size"), given.pop("kernel")
-    if given["padding"] == "same":
-        given["stride"] = (1, 1)
-    config = Config(**given)
-    x, layer = plane(1, 2, *size), build(2, 2, kernel, config)
-    pads, reach = padding_of(config, kernel), [d * (k - 1) for k, d in zip(kernel, given["dilation"], strict=True)]
-    room = [n + sum(p) - r for n, p, r in zip(size, pads, reach, strict=True)]
-    if min(room) < 1:
-        with pytest.raises(ValueError):
-            layer(x)
-        return
-    y = layer(x)
-    assert y.shape == (1, 2, *((n - 1) // s + 1 for n, s in zip(room, given["stride"], strict=True)))
-    if given["padding"] != "same":  # for even kernels nn.Conv2d warns about a copy
-        assert y.shape == nn.Conv2d(2, 2, kernel, **given)(x).shape
-    check(layer, x, config)
 
 
 # Properties that the paper states.
