@@ -1,4 +1,4 @@
-"""Modules of the package import each other in one direction."""
+"""Modules of the package import each other in one direction, and private names of torch in one place."""
 
 from __future__ import annotations
 
@@ -42,3 +42,26 @@ def test_no_cycles() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" <- ".join(error.args[1]))
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_names(path: Path) -> list[str]:
+    """Return the private names of torch that a module imports, or finds by way of torch, nn or dist."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "torch":
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            found += [name for name in names if private(name)]
+        elif isinstance(node, ast.Attribute) and private(node.attr):
+            whole = ast.unparse(node)
+            found += [whole] if whole.partition(".")[0] in ("torch", "nn", "dist") else []
+    return found
+
+
+def test_private_names_of_torch_are_in_one_file() -> None:
+    found = {name: private_names(path) for name, path in modules().items()}
+    assert found.pop("normkernels._torch")
+    assert {name: names for name, names in found.items() if names} == {}

@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from normkernels._torch import BatchNormBase
 from normkernels.analysis._checks import check_module
 from normkernels.layers.whitening import _Whitening
 from normkernels.ops._checks import check_number
@@ -59,7 +59,7 @@ def pruning_candidates(
             check_number(name, bound)
     found: list[PruningCandidate] = []
     for name, layer in model.named_modules():
-        if isinstance(layer, _BatchNorm | _Whitening) and layer.weight is not None and layer.bias is not None:
+        if isinstance(layer, BatchNormBase | _Whitening) and layer.weight is not None and layer.bias is not None:
             gamma, beta = layer.weight.cpu().double(), layer.bias.cpu().double()
             if gamma_below is not None:
                 small = [(value, channel) for channel, value in enumerate(gamma.abs().tolist()) if value < gamma_below]

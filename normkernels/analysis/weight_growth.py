@@ -13,8 +13,8 @@ from typing import NamedTuple, SupportsFloat
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from normkernels._torch import BatchNormBase
 from normkernels.analysis._checks import check_callable, check_module
 from normkernels.ops._devices import in_float64, with_float64
 
@@ -63,7 +63,7 @@ def batch_norm_gaps(model: nn.Module) -> dict[str, BatchNormGap]:
     return {
         name: BatchNormGap((layer.weight.square() - layer.running_var).abs(), (layer.bias - layer.running_mean).abs())
         for name, layer in model.named_modules()
-        if isinstance(layer, _BatchNorm)
+        if isinstance(layer, BatchNormBase)
         and layer.affine
         and layer.running_var is not None
         and layer.running_mean is not None

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
+from normkernels._torch import BatchNormBase, TransposedConvolutionBase
 from normkernels.layers import POPNorm1d, POPNorm2d, POPNorm3d
 from normkernels.layers.conv_norm import ConvNorm1d, ConvNorm2d
 from normkernels.layers.pop_norm import _POPNorm
@@ -33,7 +33,7 @@ BATCH_NORM_RANKS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.BatchNorm3d: (5,),
     nn.SyncBatchNorm: (2, 3, 4, 5),
 }
-NORMS = (nn.modules.batchnorm._BatchNorm, _Whitening, _POPNorm)
+NORMS = (BatchNormBase, _Whitening, _POPNorm)
 # The layers that a norm in front can be merged into, with the POP-Norm for their input.
 POP_NORM: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: POPNorm1d,
@@ -118,7 +118,7 @@ def fold_behind(layer: Any, norm: Any) -> Any:
     A = _aligned(A, outputs // groups, groups, "output")
     folded = copy.deepcopy(layer)
     W = old = getattr(layer, name)
-    transposed = isinstance(layer, _ConvTransposeNd)
+    transposed = isinstance(layer, TransposedConvolutionBase)
     if transposed:  # (I, O / groups, *): the output channels go to the front, as in other layers
         W = W.unflatten(0, (groups, -1)).transpose(1, 2)
     mixed = (A @ W.reshape(*A.shape[:2], -1)).view(W.shape)

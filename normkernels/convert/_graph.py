@@ -8,10 +8,11 @@ from typing import Any
 import torch.fx
 from torch import nn
 
+from normkernels._torch import BatchNormBase, ConvolutionBase
 from normkernels.convert._proxies import recording, stand_in
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-AFFINE_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)  # transposed convolutions and ConvNorm are among them
+AFFINE_LAYERS = (nn.Linear, ConvolutionBase)  # transposed convolutions and ConvNorm are among them
 CALL_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -42,7 +43,7 @@ class Tracer(torch.fx.Tracer):
             super().is_leaf_module(m, module_qualified_name)
             or m in self.closed
             or type(m).__module__.startswith("normkernels.")
-            or isinstance(m, (*AFFINE_LAYERS, nn.modules.batchnorm._BatchNorm))
+            or isinstance(m, (*AFFINE_LAYERS, BatchNormBase))
         )
 
 

@@ -19,6 +19,8 @@ from torch.fx.node import map_aggregate
 from torch.fx.proxy import Attribute, TraceError
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
+from normkernels._torch import ScriptMethod, without_storage
+
 VIEWS = {"T", "H", "mT", "mH", "real", "imag", "data"}  # attributes that are tensors
 NUMBERS = {
     "size", "stride", "dim", "ndimension", "numel", "nelement", "element_size", "storage_offset", "item", "tolist",
@@ -55,7 +57,7 @@ class TensorProxy(Proxy, torch.Tensor):  # type: ignore[misc]
     __index__ = __int__ = __float__ = __complex__ = __contains__ = __array__ = __reduce_ex__ = _unknown
 
     def __new__(cls, node: Node, tracer: Any) -> TensorProxy:
-        return torch.Tensor._make_wrapper_subclass(cls, (0,))
+        return without_storage(cls)
 
     def __init__(self, node: Node, tracer: Any) -> None:
         Proxy.__init__(self, node, tracer)
@@ -104,7 +106,7 @@ class _Recorder(TorchFunctionMode):
         proxy = _first_proxy(args, kwargs)
         if proxy is None:
             return func(*args, **kwargs)
-        if isinstance(func, torch._C.ScriptMethod):
+        if isinstance(func, ScriptMethod):
             return proxy.tracer.create_proxy("call_method", func.name, (func.owner, *args), kwargs)
         if is_tensor_method_or_property(func):
             return proxy.tracer.create_proxy("call_method", func.__name__, args, kwargs)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from normkernels._torch import BatchNormBase
 from normkernels.convert._affine import POP_NORM
 from normkernels.convert._graph import BATCH_NORMS, swap
 from normkernels.convert._network import Network
@@ -103,7 +104,7 @@ def to_pop_norm(
 
 def _found_pairs(model: nn.Module, network: Network) -> list[tuple[str, str]]:
     pairs, unseen = [], {}
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, BatchNormBase)]
     for norm in network.called(norms):
         try:
             layer: Any = network.neighbor(norm)

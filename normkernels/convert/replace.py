@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from normkernels._torch import BatchNormBase, ConvolutionBase
 from normkernels.convert._families import (
     FAMILIES,
     NOT_OPTIONS,
@@ -156,7 +155,7 @@ def replace(
 
 def _chosen(model: nn.Module, family: str, where: Any) -> list[tuple[str, nn.Module]]:
     """Return the layers to be replaced, each with its first name."""
-    kinds = CONVOLUTIONS if family == "ConvNorm" else (_BatchNorm, BatchStatisticsLayer)
+    kinds = CONVOLUTIONS if family == "ConvNorm" else (BatchNormBase, BatchStatisticsLayer)
     synchronized = FAMILIES.get(SYNCHRONIZED.get(family, ""), ())
     done = FAMILIES[family] + synchronized
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, kinds) and not isinstance(m, done)]
@@ -357,7 +356,7 @@ def _described(layer: Any) -> str:
         return ", ".join(map(_described, layer))
     if isinstance(layer, nn.Linear):
         return f"Linear({layer.in_features}, {layer.out_features})"
-    if isinstance(layer, _ConvNd):
+    if isinstance(layer, ConvolutionBase):
         return f"{type(layer).__name__}({layer.in_channels}, {layer.out_channels})"
     groups = f", group_size={layer.group_size}" if hasattr(layer, "group_size") else ""
     return f"{type(layer).__name__}({layer.num_features}{groups})"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from normkernels._torch import BatchNormBase
 from normkernels.layers._base import BatchStatisticsLayer
 
 
@@ -42,7 +43,7 @@ def update_norm_stats(loader: Iterable[Any], model: nn.Module, device: torch.dev
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
-    kinds = (nn.modules.batchnorm._BatchNorm, BatchStatisticsLayer)
+    kinds = (BatchNormBase, BatchStatisticsLayer)
     layers: list[Any] = [
         module
         for module in model.modules()

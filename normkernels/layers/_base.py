@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_batchedtensor
 
+from normkernels._torch import is_batchedtensor
 from normkernels.ops._checks import check_data, check_flag, check_integer, check_like, check_number, statistics_dtype
 
 

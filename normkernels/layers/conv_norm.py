@@ -8,15 +8,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd
 
 from normkernels import ops
+from normkernels._torch import ConvolutionBase
 from normkernels.ops._checks import check_data, check_flag, check_integer, check_number, check_tensor
 
 CACHED_SIZES = 8  # spectra kept in evaluation, for as many sizes of planes
 
 
-class _ConvNorm(_ConvNd):
+class _ConvNorm(ConvolutionBase):
     r"""Convolutional normalization (Liu et al., 2021), a drop-in for nn.Conv1d and nn.Conv2d.
 
     .. math:: y_k = r_k * v_k * \sum_j a_{kj} * x_j + b_k, \qquad

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from normkernels._torch import constant, process_group_of
 from normkernels.layers.whitening import (
     _DBN,
     DBN1d,
@@ -20,7 +21,6 @@ from normkernels.layers.whitening import (
     _IterNorm,
     _Whitening,
 )
-from normkernels.ops._compile import constant
 from normkernels.ops.iter_norm.sync import sync_iter_norm
 
 
@@ -35,7 +35,7 @@ class _Sync(_Whitening):
     @property
     def process_group(self) -> Any:
         """A torch.distributed.ProcessGroup, or None for the default one."""
-        return None if self._group_name is None else _named(self._group_name)
+        return None if self._group_name is None else process_group_of(self._group_name)
 
     @process_group.setter
     def process_group(self, group: Any) -> None:
@@ -77,11 +77,6 @@ def _name_of(group: Any) -> str | None:
     return None if group is None else group.group_name
 
 
-def _named(name: str) -> Any:
-    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
-    return resolve(name)
-
-
 class _Agreement:
     """The layers and kinds of layers that the ranks of a group have found to be the same on all of them."""
 
@@ -103,7 +98,7 @@ def _size_of_group(
     Ranks whose layers differ would wait for each other for ever, or add unlike sums. So would ranks of which some
     compare and others do not: a layer that has run in compiled code is not compared when a rank falls back to eager.
     """
-    group = dist.group.WORLD if group_name is None else _named(group_name)
+    group = dist.group.WORLD if group_name is None else process_group_of(group_name)
     size = dist.get_world_size(group)
     agreement = _agreements.setdefault(group, _Agreement())
     own = f"{kind} on {dtype}, gradient {'needed' if differentiated else 'not needed'}"

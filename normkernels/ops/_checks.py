@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normkernels._torch import in_forward_mode
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SCALINGS = ("trace", "frobenius")
 METHODS = ("newton", "eigh")
@@ -23,7 +25,7 @@ def check_tensor(name: str, value: object) -> None:
 
     Also raise in compiled code under forward-mode differentiation: it would silently drop the tangent of a tensor.
     """
-    if torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() and in_forward_mode():
         raise NotImplementedError(
             "forward mode AD: expected reverse mode, got torch.compile inside of forward_ad.dual_level()"
         )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from normkernels import _build
+from normkernels._torch import has_kernel
 from normkernels.ops._triton import first_line
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -106,7 +107,7 @@ def launch_plan(
 
 def registered(op: str, key: str) -> bool:
     """Return whether there is a kernel for this dispatch key: a compiled one, unless Python has registered one."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"normkernels::{op}", key)
+    return has_kernel(f"normkernels::{op}", key)
 
 
 def set_error(error: BaseException) -> None:

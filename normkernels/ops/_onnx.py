@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from normkernels._torch import constant
 from normkernels.ops._checks import statistics_dtype
-from normkernels.ops._compile import constant
 from normkernels.ops._devices import in_float64
 from normkernels.ops.spectral import eager as spectral
 from normkernels.ops.whiten.eager import affine

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from normkernels._torch import foreach_mul, foreach_norm, foreach_sub
 from normkernels.optim._batch import Batch
 from normkernels.optim._layers import Layer
 
@@ -45,11 +46,11 @@ class Running:
         # One row has no variance. The running mean, from before this update, stands in for its mean (section 3.3).
         single = [i for i, layer in enumerate(self.layers) if layer.batch is not None and layer.batch.rows == 1]
         if single:
-            off = torch._foreach_sub([means[i] for i in single], [self.layers[i].mean for i in single])
-            for i, square in zip(single, torch._foreach_mul(off, off), strict=True):
+            off = foreach_sub([means[i] for i in single], [self.layers[i].mean for i in single])
+            for i, square in zip(single, foreach_mul(off, off), strict=True):
                 variances[i] = square
         mean, variance = torch.cat(means), torch.cat(variances)
-        largest = torch.stack(torch._foreach_norm(self.split(mean + variance), float("inf")))
+        largest = torch.stack(foreach_norm(self.split(mean + variance), float("inf")))
         finite = largest.isfinite()[self.owner]
         for running, batch in ((self.mean, mean), (self.variance, variance)):
             running.lerp_(torch.where(finite, batch, running), 1 - rho)

@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
+from normkernels._torch import in_backward, is_exporting, is_transformed, not_traced
 from normkernels.ops._checks import check_integer, check_number, check_tensor, statistics_dtype
 from normkernels.ops.precondition.op import precondition
 from normkernels.optim._batch import Batch
@@ -255,7 +255,7 @@ class BNP:
 
     def _gather(self, layer: Layer, module: nn.Module, x: Any, output: Any) -> None:
         # In the middle of a backward pass, activation checkpointing calls the layer a second time.
-        if not module.training or torch._C._current_graph_task_id() != -1 or _is_transformed():
+        if not module.training or in_backward() or is_transformed():
             return
         layer.check()
         weight = module.weight
@@ -287,7 +287,7 @@ class BNP:
         # GradScaler leaves it to fused optimizers to skip a step. Then gradients that are not finite need no warning.
         self._step(skipped=getattr(optimizer, "found_inf", None))
 
-    @_disable_dynamo
+    @not_traced
     @torch.no_grad()
     def _step(self, skipped: Tensor | None = None) -> None:
         owners: dict[int, Layer] = {}
@@ -399,29 +399,16 @@ class _Hook:
         return _Hook, (None, None)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        # torch.export(strict=True) traces this, and allows no graph breaks. The flag itself is read, because Dynamo
-        # takes is_exporting() for true in torch 2.11 whenever it compiles.
-        if not torch.compiler._is_exporting_flag:
+        # torch.export(strict=True) traces this, and allows no graph breaks.
+        if not is_exporting():
             self._gather(module, args, kwargs, output)
 
-    # If Dynamo traced it, it would guard on the gathered values and compile again for steps and micro-batches. The
-    # decorator is torch.optim's, which imports torch._dynamo (more than a second) at the first call;
-    # torch.compiler.disable would import it with the package.
-    @_disable_dynamo
+    # If Dynamo traced it, it would guard on the gathered values and compile again for steps and micro-batches.
+    @not_traced
     @torch.no_grad()
     def _gather(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.gather is not None and self.layer is not None:
             self.gather(self.layer, module, next(iter((*args, *kwargs.values())), None), output)
-
-
-_TRACERS = [getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")]
-
-
-def _is_transformed() -> bool:
-    """Return whether the call is one of torch.func, whose gradients go elsewhere, or of a tracer, which has no data."""
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
-        return True
-    return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
 
 
 def _check_state(layer: Layer, state: object) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normkernels._torch import constant, functional_collectives
 from normkernels.ops import _onnx
 from normkernels.ops._checks import check_affine, check_data, check_inverse_sqrt_options, resolve_group_size
-from normkernels.ops._compile import constant
 from normkernels.ops._devices import has_float64
 from normkernels.ops.whiten.eager import affine
 
@@ -174,8 +174,7 @@ def _sum_over_ranks(values: Tensor, process_group: Any, device: torch.device) ->
     """
     if _float64_on(device):
         return _all_reduce(values, process_group)
-    from torch.distributed import _functional_collectives as collectives
-
+    collectives = functional_collectives()
     bits = values.view(torch.int64).to(device)
     gathered = collectives.wait_tensor(collectives.all_gather_tensor(bits, 0, process_group))
     return gathered.cpu().view(torch.float64).view(-1, len(values)).sum(0)
@@ -183,8 +182,7 @@ def _sum_over_ranks(values: Tensor, process_group: Any, device: torch.device) ->
 
 def _all_reduce(values: Tensor, process_group: Any) -> Tensor:
     """Return the sum over the ranks, by a functional collective, which torch.compile keeps inside its graph."""
-    from torch.distributed import _functional_collectives as collectives
-
+    collectives = functional_collectives()
     return collectives.wait_tensor(collectives.all_reduce(values, "sum", process_group))
 
 

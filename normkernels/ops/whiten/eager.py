@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from normkernels._torch import below_autograd
 from normkernels.ops._products import times_columns
 from normkernels.ops._tiles import as_image, channels_innermost, empty_output, in_layout_of, of_image, stack, tiles
 
@@ -77,7 +78,7 @@ def whiten(x: Tensor, mean: Tensor, W: Tensor, weight: Tensor | None, bias: Tens
         return in_layout_of(x, y)
     c = -torch.bmm(A, mean.view(*A.shape[:2], 1)).flatten()
     y = product(A, as_image(x), c if bias is None else c + bias)
-    with torch._C._AutoDispatchBelowADInplaceOrView():  # a view could not be changed in place, as by the ReLU behind it
+    with below_autograd():  # a view could not be changed in place, as by the ReLU behind it
         return in_layout_of(x, of_image(y, x))
 
 
