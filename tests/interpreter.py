@@ -49,7 +49,7 @@ def round_bfloat16_as_gpus_do() -> None:
 
 
 def skip_work_without_effect() -> None:
-    """Run kernels in a fourth of the time, with the same results.
+    """Run kernels in a third of the time, with the same results.
 
     The interpreter computes whether integers overflow, and asks for the answer only in debug mode. Every function that
     a kernel calls patches triton.language once more, which the launch has done; for Triton's own functions, in the
@@ -61,11 +61,12 @@ def skip_work_without_effect() -> None:
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=False)
 
-    patched = set()
+    core_is_patched = False
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if core not in patched and any(value is core for value in self.fn.__globals__.values()):
-            patched.add(core)
+        nonlocal core_is_patched
+        if not core_is_patched and any(value is core for value in self.fn.__globals__.values()):
+            core_is_patched = True
             interpreter._patch_lang(self.fn)
         try:
             return self.rewrite()(*args, **kwargs)

@@ -18,7 +18,8 @@ import normkernels as nk
 from tests.tolerances import assert_agree
 
 FOLDER = Path(__file__).parent / "saved"
-VERSIONS = sorted(path.stem for path in FOLDER.glob("*.pt"))
+SAVED = {path.stem: torch.load(path, weights_only=True) for path in sorted(FOLDER.glob("*.pt"))}  # by version
+OTHERS = {"BNP", "network"}  # what is saved beside layers
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "IterNorm1d": (lambda: nk.IterNorm1d(8, 4), (12, 8)),
@@ -83,18 +84,18 @@ def made() -> dict[str, Any]:
     return saved
 
 
-@pytest.fixture(params=VERSIONS)
+@pytest.fixture(params=SAVED)
 def version(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 def test_this_version_is_saved() -> None:
-    assert nk.__version__ in VERSIONS
+    assert set(SAVED[nk.__version__]) == LAYERS.keys() | OTHERS
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("version", "name"), [(v, name) for v in SAVED for name in SAVED[v] if name not in OTHERS])
 def test_layers(version: str, name: str) -> None:
-    saved = torch.load(FOLDER / f"{version}.pt", weights_only=True)[name]
+    saved = SAVED[version][name]
     layer = LAYERS[name][0]()
     layer.load_state_dict(saved["state"])
     assert list(layer.state_dict()) == list(saved["state"])
@@ -104,7 +105,7 @@ def test_layers(version: str, name: str) -> None:
 
 def test_bnp(version: str) -> None:
     """Training goes on as it would have."""
-    saved = torch.load(FOLDER / f"{version}.pt", weights_only=True)["BNP"]
+    saved = SAVED[version]["BNP"]
     model = small_network()
     model.load_state_dict(saved["state"])
     bnp = nk.optim.BNP(model)
@@ -119,7 +120,7 @@ def test_onnx(version: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(FOLDER / f"{version}.onnx", providers=["CPUExecutionProvider"])
     model = network()
-    model.load_state_dict(torch.load(FOLDER / f"{version}.pt", weights_only=True)["network"]["state"])
+    model.load_state_dict(SAVED[version]["network"]["state"])
     x = normal(3, 3, 6, 6)
     (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import normkernels as nk
 from tests.interpreter import behave_as_gpus_do
 from tests.simt import build
+from tests.test_saved import LAYERS as SAVED_LAYERS
 
 Values = dict[str, Tensor]
 
@@ -141,21 +142,9 @@ def ops_of(image: Tensor) -> Iterator[tuple[str, Callable[[], Values]]]:
 
 # --- layers ---------------------------------------------------------------------------------------------------------
 
-LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "IterNorm1d": (lambda: nk.IterNorm1d(8, 4), (12, 8)),
-    "IterNorm2d": (lambda: nk.IterNorm2d(8, 4), (6, 8, 3, 5)),
-    "IterNorm2d-smaller-groups": (lambda: nk.IterNorm2d(12, 64, scaling="frobenius"), (6, 12, 5, 5)),
-    "IterNorm3d": (lambda: nk.IterNorm3d(8, 8), (6, 8, 2, 3, 2)),
-    "DBN1d": (lambda: nk.DBN1d(8, 4), (12, 8)),
-    "DBN2d": (lambda: nk.DBN2d(16, 8), (6, 16, 4, 4)),
-    "DBN3d": (lambda: nk.DBN3d(8, 8, affine=False), (6, 8, 2, 3, 2)),
-    "POPNorm1d": (lambda: nk.POPNorm1d(8), (12, 8)),
-    "POPNorm2d": (lambda: nk.POPNorm2d(8), (6, 8, 3, 5)),
-    "POPNorm3d": (lambda: nk.POPNorm3d(8, center=False), (6, 8, 2, 3, 2)),
+LAYERS = SAVED_LAYERS | {
     "SyncIterNorm": (lambda: nk.SyncIterNorm(8, 4), (6, 8, 3, 5)),  # in a group of one process
     "SyncDBN": (lambda: nk.SyncDBN(8, 4), (6, 8, 3, 5)),
-    "ConvNorm1d": (lambda: nk.ConvNorm1d(4, 6, 3, padding=1), (5, 4, 9)),
-    "ConvNorm2d": (lambda: nk.ConvNorm2d(4, 6, 3, padding=1, stride=2), (5, 4, 9, 8)),
     "ConvNorm2d-spectrum": (lambda: nk.ConvNorm2d(4, 6, (3, 2), groups=2, detach_spectrum=False), (5, 4, 9, 8)),
 }
 
