@@ -191,7 +191,7 @@ def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def traceable_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function as ``full_precision`` does. It may be no op: torch.compile traces into it.
+    """Wrap a function that is no op as ``full_precision`` does, so that torch.compile traces into it.
 
     Compiled, they run only without autocast: Dynamo cannot trace the other switches.
     """
