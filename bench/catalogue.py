@@ -228,7 +228,7 @@ def compiled_plain_iter_norm(group_size: int = 64) -> Provider:
 def backends(device: torch.device) -> tuple[str, ...]:
     """Return the backends that can run here: on a CPU only eager, because Triton's interpreter is for tests."""
     try:
-        library = importlib.import_module("normkernels.ops._library")
+        library = importlib.import_module("normkernels.dispatch.choose")
     except ImportError:
         return ()
     if device.type != "cuda":
@@ -257,7 +257,7 @@ def own_tf32() -> Iterator[None]:
     matmul: Any = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
     try:
-        with importlib.import_module("normkernels.ops._triton").use_tf32():
+        with importlib.import_module("normkernels.triton.support").use_tf32():
             yield
     finally:
         matmul.fp32_precision = before

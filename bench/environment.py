@@ -129,7 +129,7 @@ def on_or_off(state: bool) -> str:
 def own_tf32() -> bool:
     """Return whether the package's own products may run in TF32, which is off unless it is asked for."""
     try:
-        return bool(importlib.import_module("normkernels.ops._triton").tf32_allowed())
+        return bool(importlib.import_module("normkernels.triton.support").tf32_allowed())
     except ImportError:
         return False
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +30,9 @@ from tqdm import tqdm
 
 from bench.environment import ROOT
 from bench.tune import write_table
-from normkernels.ops import _triton
-from normkernels.ops._triton import Config, Key, Unsupported
+from normkernels.triton import configs, support
+from normkernels.triton.configs import Config, Key
+from normkernels.triton.support import Unsupported
 
 RESULT = ROOT / "docs" / "triton-kernels.csv"
 SIZES = (16, 32, 64, 128)
@@ -90,7 +91,7 @@ PLANES = {"positions": (16, 14), "odd": (7,), "channels": (16,)}
 
 
 def whitening(case: Case, plane: int, affine: bool = True) -> object:
-    from normkernels.ops.iter_norm.triton import iter_norm, iter_norm_backward
+    from normkernels.primitives.iter_norm.triton import iter_norm, iter_norm_backward
 
     x, d = case.data(plane), case.size
     if d == 1:
@@ -102,8 +103,8 @@ def whitening(case: Case, plane: int, affine: bool = True) -> object:
 
 def diagonal(x: Tensor) -> object:
     """Launch all that passes over groups of one channel, with and without what may be left out."""
-    from normkernels.ops.pop_norm.triton import pop_norm, pop_norm_backward
-    from normkernels.ops.whiten.triton import mix
+    from normkernels.primitives.pop_norm.triton import pop_norm, pop_norm_backward
+    from normkernels.primitives.whiten.triton import mix
 
     weight = torch.ones(x.shape[1])
     for center, scale in ((True, True), (True, False), (False, True)):
@@ -115,14 +116,14 @@ def diagonal(x: Tensor) -> object:
 
 
 def reductions(case: Case, plane: int) -> object:
-    from normkernels.ops.moments.triton import cross_moments, moments
+    from normkernels.primitives.moments.triton import cross_moments, moments
 
     x = torch.zeros(3, case.channels, 16, 16)
     return cross_moments(x, x, moments(x, case.size, False)[0], case.size)
 
 
 def small_matrix(case: Case, plane: int) -> object:
-    from normkernels.ops.inverse_sqrt.triton import inverse_sqrt, inverse_sqrt_backward
+    from normkernels.primitives.inverse_sqrt.triton import inverse_sqrt, inverse_sqrt_backward
 
     for d in (case.size, case.size - 3):  # where threads lie differently on the matrices in memory and on those padded
         cov = torch.zeros(2, d, d)
@@ -136,7 +137,7 @@ def small_matrix(case: Case, plane: int) -> object:
 
 def filtering(case: Case, plane: int) -> object:
     """Launch the filter's kernels with windows as ConvNorm's: a crop, and a stride in one direction."""
-    from normkernels.ops.spectral.triton import cross_spectrum, spectral_filter
+    from normkernels.primitives.spectral_filter.triton import cross_spectrum, spectral_filter
 
     z = Case(case.kernel, 8, case.layout, case.type).data(plane)
     whole, target = [0, 1, 0, 1], [1, 1, plane - 2, 0, 2, (plane + 1) // 2]
@@ -145,7 +146,7 @@ def filtering(case: Case, plane: int) -> object:
 
 
 def spectra(case: Case, plane: int) -> object:
-    from normkernels.ops.spectral.triton_weights import kernel_spectrum, kernel_spectrum_backward
+    from normkernels.primitives.kernel_spectrum.triton import kernel_spectrum, kernel_spectrum_backward
 
     for size, taps in ((34, 3), (64, 7)):
         weight = torch.zeros(4, 8, taps, taps)
@@ -159,7 +160,7 @@ def all_layers(case: Case, plane: int) -> object:
 
     Their sizes and addresses are data, of which the compiler knows nothing.
     """
-    from normkernels.ops.precondition.triton import precondition
+    from normkernels.primitives.precondition.triton import precondition
 
     dtype = torch.float32 if case.type == "float32" else torch.bfloat16
     weights = [torch.zeros(32, 16, 3, 3, dtype=dtype), torch.zeros(32, 16, dtype=dtype)]
@@ -213,20 +214,6 @@ class AbsentGPU:
         return 0
 
 
-@contextmanager
-def table_with(entry: Key, config: Config) -> Iterator[None]:
-    """Replace one entry of the configuration table."""
-    before = _triton.table
-    replaced = {**before(), entry: config}
-    _triton.table = lambda: replaced  # type: ignore[assignment]
-    _triton.configuration.cache_clear()
-    try:
-        yield
-    finally:
-        _triton.table = before
-        _triton.configuration.cache_clear()
-
-
 def compile_entry(case: Case, arch: int, config: Config, only_first: bool = False) -> dict[str, Usage]:
     """Return kernel's name -> the most that any of its variants takes, for all kernels that this entry configures."""
     from triton.runtime import driver
@@ -250,7 +237,7 @@ def compile_entry(case: Case, arch: int, config: Config, only_first: bool = Fals
             name = kernel.fn.__name__
             used[name] = Usage(*map(max, zip(used.get(name, usage), usage, strict=True)))
 
-    with table_with(case.key(arch), config), _triton.recording(arch, record):
+    with configs.replaced({case.key(arch): config}), support.recording(arch, record):
         for call in case.calls()[: 1 if only_first else None]:
             with suppress(Unsupported):  # another kernel of the call, which this architecture leaves to plain PyTorch
                 call()
@@ -310,9 +297,9 @@ def complaint(usage: Usage, arch: int) -> str:
 
 def entry(case: Case, arch: int) -> Config | None:
     """Return an architecture's configuration, maybe an older one's; None where plain PyTorch serves the kernel."""
-    with suppress(Unsupported), _triton.recording(arch, lambda *_: None):
+    with suppress(Unsupported), support.recording(arch, lambda *_: None):
         dtype = torch.float32 if case.type == "float32" else torch.float16
-        return _triton.configuration(case.kernel, case.size, case.layout, dtype, arch)
+        return configs.configuration(case.kernel, case.size, case.layout, dtype, arch)
     return None
 
 
@@ -354,7 +341,7 @@ PRECISION = {("mix", "half"): "bf16x3", ("stacked_mix", "half"): "bf16x3", ("mer
 
 def candidates(case: Case) -> list[Config]:
     if case.kernel in (*FILTERS, *SPECTRA) or case.size == 1:  # chosen by hand: spectral/DERIVATION.md, docs/triton.md
-        return [config for key, config in _triton.table().items() if key[:4] == case.key(0)[:4]]
+        return [config for key, config in configs.table().items() if key[:4] == case.key(0)[:4]]
     precision = PRECISION.get((case.kernel, case.type), "tf32x3")
     shapes = CANDIDATES[case.size] + LAST_RESORT.get((case.kernel, case.size), [])
     if case.kernel == "newton":
@@ -416,14 +403,14 @@ def main(arguments: list[str] | None = None) -> int:
     selected = [case for case in selected if options.size is None or case.size in options.size]
     tasks = [(case, arch) for arch in options.arch or SHARED for case in selected]
     if options.choose:
-        table = dict(_triton.table())
+        table = dict(configs.table())
         for case, arch, config in in_parallel(choose, tasks, "entry"):
             if config is None:
                 print(f"no candidate fits: {case} sm_{arch}")
             else:
                 table[case.key(arch)] = config
-        write_table(_triton.TABLE, table)
-        _triton.table.cache_clear()
+        write_table(configs.TABLE, table)
+        configs.table.cache_clear()
     tasks = [(case, arch) for case, arch in tasks if entry(case, arch) is not None]
     rows = [row for found in in_parallel(rows_of, tasks, "entry") for row in found]
     failed = 0

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from bench.gradients import resnet50
-from normkernels.ops import _cuda
-from normkernels.ops._triton import WARPS, WAVES, configuration, padded
+from normkernels.dispatch import compiled
+from normkernels.triton.configs import configuration, padded
+from normkernels.triton.launch import WARPS, WAVES
 
 # (N, C, H, W), group size
 SHAPES = [
@@ -134,7 +135,7 @@ def extension_table(rates: Rates) -> str:
     for shape, d in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             for op in ("iter_norm", "iter_norm_backward"):
-                for one in _cuda.launch_plan(op, shape, dtype, group_size=d):
+                for one in compiled.launch_plan(op, shape, dtype, group_size=d):
                     moved = one["read_bytes"] + one["written_bytes"]
                     lines.append(
                         f"| {shape}, {d} | {dtype} | {one['kernel']} | {one['grid'][0]} x {one['threads']} | "

@@ -5,7 +5,7 @@
 
 Opt-in: the package itself never tunes. It times the op that a kernel belongs to, once for each candidate around the
 configuration in force, and keeps the fastest of those that compile and agree with the eager backend. The file is
-written after each kernel, in the format of normkernels/ops/triton_configs.json, which it overrides where it has a row.
+written after each kernel, in the format of normkernels/triton/configs.json, which it overrides where it has a row.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import math
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +29,9 @@ import normkernels
 from bench.gradients import EPS1, EPS2, make_layers
 from bench.timing import clock_for, describe
 from bench.workload import TOLERANCE, compare
-from normkernels.ops import _triton, _warnings
-from normkernels.ops._triton import Config, Key
+from normkernels import _warnings
+from normkernels.triton import configs, support
+from normkernels.triton.configs import Config, Key
 
 ROUNDS, WARMUP = 20, 3
 LIMITS = {"block": (1, 256), "warps": (1, 16), "stages": (1, 4)}
@@ -210,23 +210,6 @@ def fastest(options: Iterable[Config], seconds: Callable[[Config], float]) -> tu
     return min(times, key=lambda option: times[option]), times
 
 
-@contextmanager
-def in_force(case: Case, arch: int, config: Config) -> Iterator[None]:
-    """Launch the kernels of a case with this configuration."""
-    table, key = _triton.table(), (*case, arch)
-    before = table.get(key)
-    table[key] = config
-    _triton.configuration.cache_clear()
-    try:
-        yield
-    finally:
-        if before is None:
-            del table[key]
-        else:
-            table[key] = before
-        _triton.configuration.cache_clear()
-
-
 def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
@@ -246,7 +229,7 @@ def measurer(case: Case, arch: int, device: torch.device) -> Callable[[Config], 
         with (
             warnings.catch_warnings(action="error"),
             normkernels.use_backend("triton"),
-            in_force(case, arch, config),
+            configs.replaced({(*case, arch): config}),
         ):
             for got, exact in zip(as_tuple(call()), expected, strict=True):
                 compare(case.kernel, "a result", got, exact.double(), TOLERANCE[case.dtype])
@@ -284,16 +267,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     device = torch.device("cuda", torch.cuda.current_device())
-    arch = _triton.architecture(device)
+    arch = support.architecture(device)
     torch.manual_seed(0)
     table: dict[Key, Config] = {}
     failed = 0
-    for case in cases(_triton.table(), options.kernel, options.size):
+    for case in cases(configs.table(), options.kernel, options.size):
         name = " ".join(map(str, filter(None, case)))
         try:
-            base = _triton.configuration(*case[:3], case.dtype, arch)
+            base = configs.configuration(*case[:3], case.dtype, arch)
             best, times = fastest(candidates(case, base), measurer(case, arch, device))
-        except (RuntimeError, LookupError, _triton.Unsupported) as error:
+        except (RuntimeError, LookupError, support.Unsupported) as error:
             failed += 1
             print(f"{name}: {describe(error)}", file=sys.stderr, flush=True)
             continue

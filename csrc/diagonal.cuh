@@ -1,5 +1,5 @@
 // The diagonal case: each channel on its own. Reductions over the columns and maps of them, without tensor cores, each
-// value read once, in place. Algebra: ops/pop_norm/DERIVATION.md.
+// value read once, in place. Algebra: primitives/pop_norm/DERIVATION.md.
 //
 // Where the positions are next to each other, a block has one channel and a part of its columns. Where the channels
 // are, it has a tile of them, whose rows are whole lines of the cache. In a reduction the block that comes last merges

@@ -1,6 +1,6 @@
 // Merges the results of a reduction's blocks for their parts of the columns, in the launch that made them and in a
 // fixed order. There are two levels, and at each the block that arrives last merges. One block for all would read the
-// results at the speed of one multiprocessor. Algebra: ops/moments/DERIVATION.md.
+// results at the speed of one multiprocessor. Algebra: primitives/moments/DERIVATION.md.
 #pragma once
 
 #include "columns.cuh"

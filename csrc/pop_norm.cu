@@ -1,5 +1,5 @@
 // pop_norm and its backward, two launches each: the reduction, whose last block of a channel goes on to the factors,
-// and the map. Algebra: ops/pop_norm/DERIVATION.md.
+// and the map. Algebra: primitives/pop_norm/DERIVATION.md.
 #include "launches.h"
 #include "tensors.h"
 

@@ -1,5 +1,5 @@
 // precondition: BNP's steps 3 to 5 for the gradients of many layers in one launch. Algebra:
-// ops/precondition/DERIVATION.md.
+// primitives/precondition/DERIVATION.md.
 //
 // A row, the weights of one output, is read twice, from memory and then from a cache: first for its sum, which also
 // tells whether all is finite, then to write it. A warp has a short row, a block a long one.

@@ -1,7 +1,7 @@
 // The reductions over all columns in one launch: moments of x, or cross moments of y and x.
 //
 // A block reduces its part of the columns, tile by tile; the blocks' results are merged (merge.cuh), and a group's last
-// block goes on to the next step, as to the small matrix function. Algebra: ops/moments/DERIVATION.md.
+// block goes on to the next step, as to the small matrix function. Algebra: primitives/moments/DERIVATION.md.
 #pragma once
 
 #include "merge.cuh"

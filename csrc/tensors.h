@@ -140,7 +140,7 @@ inline Tensor empty_output(const Tensor& x, const std::vector<int64_t>& spatial,
   return empty(shape, strides, x.scalar_type(), x);
 }
 
-// Like ops/_tiles.py's: x's shape but for the spatial dimensions, the channels innermost if x's are.
+// Like eager/layouts.py's: x's shape but for the spatial dimensions, the channels innermost if x's are.
 inline Tensor empty_output(const Tensor& x, const std::vector<int64_t>& spatial) {
   return empty_output(x, spatial, channels_innermost(x));
 }

@@ -2,6 +2,7 @@
 
 from normkernels import analysis, convert, ops, optim, parametrizations, penalties
 from normkernels._version import __version__
+from normkernels.dispatch.choose import backend_of, use_backend
 from normkernels.layers import (
     ConvNorm1d,
     ConvNorm2d,
@@ -17,8 +18,7 @@ from normkernels.layers import (
     SyncDBN,
     SyncIterNorm,
 )
-from normkernels.ops._library import backend_of, use_backend
-from normkernels.ops._triton import use_tf32
+from normkernels.triton.support import use_tf32
 
 __all__ = [
     "ConvNorm1d",

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import normkernels as nk
-from normkernels.ops import _library
-from normkernels.ops._devices import has_float64
+from normkernels.dispatch import choose, define
+from normkernels.eager.devices import has_float64
 
 ROUNDOFF = 2.0**-24  # float32, round to nearest
 SAMPLES, GROUPS, D, T, EPS = (6, 5, 5), 2, 4, 5, 1e-5
@@ -285,10 +285,10 @@ CHECKS: dict[str, Callable[[_Problem], Result]] = {
 def run(device: torch.device) -> Iterator[dict[str, Any]]:
     """Yield one row for each op and backend usable here: its error relative to float64, and the tolerance."""
     problem = _Problem(device)
-    for backend in _library.BACKENDS:
-        if _library.availability(backend)[0]:
+    for backend in choose.BACKENDS:
+        if choose.availability(backend)[0]:
             with nk.use_backend(backend):
-                for op in _library.ops():
+                for op in define.ops():
                     row = {"op": op, "device": device.type, "backend": backend, "passed": False}
                     yield row | _outcome(op, problem)
 

@@ -19,8 +19,8 @@ import torch
 
 import normkernels as nk
 from normkernels import _build, _selftest
-from normkernels.ops import _cuda, _library
-from normkernels.ops._devices import has_float64
+from normkernels.dispatch import choose, compiled, define
+from normkernels.eager.devices import has_float64
 
 Report = dict[str, Any]
 
@@ -49,8 +49,8 @@ def collect(selftest: bool = False) -> Report:
             "devices": [type for type in types if not has_float64(torch.device(type))],
         },
         "devices": [device for type in types for device in _devices(type)],
-        "backends": {name: _backend(name) for name in _library.BACKENDS},
-        "ops": [row for type in types for op in _library.ops() for row in _op_rows(op, type)],
+        "backends": {name: _backend(name) for name in choose.BACKENDS},
+        "ops": [row for type in types for op in define.ops() for row in _op_rows(op, type)],
     }
     if selftest:
         report["selftest"] = [row for type in types for row in _selftest.run(torch.device(type))]
@@ -87,7 +87,7 @@ def _devices(type: str) -> Iterator[Report]:
 
 def _extension() -> Report:
     """Return whether the extension is loaded, and what it says of itself: the record may be that of another build."""
-    module, reason = _cuda.load()
+    module, reason = compiled.load()
     if module is None:
         return {"loaded": False, "reason": reason}
     return {"loaded": True, **module.build, "launches": _launches()}
@@ -100,7 +100,7 @@ def _launches() -> Report:
     """Return the launches of a training step of IterNorm2d, as an example; none if the build does not serve the GPU."""
     try:
         return {
-            op: _cuda.launch_plan(op, PLANNED_SHAPE, torch.float32, group_size=64)
+            op: compiled.launch_plan(op, PLANNED_SHAPE, torch.float32, group_size=64)
             for op in ("iter_norm", "iter_norm_backward")
         }
     except ValueError:
@@ -108,15 +108,15 @@ def _launches() -> Report:
 
 
 def _backend(name: str) -> Report:
-    available, reason = _library.availability(name)
+    available, reason = choose.availability(name)
     return {"available": available, "reason": reason}
 
 
 def _op_rows(op: str, device: str) -> Iterator[Report]:
     """Yield one row for each backend: whether it serves the op on this type of device, and why (not)."""
-    serving, why = _library.explain(op, torch.empty(0, device=device))
-    for name in _library.BACKENDS:
-        available, reason = _library.availability(name)
+    serving, why = choose.explain(op, torch.empty(0, device=device))
+    for name in choose.BACKENDS:
+        available, reason = choose.availability(name)
         yield {
             "op": op,
             "device": device,

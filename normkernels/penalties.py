@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normkernels.ops._checks import DTYPES, statistics_dtype
-from normkernels.ops._library import traceable_full_precision
+from normkernels._checks import DTYPES, statistics_dtype
+from normkernels.dispatch.precision import traceable_full_precision
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 

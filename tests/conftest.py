@@ -138,7 +138,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Run a test once for every backend, on a CPU (Triton's kernels interpreted, CUDA's as C++) and on a GPU."""
     from normkernels import use_backend
-    from normkernels.ops import _library
+    from normkernels.dispatch import choose
     from tests.oracles import run
     from tests.simt import build
 
@@ -148,8 +148,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             pytest.skip(reason)
         build.install(Path(os.environ["NORMKERNELS_SIMT_LIBRARY"]))
         name = "cuda"
-    if request.param == "cuda-cuda" and not _library.availability(name)[0]:
-        pytest.skip(_library.availability(name)[1])
+    if request.param == "cuda-cuda" and not choose.availability(name)[0]:
+        pytest.skip(choose.availability(name)[1])
     monkeypatch.setattr(run, "device", torch.device(device, 0) if device else torch.device("cpu"))
     with use_backend(name):
         yield name
@@ -181,6 +181,6 @@ def tiny_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr("normkernels.ops._tiles.TILE_ELEMENTS", request.param)
+    monkeypatch.setattr("normkernels.eager.tiles.TILE_ELEMENTS", request.param)
     yield
     torch.set_num_threads(threads)

@@ -18,7 +18,7 @@ from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from normkernels.ops import _library
+from normkernels.dispatch import record
 
 DEVICE = torch.device("mps", 0)
 LACKING = (torch.float64, torch.complex128)
@@ -77,7 +77,7 @@ class _Device(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if func.namespace == "normkernels":
             with self:
-                return _library._IMPLEMENTATIONS[func._schema.name.partition("::")[2]]["eager"](*args, **kwargs)
+                return record._IMPLEMENTATIONS[func._schema.name.partition("::")[2]]["eager"](*args, **kwargs)
         with self:  # where autograd is done, an operator made of others comes whole
             if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
                 return result

@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import normkernels as nk
 from normkernels import _build, info
-from normkernels.ops import _cuda, _library
+from normkernels.dispatch import choose, compiled, fallback
 from tests.oracles import inputs
 
-extension, reason = _cuda.load()
+extension, reason = compiled.load()
 if extension is None:
     pytest.skip(reason, allow_module_level=True)
 
@@ -41,7 +41,7 @@ def plan(op, shape, dtype="float32", group_size=0, plane=(), architecture=COMPIL
 
 
 def test_the_record_in_the_extension_is_that_of_the_build():
-    record, build = _build.build_record(_cuda.PACKAGE), extension.build
+    record, build = _build.build_record(compiled.PACKAGE), extension.build
     assert record["built"] is True
     assert build["architectures"] == extension.architectures() == record["architectures"]
     assert record["torch"].startswith(build["torch"])
@@ -51,7 +51,7 @@ def test_the_record_in_the_extension_is_that_of_the_build():
 
 
 def test_it_registers_what_it_serves_for_cuda_and_nothing_else():
-    assert _library._compiled == {(op, "CUDA") for op in SERVED}
+    assert choose._compiled == {(op, "CUDA") for op in SERVED}
 
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")
@@ -199,14 +199,14 @@ def test_shapes_on_a_fake_gpu():
 
 def test_a_cpu_tensor_does_not_reach_the_kernels():
     x = inputs.gaussian(inputs.SHAPE_4D, dtype=torch.float32)
-    backend, why = _library.explain("iter_norm", x)
+    backend, why = choose.explain("iter_norm", x)
     assert backend == "eager" and "cuda: " in why
     assert torch.isfinite(nk.ops.iter_norm(x, 8)[0]).all()
 
 
 @without_gpu
 def test_without_a_gpu_the_backend_is_refused_with_the_reason():
-    available, why = _library.availability("cuda")
+    available, why = choose.availability("cuda")
     assert not available and "no CUDA device" in why and extension.architectures()[0] in why
     with pytest.raises(RuntimeError, match="backend 'cuda' is not available: no CUDA device"), nk.use_backend("cuda"):
         pytest.fail("the block must not run")
@@ -272,7 +272,7 @@ def test_the_text_of_an_error_comes_back(monkeypatch):
         raise ValueError("expected better, got this")
 
     with torch.library._scoped_library("normkernels_next", "IMPL") as library:
-        library.impl("moments", _library.reporting(broken), "CPU")
+        library.impl("moments", fallback.reporting(broken), "CPU")
         with pytest.raises(RuntimeError, match="ValueError: expected better, got this"):
             handed_on(torch.empty(0, 8, 3, 3), 4)
 

@@ -13,9 +13,9 @@ import torch
 
 import normkernels as nk
 from normkernels import _selftest, info
-from normkernels.ops import _library
+from normkernels.dispatch import choose, define, record
 
-BACKENDS = [name for name in _library.BACKENDS if _library.availability(name)[0]]
+BACKENDS = [name for name in choose.BACKENDS if choose.availability(name)[0]]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -44,7 +44,7 @@ def test_an_unknown_flag_is_refused():
 
 def test_the_table_has_every_op_backend_and_device_once():
     rows = info.collect()["ops"]
-    expected = set(itertools.product(_library.ops(), info._device_types(), _library.BACKENDS))
+    expected = set(itertools.product(define.ops(), info._device_types(), choose.BACKENDS))
     assert {(row["op"], row["device"], row["backend"]) for row in rows} == expected
     assert len(rows) == len(expected)
     assert all(row["reason"] for row in rows)
@@ -63,10 +63,10 @@ def test_the_text_shows_versions_reasons_and_every_op(capsys):
     text = capsys.readouterr().out
     assert nk.__version__ in text
     assert str(torch.__version__) in text
-    for op in _library.ops():
+    for op in define.ops():
         assert op in text
-    for name in _library.BACKENDS:
-        assert _library.availability(name)[1] in text
+    for name in choose.BACKENDS:
+        assert choose.availability(name)[1] in text
     assert info._build.build_record()["reason"] in text
     assert "self-test" not in text
 
@@ -92,20 +92,20 @@ def test_a_device_of_each_kind_is_listed(monkeypatch):
 
 
 def test_every_op_has_a_check():
-    assert set(_selftest.CHECKS) == set(_library.ops())
+    assert set(_selftest.CHECKS) == set(define.ops())
 
 
 def test_the_selftest_covers_every_op_on_every_usable_backend():
     rows = list(_selftest.run(torch.device("cpu")))
-    assert [(row["op"], row["backend"]) for row in rows] == [(o, b) for b in BACKENDS for o in _library.ops()]
+    assert [(row["op"], row["backend"]) for row in rows] == [(o, b) for b in BACKENDS for o in define.ops()]
     assert [row for row in rows if not row["passed"]] == []
 
 
-@pytest.mark.parametrize("op", _library.ops())
+@pytest.mark.parametrize("op", define.ops())
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
 def test_a_wrong_kernel_fails_the_selftest(op, factor, monkeypatch, capsys):
     # .1% is far below what training would show, and far above the tolerances.
-    exact = _library._IMPLEMENTATIONS[op]["eager"]
+    exact = record._IMPLEMENTATIONS[op]["eager"]
 
     def broken(*args):
         result = exact(*args)
@@ -114,8 +114,8 @@ def test_a_wrong_kernel_fails_the_selftest(op, factor, monkeypatch, capsys):
             return result
         return (result[0] * factor, *result[1:]) if isinstance(result, tuple) else result * factor
 
-    monkeypatch.setitem(_library._IMPLEMENTATIONS[op], "eager", broken)
-    monkeypatch.setattr(_library, "ops", lambda: (op,))  # the others' checks are not needed here
+    monkeypatch.setitem(record._IMPLEMENTATIONS[op], "eager", broken)
+    monkeypatch.setattr(define, "ops", lambda: (op,))  # the others' checks are not needed here
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # its kernels are not broken, and slow
     assert info.main(["--selftest", "--json"]) == 1
     report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # JSON knows no NaN
@@ -148,7 +148,7 @@ def test_an_op_that_raises_is_one_failure_with_its_message(monkeypatch, capsys):
     assert info.main(["--selftest", "--json"]) == 1
     rows = json.loads(capsys.readouterr().out)["selftest"]
     failed = [row for row in rows if not row["passed"]]
-    usable = [name for name in _library.BACKENDS if _library.availability(name)[0]]
+    usable = [name for name in choose.BACKENDS if choose.availability(name)[0]]
     assert [row["op"] for row in failed] == ["whiten"] * len(usable)
     assert failed[0]["message"] == "RuntimeError: no kernel image"
 

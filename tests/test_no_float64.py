@@ -13,8 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import normkernels as nk
-from normkernels.ops import _devices, _library, _onnx, _warnings
-from normkernels.ops._devices import has_float64
+from normkernels import _warnings
+from normkernels.dispatch import record
+from normkernels.eager import devices
+from normkernels.eager.devices import has_float64
+from normkernels.primitives.kernel_spectrum.onnx import kernel_spectrum
+from normkernels.primitives.spectral_filter.onnx import spectral_filter
 from tests.oracles import inputs
 from tests.pretended import DEVICE, LACKING, PretendedTensor, pretended
 from tests.tolerances import assert_agree
@@ -270,8 +274,8 @@ def test_what_is_exported_to_onnx() -> None:
     """torch.onnx.export traces these in the place of the ops, where the model is."""
 
     def case(device: torch.device) -> Results:
-        v = _onnx.kernel_spectrum(data(device, 4, 3, 3, 2), [9, 8], 1e-8, [1, 1])
-        return [v, _onnx.spectral_filter(data(device, 2, 4, 9, 8), v, [0, 1, 0, 1], [1, 1, 8, 0, 2, 4])]
+        v = kernel_spectrum(data(device, 4, 3, 3, 2), [9, 8], 1e-8, [1, 1])
+        return [v, spectral_filter(data(device, 2, 4, 9, 8), v, [0, 1, 0, 1], [1, 1, 8, 0, 2, 4])]
 
     assert_agree(on_pretended_device(case), case(CPU))
     with pretended():
@@ -298,7 +302,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "normkernels":
             with self:
-                return _library._IMPLEMENTATIONS[func._schema.name.partition("::")[2]]["eager"](*args, **kwargs or {})
+                return record._IMPLEMENTATIONS[func._schema.name.partition("::")[2]]["eager"](*args, **kwargs or {})
         result = func(*args, **kwargs or {})
         self.seen += [str(func) for t in tree_leaves(result) if isinstance(t, Tensor) and t.dtype in LACKING]
         return result
@@ -360,10 +364,10 @@ def test_the_cpu_is_taken_with_one_warning() -> None:
 @pytest.mark.parametrize("name", ["ops.spectral_filter: twice", "layers.ConvNorm1d", "layers.ConvNorm2d: bfloat16"])
 def test_without_fourier_transforms_they_take_the_cpu_with_one_warning(name: str) -> None:
     expected = CASES[name](CPU)
-    _devices._transforms.cache_clear()
+    devices._transforms.cache_clear()
     with pretended("_fft_r2c"), pytest.warns(UserWarning) as warned:
         results = CASES[name](DEVICE)
-    _devices._transforms.cache_clear()
+    devices._transforms.cache_clear()
     assert all(isinstance(t, PretendedTensor) for t in results)
     assert_agree([t.held for t in results], [t.detach() for t in expected])  # type: ignore[attr-defined]
     about_filter = [w for w in warned if "torch.fft does not work on mps" in str(w.message)]

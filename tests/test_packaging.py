@@ -368,6 +368,6 @@ def test_a_build_writes_record_types_and_derivations(tmp_path):
     assert record == {"built": False, "reason": "switched off by NORMKERNELS_BUILD=none", "mode": "none"}
     assert [folder.name for folder in built.iterdir()] == ["normkernels"]
     shipped = {path.relative_to(built).as_posix() for path in built.rglob("*") if path.is_file()}
-    wanted = ("*.py", "py.typed", "_C.pyi", "DERIVATION.md", "triton_configs.json")
+    wanted = ("*.py", "py.typed", "_C.pyi", "DERIVATION.md", "configs.json")
     source = {p.relative_to(ROOT).as_posix() for name in wanted for p in (ROOT / "normkernels").rglob(name)}
     assert shipped == source | {f"normkernels/{_build.RECORD_NAME}"}

@@ -52,7 +52,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normkernels.ops._devices import has_float64
+from normkernels.eager.devices import has_float64
 from tests.oracles import convnorm, iternorm, popnorm
 from tests.oracles.plain import stat_dtype
 from tests.oracles.run import Config, Result

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normkernels._checks import check_number
 from normkernels.layers._base import BatchStatisticsLayer
-from normkernels.ops._checks import check_number
 
 
 class _BatchRenorm(BatchStatisticsLayer):

@@ -23,7 +23,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import normkernels as nk
-from normkernels.ops import _library, _triton
+from normkernels.dispatch import choose
+from normkernels.triton import configs, support
 from tests.simt import build
 
 ROUNDS, CALLS = 40, 25
@@ -79,13 +80,13 @@ NO_GPU = SimpleNamespace(
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], config: _triton.Config, meta: dict[str, Any]
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], config: configs.Config, meta: dict[str, Any]
 ) -> None:
     kernel[grid](*arguments, **meta, num_warps=config.warps, num_stages=config.stages)
 
 
 def on_triton(call: Callable[[], None]) -> float:
-    with on_cpu_tensors("triton"), _triton.recording(90, launch):
+    with on_cpu_tensors("triton"), support.recording(90, launch):
         call()  # a first call, because entering `recording` clears the table of configurations
         return microseconds(call)
 
@@ -93,11 +94,11 @@ def on_triton(call: Callable[[], None]) -> float:
 @contextmanager
 def on_cpu_tensors(backend: str) -> Any:
     """Choose a backend as use_backend does, without asking whether it can run here."""
-    _library._choose(backend)
+    choose._choose(backend)
     try:
         yield
     finally:
-        _library._choose("auto")
+        choose._choose("auto")
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normkernels.ops.spectral import eager
+from normkernels.primitives.kernel_spectrum import eager
 
 SIZE = (34, 34)
 

@@ -3,7 +3,7 @@
     python -m bench.experiments.products [--channels 64 128] [--group-size 64] [--positions 1024] [--samples 16]
 
 GFLOP/s of every way to form the Gram matrix of a tile, and to mix its channels with a (d, d) matrix per group, float32,
-one CPU. Quoted in normkernels/ops/_tiles.py, moments/eager.py and whiten/eager.py.
+one CPU. Quoted in normkernels/eager/tiles.py, moments/eager.py and whiten/eager.py.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import normkernels as nk
-from normkernels.ops.inverse_sqrt import eager as inverse_sqrt
-from normkernels.ops.moments import eager as moments
+from normkernels.primitives.inverse_sqrt import eager as inverse_sqrt
+from normkernels.primitives.moments import eager as moments
 from tests.oracles import inputs
 
 EPS = 1e-3

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from normkernels.ops.spectral import eager
+from normkernels.primitives.spectral_filter import eager
 
 Product = Callable[[Tensor, Tensor], Tensor]
 SIZE, SAMPLES = 64, 4096

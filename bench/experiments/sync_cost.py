@@ -56,7 +56,7 @@ from bench.experiments.cifar.resnet import resnet18
 from bench.figures import write_table
 from bench.plots import BLUE, DARK, LIGHT, MID, ORANGE, STYLE, save
 from bench.report import number, table
-from normkernels.ops.iter_norm import sync
+from normkernels.primitives.iter_norm import sync
 
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 GROUP_SIZES = (64, 16)

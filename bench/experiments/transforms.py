@@ -15,7 +15,7 @@ import torch
 
 import normkernels as nk
 from bench.session import settle_allocator
-from normkernels.ops.spectral import eager
+from normkernels.primitives.spectral_filter import eager
 
 SIZES = (7, 9, 16, 18, 32, 34, 58, 64, 66, 98, 114, 128, 130, 194, 226, 256, 258, 514)
 CHANNELS, ROUNDS = 16, 15

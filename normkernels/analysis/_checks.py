@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from normkernels.ops._checks import DTYPES, check_tensor
+from normkernels._checks import DTYPES, check_tensor
 
 
 def check_module(name: str, value: object) -> None:

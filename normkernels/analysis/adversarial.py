@@ -11,17 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normkernels._checks import check_choice, check_flag, check_integer, check_number, check_tensor, statistics_dtype
 from normkernels.analysis._checks import check_callable, check_finite, check_floating
 from normkernels.analysis._progress import track
-from normkernels.ops._checks import (
-    check_choice,
-    check_flag,
-    check_integer,
-    check_number,
-    check_tensor,
-    statistics_dtype,
-)
-from normkernels.ops._devices import in_float64, widest, with_float64
+from normkernels.eager.devices import in_float64, widest, with_float64
 
 Model = Callable[[Tensor], Tensor]
 Bounds = tuple[float, float]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from normkernels._checks import DTYPES, check_integer, check_like, statistics_dtype
 from normkernels.analysis._checks import check_callable, check_finite, check_floating, check_loss
 from normkernels.analysis._progress import track
-from normkernels.ops._checks import DTYPES, check_integer, check_like, statistics_dtype
-from normkernels.ops._devices import in_float64
+from normkernels.eager.devices import in_float64
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normkernels.ops._checks import DTYPES, check_integer, check_like, check_tensor, statistics_dtype
-from normkernels.ops._devices import with_float64
+from normkernels._checks import DTYPES, check_integer, check_like, check_tensor, statistics_dtype
+from normkernels.eager.devices import with_float64
 
 # The size of the matrices, one for each frequency, that exist at a time. The decomposition needs about three times as
 # much, and all matrices of a 512 x 512 layer on 32 x 32 would take 2 GiB.

@@ -7,10 +7,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from normkernels._checks import check_number
 from normkernels._torch import BatchNormBase
 from normkernels.analysis._checks import check_module
 from normkernels.layers.whitening import _Whitening
-from normkernels.ops._checks import check_number
 
 
 class PruningCandidate(NamedTuple):

@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
+from normkernels._checks import check_integer, statistics_dtype
 from normkernels.analysis._checks import check_floating, check_loss, check_module
-from normkernels.ops._checks import check_integer, statistics_dtype
-from normkernels.ops._devices import in_float64
+from normkernels.eager.devices import in_float64
 
 
 class Decomposition(NamedTuple):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from normkernels._checks import check_data, check_integer, check_tensor, statistics_dtype
 from normkernels.analysis._checks import check_callable
 from normkernels.analysis._progress import track
-from normkernels.ops._checks import check_data, check_integer, check_tensor, statistics_dtype
-from normkernels.ops._devices import with_float64
+from normkernels.eager.devices import with_float64
 
 # Outputs of all draws are kept up to this size; where they are larger, they are computed twice.
 KEPT_BYTES = 2**28

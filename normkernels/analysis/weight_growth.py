@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from normkernels._torch import BatchNormBase
 from normkernels.analysis._checks import check_callable, check_module
-from normkernels.ops._devices import in_float64, with_float64
+from normkernels.eager.devices import in_float64, with_float64
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from normkernels.layers import POPNorm1d, POPNorm2d, POPNorm3d
 from normkernels.layers.conv_norm import ConvNorm1d, ConvNorm2d
 from normkernels.layers.pop_norm import _POPNorm
 from normkernels.layers.whitening import _Whitening
-from normkernels.ops.pop_norm.eager import factors
+from normkernels.primitives.pop_norm.eager import factors
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from normkernels import layers
-from normkernels.ops._checks import check_integer
+from normkernels._checks import check_integer
 
 # Members in the order of their ranks; a layer that synchronizes takes all ranks.
 FAMILIES: dict[str, tuple[type[nn.Module], ...]] = {

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from normkernels._checks import check_choice, check_flag
 from normkernels.convert._affine import LAYERS, NORMS, copied, in_float64, kind
 from normkernels.convert._examples import Example
 from normkernels.convert._frozen import is_frozen
@@ -16,7 +17,6 @@ from normkernels.convert._grouped import GROUPED
 from normkernels.convert._merging import Plan
 from normkernels.convert._network import Network
 from normkernels.convert._pairs import named_pairs
-from normkernels.ops._checks import check_choice, check_flag
 
 logger = logging.getLogger("normkernels.convert")
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
+from normkernels._checks import check_flag
 from normkernels._torch import BatchNormBase
 from normkernels.convert._affine import POP_NORM
 from normkernels.convert._graph import BATCH_NORMS, swap
 from normkernels.convert._network import Network
 from normkernels.convert._pairs import Pair, named_pairs
 from normkernels.layers import POPNorm1d, POPNorm2d, POPNorm3d
-from normkernels.ops._checks import check_flag
 
 BEFORE: dict[type[nn.Module], type[nn.Module]] = {
     **POP_NORM,

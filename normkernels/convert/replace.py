@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from normkernels._checks import check_choice, check_flag
 from normkernels._torch import BatchNormBase, ConvolutionBase
 from normkernels.convert._families import (
     FAMILIES,
@@ -29,9 +30,8 @@ from normkernels.convert._families import (
 )
 from normkernels.convert._features import features_linear
 from normkernels.convert._graph import CALL_HOOKS, swap
+from normkernels.eager.devices import in_float64
 from normkernels.layers._base import BatchStatisticsLayer
-from normkernels.ops._checks import check_choice, check_flag
-from normkernels.ops._devices import in_float64
 
 logger = logging.getLogger("normkernels.convert")
 

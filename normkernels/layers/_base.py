@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from normkernels._checks import check_data, check_flag, check_integer, check_like, check_number, statistics_dtype
 from normkernels._torch import is_batchedtensor
-from normkernels.ops._checks import check_data, check_flag, check_integer, check_like, check_number, statistics_dtype
 
 
 class BatchStatisticsLayer(nn.Module):

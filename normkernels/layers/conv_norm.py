@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normkernels import ops
+from normkernels._checks import check_data, check_flag, check_integer, check_number, check_tensor
 from normkernels._torch import ConvolutionBase
-from normkernels.ops._checks import check_data, check_flag, check_integer, check_number, check_tensor
 
 CACHED_SIZES = 8  # spectra kept in evaluation, for as many sizes of planes
 

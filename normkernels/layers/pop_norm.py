@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from normkernels import ops
+from normkernels._checks import check_affine
 from normkernels.layers._base import BatchStatisticsLayer
-from normkernels.ops._checks import check_affine
-from normkernels.ops.pop_norm.op import affine_map, check_options
+from normkernels.primitives.pop_norm.op import affine_map, check_options
 
 
 class _POPNorm(BatchStatisticsLayer):

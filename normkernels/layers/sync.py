@@ -21,7 +21,7 @@ from normkernels.layers.whitening import (
     _IterNorm,
     _Whitening,
 )
-from normkernels.ops.iter_norm.sync import sync_iter_norm
+from normkernels.primitives.iter_norm.sync import sync_iter_norm
 
 
 class _Sync(_Whitening):

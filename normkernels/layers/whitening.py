@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from normkernels import ops
+from normkernels._checks import SCALINGS, check_choice, check_integer, resolve_group_size
 from normkernels.layers._base import BatchStatisticsLayer
-from normkernels.ops._checks import SCALINGS, check_choice, check_integer, resolve_group_size
 
 
 class _Whitening(BatchStatisticsLayer):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from normkernels.ops._checks import DTYPES, statistics_dtype
+from normkernels._checks import DTYPES, statistics_dtype
 from normkernels.optim._batch import Batch
 
 TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # transposed ones are no subclasses of these, nor is ConvNorm

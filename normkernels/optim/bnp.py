@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
+from normkernels._checks import check_integer, check_number, check_tensor, statistics_dtype
 from normkernels._torch import in_backward, is_exporting, is_transformed, not_traced
-from normkernels.ops._checks import check_integer, check_number, check_tensor, statistics_dtype
-from normkernels.ops.precondition.op import precondition
 from normkernels.optim._batch import Batch
 from normkernels.optim._layers import Layer, find_layers, listed
 from normkernels.optim._running import Running, merge_ranks
+from normkernels.primitives.precondition.op import precondition
 
 
 class BNP:

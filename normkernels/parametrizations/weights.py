@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normkernels.ops._checks import DTYPES, check_integer, check_number, statistics_dtype
-from normkernels.ops._library import traceable_full_precision
-from normkernels.ops.inverse_sqrt.op import inverse_sqrt
+from normkernels._checks import DTYPES, check_integer, check_number, statistics_dtype
+from normkernels.dispatch.precision import traceable_full_precision
+from normkernels.primitives.inverse_sqrt.op import inverse_sqrt
 
 
 def oni(module: nn.Module, name: str = "weight", num_iterations: int = 5, scale: float = 1.0) -> nn.Module:

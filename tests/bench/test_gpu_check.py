@@ -21,7 +21,7 @@ from bench.results import Record, Results
 from bench.suites import BATCHNORM, ITERNORM, Comparison, Settings
 from bench.timing import HostClock, Measurement, Plan, clock_for
 from bench.workload import Inputs, Workload, prepare_layer
-from normkernels.ops import _library
+from normkernels.dispatch import choose, define
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CUDA = Settings(torch.device("cuda"))
@@ -147,8 +147,8 @@ def test_the_order_of_the_backends_is_that_of_their_times():
 
 def test_every_op_is_ranked_by_some_comparison():
     ranked = [op for ops in order.OPS.values() for op in ops]
-    assert sorted(ranked) == sorted(_library.ops())
-    assert order.BACKENDS == _library.BACKENDS
+    assert sorted(ranked) == sorted(define.ops())
+    assert order.BACKENDS == choose.BACKENDS
 
 
 def test_the_host_is_timed_where_that_is_asked_for(monkeypatch):

@@ -7,16 +7,16 @@ import torch
 
 import normkernels as nk
 from bench import tune
-from bench.tune import Case, candidates, cases, fastest, in_force, write_table
-from normkernels.ops import _triton
-from normkernels.ops._triton import Config
+from bench.tune import Case, candidates, cases, fastest, write_table
+from normkernels.triton import configs, launch, support
+from normkernels.triton.configs import Config
 
 BASE = Config(64, 4, 3, "tf32x3")
 MIX = Case("mix", 64, "positions", "float32")
 
 
 def test_every_kernel_of_the_table_can_be_tuned():
-    assert {key[0] for key in _triton.read_table(_triton.TABLE)} <= tune.KERNELS.keys()
+    assert {key[0] for key in configs.read_table(configs.TABLE)} <= tune.KERNELS.keys()
 
 
 def test_cases_are_the_rows_without_the_architecture():
@@ -73,38 +73,36 @@ def test_the_table_is_read_as_it_was_written_and_overrides_the_packages(tmp_path
     path = tmp_path / "new" / "configs.json"
     table = {(*MIX, 90): Config(128, 8, 2, "tf32x3"), ("newton", 16, "", "float32", 90): Config(16, 1, 1, "ieee")}
     write_table(path, table)
-    assert _triton.read_table(path) == table
-    package = _triton.read_table(_triton.TABLE)
+    assert configs.read_table(path) == table
+    package = configs.read_table(configs.TABLE)
     monkeypatch.setenv("NORMKERNELS_TRITON_CONFIGS", str(path))
-    _triton.table.cache_clear()
-    _triton.configuration.cache_clear()
+    configs.table.cache_clear()
+    configs._entry.cache_clear()
     try:
-        assert _triton.table() == package | table
-        with _triton.recording(90, lambda *_: None):  # otherwise the configuration would be the interpreter's
-            assert _triton.configuration(*MIX[:3], torch.float32, 90) == table[(*MIX, 90)]
-            assert _triton.configuration(*MIX[:3], torch.float32, 80) == package[(*MIX, 80)]
+        assert configs.table() == package | table
+        with support.recording(90, lambda *_: None):  # otherwise the configuration would be the interpreter's
+            assert configs.configuration(*MIX[:3], torch.float32, 90) == table[(*MIX, 90)]
+            assert configs.configuration(*MIX[:3], torch.float32, 80) == package[(*MIX, 80)]
     finally:
         monkeypatch.undo()
-        _triton.table.cache_clear()
-        _triton.configuration.cache_clear()
+        configs.table.cache_clear()
+        configs._entry.cache_clear()
 
 
 def test_a_candidate_is_in_force_inside_its_block_only():
-    before = dict(_triton.table())
-    now = _triton.configuration(*MIX[:3], torch.float32, 99)
+    now = configs.configuration(*MIX[:3], torch.float32, 99)
     other = Config(16, 1, 1, "ieee")
-    with pytest.raises(KeyError), in_force(MIX, 99, other):
-        assert _triton.configuration(*MIX[:3], torch.float32, 99) == other
+    with pytest.raises(KeyError), configs.replaced({(*MIX, 99): other}):
+        assert configs.configuration(*MIX[:3], torch.float32, 99) == other
         raise KeyError
-    assert _triton.configuration(*MIX[:3], torch.float32, 99) == now
-    assert _triton.table() == before
+    assert configs.configuration(*MIX[:3], torch.float32, 99) == now
 
 
 def test_data_is_laid_out_as_the_row_says(monkeypatch):
     monkeypatch.setattr(tune, "CHANNELS", 16)
     monkeypatch.setattr(tune, "POSITIONS", 30 * 30 * 4)
-    for case in tune.cases(_triton.table(), ["moments", "cross_moments", "mix", "stacked_mix"], [16]):
-        assert _triton.columns(case.activations(torch.device("cpu"))).layout == case.layout
+    for case in tune.cases(configs.table(), ["moments", "cross_moments", "mix", "stacked_mix"], [16]):
+        assert launch.columns(case.activations(torch.device("cpu"))).layout == case.layout
 
 
 @pytest.mark.parametrize("kernel", tune.KERNELS)
@@ -118,14 +116,14 @@ def test_what_is_timed_runs_and_gives_numbers(kernel, monkeypatch):
     assert results and all(result.isfinite().all() and result.any() for result in results)
 
 
-@pytest.mark.skipif(not _triton.installed() or not _triton.interpreted(), reason="needs Triton's interpreter")
+@pytest.mark.skipif(not support.installed() or not support.interpreted(), reason="needs Triton's interpreter")
 @pytest.mark.parametrize("kernel", ["mix", "newton"])
 def test_a_kernel_is_tuned_in_the_interpreter(kernel, monkeypatch):
     """All but the GPU is tried: each candidate is launched, compared with eager and timed."""
     for name, value in {"CHANNELS": 16, "POSITIONS": 2 * 32 * 32, "ROUNDS": 1, "WARMUP": 0}.items():
         monkeypatch.setattr(tune, name, value)
     case = Case(kernel, 16, "" if kernel == "newton" else "positions", "float32")
-    base = _triton.configuration(*case[:3], torch.float32, 80)
+    base = configs.configuration(*case[:3], torch.float32, 80)
     seconds = tune.measurer(case, 80, torch.device("cpu"))
     broken = replace(base, block=7)  # no power of two
     best, times = fastest([base, broken, replace(base, warps=2)], seconds)

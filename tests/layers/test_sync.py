@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import normkernels as nk
-from normkernels.ops.iter_norm.sync import sync_iter_norm
+from normkernels.primitives.iter_norm.sync import sync_iter_norm
 from tests.layers.sync_ranks import Problem, counted_collectives, run_on_ranks, step, training_steps
 from tests.oracles.run import Result, oracle, plain_path
 from tests.tolerances import (

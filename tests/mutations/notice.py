@@ -7,24 +7,29 @@ from tests.mutations.source import Mutation
 NOT_KERNELS = ("-k", "not triton")  # the tests of all backends, with the eager one
 
 EAGER = {
-    "ops.moments.eager": (
+    "primitives.moments.eager": (
         *("tests/ops/test_moments.py", "tests/ops/test_spectra.py", "-k"),
         "not triton and (not test_spectra or exact_covariance or remainder)",
     ),
-    "ops.inverse_sqrt.eager": (
+    "primitives.inverse_sqrt.eager": (
         *("tests/ops/test_inverse_sqrt.py", "tests/ops/test_spectra.py", "-k"),
         "not triton and (not test_spectra or singular or converge or stops)",
     ),
-    "ops.iter_norm.eager": (
+    "primitives.iter_norm.eager": (
         *("tests/ops/test_iter_norm.py", "tests/ops/test_precision.py"),
         *("-k", "not triton and (not test_precision or cost_nothing)"),
     ),
-    "ops.iter_norm.sync": ("tests/layers/test_sync.py",),
-    "ops.pop_norm.eager": ("tests/ops/test_pop_norm.py", *NOT_KERNELS),
-    "ops.whiten.eager": ("tests/ops/test_whiten.py", *NOT_KERNELS),
-    "ops.precondition.eager": ("tests/ops/test_precondition.py", *NOT_KERNELS),
-    "ops.spectral.eager": ("tests/ops/test_spectral_filter.py", "tests/ops/test_kernel_spectrum.py"),
-    "ops._tiles": (
+    "primitives.iter_norm.sync": ("tests/layers/test_sync.py",),
+    "primitives.pop_norm.eager": ("tests/ops/test_pop_norm.py", *NOT_KERNELS),
+    "primitives.whiten.eager": ("tests/ops/test_whiten.py", *NOT_KERNELS),
+    "primitives.precondition.eager": ("tests/ops/test_precondition.py", *NOT_KERNELS),
+    "primitives.kernel_spectrum.eager": ("tests/ops/test_kernel_spectrum.py",),
+    "primitives.spectral_filter.eager": ("tests/ops/test_spectral_filter.py",),
+    "eager.tiles": (
+        *("tests/ops/test_iter_norm.py", "tests/ops/test_whiten.py", "-k"),
+        "not triton and (every_layout or ragged or layout_is_kept or expanded)",
+    ),
+    "eager.layouts": (
         *("tests/ops/test_iter_norm.py", "tests/ops/test_whiten.py", "-k"),
         "not triton and (every_layout or ragged or layout_is_kept or expanded)",
     ),
@@ -54,40 +59,44 @@ WEIGHTS_AND_CONVERSION = {
 }
 # The interpreter is slow, so there is one type, and one test of each kind that the kernels have.
 TRITON = {
-    "ops._triton_tiles": (
+    "triton.tiles": (
         *("tests/ops/test_triton_offsets.py", "tests/ops/test_whiten.py", "-k"),
         "triton and (groups or parts_in or (test_every_layout_and_type and float32 and not stacked))",
     ),
-    "ops._triton_diagonal": (
+    "triton.diagonal": (
         *("tests/ops/test_triton_diagonal.py", "tests/ops/test_triton_offsets.py", "tests/ops/test_pop_norm.py", "-k"),
         "triton and (many_parts or 64_bit or single or factors or few or (every_layout and float32))",
     ),
-    "ops.moments.triton": (
+    "primitives.moments.triton": (
         *("tests/ops/test_moments.py", "tests/ops/test_triton.py"),
         *("-k", "triton and (float32 and every_layout or ragged or group_sizes or one_sample or few)"),
     ),
-    "ops.inverse_sqrt.triton": (
+    "primitives.inverse_sqrt.triton": (
         *("tests/ops/test_inverse_sqrt.py", "tests/ops/test_spectra.py", "tests/ops/test_triton.py", "-k"),
         "triton and (float32 and (iterations or scales or defaults) or leaves_many or wide_group)",
     ),
-    "ops.iter_norm.triton": (
+    "primitives.iter_norm.triton": (
         *("tests/ops/test_iter_norm.py", "tests/ops/test_triton.py"),
         *("-k", "triton and float32 and (group_sizes or iterations) or cost_nothing"),
     ),
-    "ops.whiten.triton": ("tests/ops/test_whiten.py", "-k", "triton and (float32 and layout or group_sizes or affine)"),
-    "ops.pop_norm.triton": (
+    "primitives.whiten.triton": (
+        "tests/ops/test_whiten.py",
+        "-k",
+        "triton and (float32 and layout or group_sizes or affine)",
+    ),
+    "primitives.pop_norm.triton": (
         *("tests/ops/test_pop_norm.py", "-k"),
         "triton and (modes and float32 or large_means and float32 or without or beta_far or cost_nothing)",
     ),
-    "ops.precondition.triton": (
+    "primitives.precondition.triton": (
         *("tests/ops/test_precondition.py", "-k"),
         "triton and (float32 and (each_kind or all_layers) or not_finite)",
     ),
-    "ops.spectral.triton": (
+    "primitives.spectral_filter.triton": (
         *("tests/ops/test_spectral_kernels.py", "tests/ops/test_triton_offsets.py"),
         *("-k", "triton and (every_plane or windows or numbers_of_planes or of_planes)"),
     ),
-    "ops.spectral.triton_weights": (
+    "primitives.kernel_spectrum.triton": (
         *("tests/ops/test_triton_spectral.py", "-k"),
         "kernels_and_planes or dilation or many_input or floor or layouts_of",
     ),

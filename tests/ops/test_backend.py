@@ -16,13 +16,15 @@ from torch import Tensor
 
 import normkernels as nk
 import tests.oracles.run
-from normkernels.ops import _cuda, _library, _triton, _warnings
+from normkernels import _warnings
+from normkernels.dispatch import choose, compiled, define, fallback, record
+from normkernels.triton import support
 from tests.oracles import inputs
 from tests.oracles.run import Config, incoming_gradient, oracle, plain_path, run
 from tests.tolerances import assert_iter_norm
 
-OPS = _library.ops()
-MISSING = [name for name in _library.BACKENDS if not _library.availability(name)[0]]
+OPS = define.ops()
+MISSING = [name for name in choose.BACKENDS if not choose.availability(name)[0]]
 
 
 @pytest.fixture
@@ -32,25 +34,25 @@ def x() -> Tensor:
 
 def test_the_names() -> None:
     """The fastest is first; eager serves everything everywhere, so it is last."""
-    assert _library.BACKENDS == ("cuda", "triton", "eager")
+    assert choose.BACKENDS == ("cuda", "triton", "eager")
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_eager_serves_every_op_on_a_cpu(op: str, x: Tensor) -> None:
     assert nk.backend_of(op, x) == "eager"
-    backend, reason = _library.explain(op, x)
+    backend, reason = choose.explain(op, x)
     assert backend == "eager" and reason
 
 
 def test_the_reason_names_each_faster_backend(x: Tensor) -> None:
     """'Why is it slow here?' is answered for every backend that was passed over."""
-    reason = _library.explain("iter_norm", x)[1]
+    reason = choose.explain("iter_norm", x)[1]
     assert all(name in reason for name in MISSING)
 
 
 def test_a_choice_is_a_reason(x: Tensor) -> None:
     with nk.use_backend("eager"):
-        assert "use_backend" in _library.explain("iter_norm", x)[1]
+        assert "use_backend" in choose.explain("iter_norm", x)[1]
 
 
 def test_unknown_op(x: Tensor) -> None:
@@ -84,7 +86,7 @@ def test_unknown_backend(name: object) -> None:
 @pytest.mark.parametrize("name", MISSING)
 def test_backend_that_cannot_run_here(name: str) -> None:
     """There is a RuntimeError with the reason, not a silent fallback."""
-    _, reason = _library.availability(name)
+    _, reason = choose.availability(name)
     assert reason
     with pytest.raises(RuntimeError) as raised, nk.use_backend(name):
         pytest.fail("the block must not run")
@@ -94,9 +96,9 @@ def test_backend_that_cannot_run_here(name: str) -> None:
 def served_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Make a backend available that notes which ops it served, and gives eager's results."""
     calls: list[str] = []
-    monkeypatch.setattr(_triton, "installed", lambda: True)
-    monkeypatch.setattr(_triton, "interpreted", lambda: True)
-    implementations = _library._IMPLEMENTATIONS["iter_norm"]
+    monkeypatch.setattr(support, "installed", lambda: True)
+    monkeypatch.setattr(support, "interpreted", lambda: True)
+    implementations = record._IMPLEMENTATIONS["iter_norm"]
 
     def noting(*args: object) -> object:
         calls.append("iter_norm")
@@ -123,7 +125,7 @@ def test_another_backend_takes_over_inside_the_block_only(monkeypatch: pytest.Mo
 def test_backend_without_an_op_leaves_it_to_eager(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> None:
     """A backend may implement one op only; backend_of must say who really serves the others."""
     served_by(monkeypatch)
-    monkeypatch.delitem(_library._IMPLEMENTATIONS["moments"], "triton")
+    monkeypatch.delitem(record._IMPLEMENTATIONS["moments"], "triton")
     with nk.use_backend("triton"):
         count, mean, _ = nk.ops.moments(x, 8)
         assert nk.backend_of("moments", x) == "eager"
@@ -162,24 +164,24 @@ def ordered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
         path = tmp_path / "order.json"
         path.write_text(text)
         monkeypatch.setenv("NORMKERNELS_BACKEND_ORDER", str(path))
-        _library.order.cache_clear()
+        choose.order.cache_clear()
 
     yield order
-    _library.order.cache_clear()
+    choose.order.cache_clear()
 
 
 def test_the_order_names_every_backend_and_ends_with_eager() -> None:
-    for op, backends in _library.ORDER.items():
+    for op, backends in choose.ORDER.items():
         assert op in ("default", *OPS)
-        assert sorted(backends) == sorted(_library.BACKENDS) and backends[-1] == "eager"
+        assert sorted(backends) == sorted(choose.BACKENDS) and backends[-1] == "eager"
 
 
 def test_an_order_of_ones_own(ordered: Callable[[str], None]) -> None:
     ordered('{"whiten": ["triton", "cuda", "eager"], "default": ["cuda", "eager"]}')
-    assert _library._candidates("whiten") == ("triton", "cuda")
-    assert _library._candidates("moments") == ("cuda",)
-    assert _library._next_backends("whiten") == ("eager",)
-    assert _library._next_backends("moments") == ("eager",)
+    assert choose._candidates("whiten") == ("triton", "cuda")
+    assert choose._candidates("moments") == ("cuda",)
+    assert choose._next_backends("whiten") == ("eager",)
+    assert choose._next_backends("moments") == ("eager",)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +202,7 @@ def test_a_bad_order_is_named(text: str, got: str, ordered: Callable[[str], None
     with pytest.raises(
         ValueError, match=r"NORMKERNELS_BACKEND_ORDER: expected .*order\.json to be a JSON object"
     ) as raised:
-        _library.order()
+        choose.order()
     assert got in str(raised.value)
 
 
@@ -208,20 +210,20 @@ def test_a_bad_order_is_named(text: str, got: str, ordered: Callable[[str], None
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pretend that the extension has registered a kernel for iter_norm, and serves CPU tensors."""
-    monkeypatch.setattr(_cuda, "availability", lambda: (True, "compiled CUDA kernels for sm_0"))
-    monkeypatch.setattr(_cuda, "registered", lambda op, key: op == "iter_norm")
+    monkeypatch.setattr(compiled, "availability", lambda: (True, "compiled CUDA kernels for sm_0"))
+    monkeypatch.setattr(compiled, "registered", lambda op, key: op == "iter_norm")
     yield
     monkeypatch.undo()
-    _library._choose("auto")
+    choose._choose("auto")
 
 
 def registered_by_python(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"normkernels::{op}", key)
 
 
-def test_a_compiled_kernel_shows_through(compiled: None) -> None:
+def test_a_compiled_kernel_shows_through(served: None) -> None:
     """Python has nothing in its place, unless another backend is chosen, or on a CPU in the default order."""
     with nk.use_backend("cuda"):
         assert not registered_by_python("iter_norm", "CPU") and not registered_by_python("iter_norm", "CUDA")
@@ -232,10 +234,10 @@ def test_a_compiled_kernel_shows_through(compiled: None) -> None:
             assert registered_by_python("iter_norm", "CPU") and not registered_by_python("iter_norm", "CUDA")
 
 
-def test_the_order_decides(compiled: None, ordered: Callable[[str], None]) -> None:
+def test_the_order_decides(served: None, ordered: Callable[[str], None]) -> None:
     ordered('{"iter_norm": ["triton", "cuda", "eager"]}')
     with nk.use_backend("auto"):
-        assert registered_by_python("iter_norm", "CUDA") == _triton.installed()
+        assert registered_by_python("iter_norm", "CUDA") == support.installed()
     ordered('{"iter_norm": ["eager"]}')
     with nk.use_backend("auto"):
         assert registered_by_python("iter_norm", "CUDA")
@@ -248,29 +250,29 @@ class OnGpu:
     device, dtype = torch.device("cuda", 0), torch.float32
 
 
-def test_who_serves_and_why(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_serves_and_why(served: None, monkeypatch: pytest.MonkeyPatch) -> None:
     refusals = []
-    monkeypatch.setattr(_cuda, "refusal", lambda op, device, dtype, **_: refusals[-1])
-    monkeypatch.setattr(_triton, "check_supported", lambda tensor, **_: None)
-    monkeypatch.setattr(_triton, "installed", lambda: True)
-    monkeypatch.setattr(_triton, "interpreted", lambda: True)
-    monkeypatch.setattr(_library, "isinstance", lambda *_: True, raising=False)
+    monkeypatch.setattr(compiled, "refusal", lambda op, device, dtype, **_: refusals[-1])
+    monkeypatch.setattr(support, "check_supported", lambda tensor, **_: None)
+    monkeypatch.setattr(support, "installed", lambda: True)
+    monkeypatch.setattr(support, "interpreted", lambda: True)
+    monkeypatch.setattr(choose, "isinstance", lambda *_: True, raising=False)
     with nk.use_backend("auto"):
         refusals.append("")
-        assert _library.explain("iter_norm", OnGpu()) == ("cuda", "compiled CUDA kernels for sm_0")  # type: ignore[arg-type]
-        assert _library.explain("moments", OnGpu())[0] == "triton"  # type: ignore[arg-type]
+        assert choose.explain("iter_norm", OnGpu()) == ("cuda", "compiled CUDA kernels for sm_0")  # type: ignore[arg-type]
+        assert choose.explain("moments", OnGpu())[0] == "triton"  # type: ignore[arg-type]
         refusals.append("expected another group")
-        assert _library.explain("iter_norm", OnGpu())[0] == "triton"  # type: ignore[arg-type]
+        assert choose.explain("iter_norm", OnGpu())[0] == "triton"  # type: ignore[arg-type]
     with nk.use_backend("triton"), nk.use_backend("cuda"):
-        assert _library.explain("iter_norm", OnGpu())[0] == "triton"  # type: ignore[arg-type]
+        assert choose.explain("iter_norm", OnGpu())[0] == "triton"  # type: ignore[arg-type]
         refusals.append("")
-        assert _library.explain("iter_norm", OnGpu()) == ("cuda", "chosen by use_backend or NORMKERNELS_BACKEND")  # type: ignore[arg-type]
+        assert choose.explain("iter_norm", OnGpu()) == ("cuda", "chosen by use_backend or NORMKERNELS_BACKEND")  # type: ignore[arg-type]
 
 
 def test_the_extension_is_not_tried_without_cuda() -> None:
     """A torch without CUDA lacks the libraries that the extension is linked with."""
     if torch.version.cuda is None:
-        assert _cuda.load() == (None, f"torch {torch.__version__} is built without CUDA")
+        assert compiled.load() == (None, f"torch {torch.__version__} is built without CUDA")
 
 
 # --- what a compiled kernel hands on --------------------------------------------------------------------------------
@@ -307,17 +309,17 @@ def test_without_a_reason_nothing_is_said(handed_on: Callable[..., Any]) -> None
 @pytest.mark.parametrize("reason", ["expected smaller groups", ""])
 def test_triton_is_next_on_a_gpu(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """If it cannot serve either, one warning says so, whichever of the two has something to say."""
-    monkeypatch.setattr(_triton, "installed", lambda: True)
-    monkeypatch.setattr(_library, "device_of", lambda args: torch.device("cuda"))
+    monkeypatch.setattr(support, "installed", lambda: True)
+    monkeypatch.setattr(fallback, "device_of", lambda args: torch.device("cuda"))
     monkeypatch.setattr(_warnings, "warned", set())
     refusals = [""]
 
     def kernels(*args: object) -> str:
         if refusals[-1]:
-            raise _triton.Unsupported(refusals[-1])
+            raise support.Unsupported(refusals[-1])
         return "triton"
 
-    serve = _library.handed_on("moments", kernels, lambda *args: ("eager", *args[1:]))
+    serve = fallback.handed_on("moments", kernels, lambda *args: ("eager", *args[1:]))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert serve(None, 8, reason.encode()) == "triton"
@@ -333,13 +335,13 @@ def test_triton_is_next_on_a_gpu(reason: str, monkeypatch: pytest.MonkeyPatch) -
 def test_an_error_leaves_its_text_for_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     texts: list[str] = []
     extension = type("Extension", (), {"set_error": staticmethod(texts.append)})
-    monkeypatch.setattr(_cuda, "load", lambda: (extension, ""))
+    monkeypatch.setattr(compiled, "load", lambda: (extension, ""))
 
     def broken(*args: object) -> object:
         raise ValueError("expected better")
 
     with pytest.raises(ValueError, match="expected better"):
-        _library.reporting(broken)()
+        fallback.reporting(broken)()
     assert texts == ["ValueError: expected better"]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import normkernels as nk
-from normkernels.ops import _warnings
+from normkernels import _warnings
 from tests.ops.test_cuda import ANYWHERE, SERVED, SIMT, equal, filtered, given, raw, step
 from tests.ops.test_spectral_kernels import values
 from tests.oracles import inputs

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import normkernels as nk
-from normkernels.ops import _library
+from normkernels.dispatch import define
 from tests.oracles import inputs
 from tests.tolerances import assert_agree
 
@@ -78,7 +78,7 @@ SPECTRAL = ["kernel_spectrum", "kernel_spectrum_backward", "spectral_filter", "c
 
 
 def test_every_op_is_checked_here() -> None:
-    assert {*RAW, *SPECTRAL, "precondition"} == set(_library.ops())
+    assert {*RAW, *SPECTRAL, "precondition"} == set(define.ops())
 
 
 @DTYPES

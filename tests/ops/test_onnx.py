@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import normkernels as nk
-from normkernels.ops import _onnx
+from normkernels.dispatch import export
 from tests.oracles import inputs
 from tests.tolerances import assert_agree, rounding
 
@@ -22,7 +22,7 @@ def onnx_ops(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def call(op: Any, *args: Any) -> Tensor:
         with monkeypatch.context() as patched:
-            patched.setattr(_onnx, "exporting", lambda: True)
+            patched.setattr(export, "exporting", lambda: True)
             patched.setattr(torch.ops.normkernels, op.__name__, None)  # it must not be called
             result: Tensor = op(*args)
         return result

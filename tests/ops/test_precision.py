@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import normkernels as nk
-from normkernels.ops import _library
+from normkernels.dispatch import record
 from tests.oracles import inputs
 from tests.oracles.run import Config, incoming_gradient, oracle, plain_path, run
 from tests.tolerances import assert_iter_norm, assert_within, exactly_centered, largest
@@ -135,7 +135,7 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "normkernels":
             with self:
-                return _library._IMPLEMENTATIONS[func._opname]["eager"](*args, **(kwargs or {}))
+                return record._IMPLEMENTATIONS[func._opname]["eager"](*args, **(kwargs or {}))
         if func._opname in self.NAMES:
             self.precisions.update(precision_in_force())
         return func(*args, **(kwargs or {}))

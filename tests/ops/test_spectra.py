@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import normkernels as nk
-from normkernels.ops.inverse_sqrt import eager
-from normkernels.ops.moments import eager as moments
+from normkernels.primitives.inverse_sqrt import eager
+from normkernels.primitives.moments import eager as moments
 from tests.backends import CUDA, TRITON
 from tests.oracles import inputs, iternorm
 from tests.oracles.run import back, incoming_gradient, leaf, moved

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import normkernels as nk
-from normkernels.ops._products import fast
-from normkernels.ops.spectral.eager import by_products
+from normkernels.eager.products import fast
+from normkernels.primitives.spectral_filter.eager import by_products
 from tests.oracles import convnorm, inputs
 from tests.oracles.plain import stat_dtype
 from tests.oracles.run import incoming_gradient, leaf

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 import normkernels as nk
-from normkernels.ops import _library, _triton, _warnings
+from normkernels import _warnings
+from normkernels.dispatch import choose
+from normkernels.triton import diagonal, launch, support
 from tests.oracles import inputs
 from tests.oracles.run import incoming_gradient
 from tests.tolerances import assert_agree
@@ -22,7 +24,7 @@ pytest.importorskip("triton")
 from tests.ops.test_triton import DEVICE, ON_GPU, Launches, gaussian, note_launches
 
 pytestmark = pytest.mark.skipif(
-    not _library.availability("triton")[0], reason="neither a GPU nor TRITON_INTERPRET=1"
+    not choose.availability("triton")[0], reason="neither a GPU nor TRITON_INTERPRET=1"
 )  # fmt: skip
 MODES = {"both": (True, True), "center": (True, False), "scale": (False, True)}
 launches = pytest.fixture(note_launches)
@@ -123,10 +125,9 @@ def count_touched(places: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_many_parts(layout: str, mean: float, launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     """There are more parts than a program merges at a time, each with its mean, and more channels than it has."""
-    from normkernels.ops import _triton_diagonal
-    from normkernels.ops.pop_norm import triton as kernels
+    from normkernels.primitives.pop_norm import triton as kernels
 
-    for module in (_triton_diagonal, kernels):
+    for module in (diagonal, kernels):
         monkeypatch.setattr(module, "BATCH", 1)
     x = gaussian((2, 19, 5, 13), group_size=1, mean=mean) + torch.linspace(0, 9, 13, device=DEVICE)
     if layout == "channels_last":
@@ -147,7 +148,7 @@ def test_two_runs_agree_bit_by_bit(layout: str, mode: str) -> None:
 def test_64_bit_columns_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     x = gaussian((6, 8, 5, 3))
     expected = on("triton", x)
-    monkeypatch.setattr(_triton.Columns, "wide", True)
+    monkeypatch.setattr(launch.Columns, "wide", True)
     assert all(torch.equal(a, b) for a, b in zip(on("triton", x), expected, strict=True))
 
 
@@ -271,7 +272,7 @@ def test_rows_that_are_not_finite_are_left(bias: bool) -> None:
 @pytest.mark.parametrize("broken", ["rows", "compiler"])
 def test_a_refusal_changes_nothing(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain PyTorch then begins with what was given: done twice, the change would be another one."""
-    from normkernels.ops.precondition import triton as kernels
+    from normkernels.primitives.precondition import triton as kernels
 
     monkeypatch.setattr(_warnings, "warned", set())
     layers, expected = Layers(SHAPES), Layers(SHAPES)
@@ -281,7 +282,7 @@ def test_a_refusal_changes_nothing(broken: str, monkeypatch: pytest.MonkeyPatch)
     else:
 
         def refusing(*_: Any, **__: Any) -> None:
-            raise _triton.Unsupported("expected a compiler")
+            raise support.Unsupported("expected a compiler")
 
         monkeypatch.setattr(kernels, "launch", refusing)
     with pytest.warns(UserWarning, match="precondition: plain PyTorch instead of the Triton kernels: expected"):
@@ -291,7 +292,7 @@ def test_a_refusal_changes_nothing(broken: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_an_entry_is_divided_exactly() -> None:
     """It is divided by a multiplication in 32 bits, up to the last entry that is allowed."""
-    from normkernels.ops.precondition.triton import LONGEST_ROW, division
+    from normkernels.primitives.precondition.triton import LONGEST_ROW, division
 
     periods = [*range(1, 300), 2**14 - 1, 2**14, 2**14 + 1, 2**29 - 1, 2**29, 2**29 + 1, LONGEST_ROW - 1, LONGEST_ROW]
     for period in periods:

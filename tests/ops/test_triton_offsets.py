@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import normkernels as nk
-from normkernels.ops import _library
+from normkernels.dispatch import choose
 from tests.oracles import inputs
 
 pytest.importorskip("triton")
@@ -17,14 +17,14 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from normkernels.ops._triton_tiles import bounds, count_of
+from normkernels.triton.tiles import bounds, count_of
 from tests.ops.test_spectral_kernels import values as planes
 from tests.ops.test_triton import DEVICE, ON_GPU, gaussian
 from tests.ops.test_triton import step as whitened
 from tests.ops.test_triton_diagonal import step as pop_norm
 
 pytestmark = pytest.mark.skipif(
-    not _library.availability("triton")[0], reason="neither a GPU nor TRITON_INTERPRET=1"
+    not choose.availability("triton")[0], reason="neither a GPU nor TRITON_INTERPRET=1"
 )  # fmt: skip
 
 # A stride beyond 32 bits makes the product with it one of 64 bits. Of the others only the products are beyond.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import normkernels as nk
-from normkernels.ops._triton import Unsupported
+from normkernels.triton.support import Unsupported
 from tests.ops.test_spectral_kernels import DTYPES, values
 from tests.oracles import convnorm, inputs
 from tests.tolerances import assert_within, largest, spectrum_floor, spectrum_gradient_floor
@@ -32,8 +32,8 @@ def test_triton_serves_these_ops() -> None:
 
 
 def test_what_the_kernels_do_not_serve() -> None:
-    from normkernels.ops.spectral import triton as launchers
-    from normkernels.ops.spectral import triton_weights
+    from normkernels.primitives.kernel_spectrum import triton as triton_weights
+    from normkernels.primitives.spectral_filter import triton as launchers
 
     for shape, dtype in (((1, 1, 65, 3), torch.float32), ((1, 1, 3, 65), torch.float32), ((1, 1, 3, 3), torch.float64)):
         z, v = torch.ones(shape, dtype=dtype, device=DEVICE), torch.ones(shape[1:], dtype=dtype, device=DEVICE)
@@ -52,7 +52,7 @@ def test_what_the_kernels_do_not_serve() -> None:
 
 def test_without_float64_plain_pytorch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel of the spectrum adds up in float64, and keeps it in memory."""
-    monkeypatch.setattr("normkernels.ops._warnings.warned", set())
+    monkeypatch.setattr("normkernels._warnings.warned", set())
     monkeypatch.setenv("NORMKERNELS_NO_FLOAT64", "1")
     weight = torch.ones(1, 2, 3, 3, device=DEVICE, requires_grad=True)
     with pytest.warns(UserWarning, match="expected a device with float64") as warned:

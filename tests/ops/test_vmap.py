@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 import normkernels as nk
-from normkernels.ops import _library, _vmap
+from normkernels.dispatch import define
+from normkernels.dispatch.vmap import DIMENSIONS
 from tests.ops.test_library import FUNCTIONS, SPECTRAL, arguments, data, spectral_arguments
 from tests.tolerances import assert_agree
 
@@ -33,11 +34,11 @@ def tuple_of(result: Any) -> list[Tensor]:
 
 def test_every_op_has_a_rule() -> None:
     """Only the op that changes its arguments has none."""
-    assert set(_library.ops()) - set(_vmap.DIMENSIONS) == {"precondition"}
+    assert set(define.ops()) - set(DIMENSIONS) == {"precondition"}
 
 
 @pytest.mark.parametrize("mapped", ["all", "first", "others", "last-dim"])
-@pytest.mark.parametrize("op", _vmap.DIMENSIONS)
+@pytest.mark.parametrize("op", DIMENSIONS)
 def test_ops(op: str, mapped: str) -> None:
     call, given = getattr(torch.ops.normkernels, op), samples(op)
     tensors = [i for i, a in enumerate(given[0]) if isinstance(a, Tensor)]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import normkernels as nk
-from normkernels.ops.whiten.eager import SMALL_MEAN
+from normkernels.primitives.whiten.eager import SMALL_MEAN
 from tests.oracles import inputs, iternorm, plain
 from tests.oracles.plain import stat_dtype
 from tests.oracles.run import back, incoming_gradient, leaf, moved

@@ -1,0 +1,1 @@
+"""How ops are defined, and which backend serves a call."""

@@ -1,0 +1,26 @@
+"""Evaluation in operators that ONNX has: torch.onnx.export traces these functions instead of the opaque ops.
+
+Rejected: these functions in torch._decomp's table, where torch's exporter looks, too. With an entry there Inductor
+refuses an op wherever the environment has CI set, and its fake with symbolic sizes is no longer the op's own.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from normkernels._torch import constant
+
+
+@constant  # while Dynamo traces, with which torch.onnx.export tries a second time, the answer would be no
+def exporting() -> bool:
+    """Return whether torch.onnx.export traces. The first test costs 20 ns, the second a microsecond."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def check_running_statistics() -> None:
+    """Raise in an export: functions that use a batch's statistics call this. Exports of them would fail later."""
+    if exporting():
+        raise ValueError(
+            "torch.onnx.export: expected layers in evaluation mode with running statistics, got one that uses the "
+            "batch's; call model.eval(), and leave track_running_stats=True"
+        )

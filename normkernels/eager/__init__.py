@@ -1,0 +1,1 @@
+"""Parts of the plain PyTorch implementations that primitives share."""

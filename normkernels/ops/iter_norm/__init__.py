@@ -1,1 +1,0 @@
-"""One folder per primitive: op.py (schema, autograd, public function), eager.py, DERIVATION.md."""

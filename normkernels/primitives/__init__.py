@@ -1,0 +1,1 @@
+"""The primitives, one folder each: op.py (record, public function), eager.py, triton.py, DERIVATION.md."""

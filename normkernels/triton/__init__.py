@@ -1,0 +1,1 @@
+"""Parts of the Triton implementations that primitives share."""
