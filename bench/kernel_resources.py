@@ -97,8 +97,8 @@ def whitening(case: Case, plane: int, affine: bool = True) -> object:
     if d == 1:
         return diagonal(x)
     weight = torch.ones(d) if affine else None
-    y, mean, W, S, scale = iter_norm(x, weight, weight, d, 5, 1e-5, "trace", "newton")
-    return iter_norm_backward(y, x, weight, mean, W, S, scale, 5, "trace", "newton")
+    y, mean, W, S, scale = iter_norm(x, weight, weight, d, 5, 1e-5, False, False)
+    return iter_norm_backward(y, x, weight, mean, W, S, scale, 5, False, False)
 
 
 def diagonal(x: Tensor) -> object:
@@ -128,8 +128,8 @@ def small_matrix(case: Case, plane: int) -> object:
     for d in (case.size, case.size - 3):  # where threads lie differently on the matrices in memory and on those padded
         cov = torch.zeros(2, d, d)
         for scaling in ("trace", "frobenius"):
-            W, S, scale = inverse_sqrt(cov, 5, 1e-5, scaling, "newton")
-            inverse_sqrt_backward(cov, W, S, scale, 5, scaling, "newton")
+            W, S, scale = inverse_sqrt(cov, 5, 1e-5, scaling == "frobenius", False)
+            inverse_sqrt_backward(cov, W, S, scale, 5, scaling == "frobenius", False)
         whitening(Case("newton", d, "positions", "float32"), 16)
     whitening(Case("newton", case.size, "positions", "float32"), 16, affine=False)
     return None

@@ -94,7 +94,7 @@ def merge(case: Case, device: torch.device) -> Call:
 def mix(case: Case, device: torch.device) -> Call:
     x = case.activations(device)
     mean, _, cov = raw.moments(x, case.size, False)
-    W = raw.inverse_sqrt(cov, 5, 1e-5, "trace", "newton")[0]
+    W = raw.inverse_sqrt(cov, 5, 1e-5, False, False)[0]
     return lambda: raw.whiten(x, mean, W, None, None)
 
 
@@ -115,8 +115,8 @@ def newton(case: Case, device: torch.device) -> Call:
     cov, grad = z @ z.mT / z.shape[2], torch.randn(4, case.size, case.size, device=device)
 
     def call() -> tuple[Tensor, ...]:
-        W, residual, scale = raw.inverse_sqrt(cov, 5, 1e-5, "trace", "newton")
-        return W, raw.inverse_sqrt_backward(grad, W, residual, scale, 5, "trace", "newton")
+        W, saved_matrix, scale = raw.inverse_sqrt(cov, 5, 1e-5, False, False)
+        return W, raw.inverse_sqrt_backward(grad, W, saved_matrix, scale, 5, False, False)
 
     return call
 

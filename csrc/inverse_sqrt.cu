@@ -71,15 +71,15 @@ static int64_t check_square(const char* op, const char* name, const Tensor& t) {
   return t.size(1);
 }
 
-std::tuple<Tensor, Tensor, Tensor> inverse_sqrt(const Tensor& matrix, int64_t iterations, double eps,
-                                                const Text& scaling, const Text& method) {
+std::tuple<Tensor, Tensor, Tensor> inverse_sqrt(const Tensor& matrix, int64_t iterations, double eps, bool frobenius,
+                                                bool eigh) {
   const int64_t d = check_square("inverse_sqrt", "cov", matrix);
   auto reason = not_served("inverse_sqrt", matrix, d);
-  if (!reason && method.value != "newton") reason = "";
+  if (!reason && eigh) reason = "";
   if (!reason && matrix.scalar_type() != ScalarType::Float)
     reason = std::string("expected float32, got ") + name_of(matrix.scalar_type());
   if (reason) {
-    return next<Tensor, Tensor, Tensor>("inverse_sqrt", *reason, matrix, iterations, eps, scaling, method);
+    return next<Tensor, Tensor, Tensor>("inverse_sqrt", *reason, matrix, iterations, eps, frobenius, eigh);
   }
   const OnDevice on("inverse_sqrt", matrix);
   const Tensor cov = packed(matrix);
@@ -88,33 +88,33 @@ std::tuple<Tensor, Tensor, Tensor> inverse_sqrt(const Tensor& matrix, int64_t it
   Tensor scale = empty({groups, 1}, ScalarType::Float, cov);
   const Room room = small_matrix_room(on.run.device, d, FORWARD_MATRICES);
   const Tensor scratch = scratch_for(room, cov, groups);
-  launch_inverse_sqrt(on.run, floats(cov), groups, newton_of("inverse_sqrt", d, iterations, scaling.value, eps), room,
+  launch_inverse_sqrt(on.run, floats(cov), groups, newton_of("inverse_sqrt", d, iterations, frobenius, eps), room,
                       floats(scratch), floats(W), floats(S), floats(scale));
   return {W, S, scale};
 }
 
-Tensor inverse_sqrt_backward(const Tensor& gradient, const Tensor& root, const Tensor& residual, const Tensor& norm,
-                             int64_t iterations, const Text& scaling, const Text& method) {
+Tensor inverse_sqrt_backward(const Tensor& gradient, const Tensor& root, const Tensor& saved_matrix,
+                             const Tensor& saved_scale, int64_t iterations, bool frobenius, bool eigh) {
   const char* op = "inverse_sqrt_backward";
   const int64_t d = check_square(op, "grad", gradient), groups = gradient.size(0);
   auto reason = not_served(op, gradient, d);
-  if (!reason && method.value != "newton") reason = "";
+  if (!reason && eigh) reason = "";
   if (!reason && gradient.scalar_type() != ScalarType::Float)
     reason = std::string("expected float32, got ") + name_of(gradient.scalar_type());
   if (reason) {
-    return std::get<0>(next<Tensor>(op, *reason, gradient, root, residual, norm, iterations, scaling, method));
+    return std::get<0>(
+        next<Tensor>(op, *reason, gradient, root, saved_matrix, saved_scale, iterations, frobenius, eigh));
   }
   check_like(op, "W", root, {groups, d, d}, ScalarType::Float, gradient);
-  check_like(op, "residual", residual, {groups, d, d}, ScalarType::Float, gradient);
-  check_like(op, "scale", norm, {groups, 1}, ScalarType::Float, gradient);
+  check_like(op, "saved_matrix", saved_matrix, {groups, d, d}, ScalarType::Float, gradient);
+  check_like(op, "saved_scale", saved_scale, {groups, 1}, ScalarType::Float, gradient);
   const OnDevice on(op, gradient);
-  const Tensor grad = packed(gradient), W = packed(root), S = packed(residual), scale = packed(norm);
+  const Tensor grad = packed(gradient), W = packed(root), S = packed(saved_matrix), scale = packed(saved_scale);
   Tensor grad_cov = empty({groups, d, d}, ScalarType::Float, grad);
   const Room room = small_matrix_room(on.run.device, d, BACKWARD_MATRICES);
   const Tensor scratch = scratch_for(room, grad, groups);
   launch_inverse_sqrt_backward(on.run, floats(grad), floats(W), floats(S), floats(scale), groups,
-                               newton_of(op, d, iterations, scaling.value, 0.), room, floats(scratch),
-                               floats(grad_cov));
+                               newton_of(op, d, iterations, frobenius, 0.), room, floats(scratch), floats(grad_cov));
   return grad_cov;
 }
 

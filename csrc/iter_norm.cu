@@ -122,14 +122,14 @@ void launch_backward(const Run& run, const Columns& grad, const Columns& x, int 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> iter_norm(const Tensor& data, const std::optional<Tensor>& weight,
                                                              const std::optional<Tensor>& bias, int64_t d,
-                                                             int64_t iterations, double eps, const Text& scaling,
-                                                             const Text& method) {
+                                                             int64_t iterations, double eps, bool frobenius,
+                                                             bool eigh) {
   check_data("iter_norm", "x", data, d);
   auto reason = not_served("iter_norm", data, d);
-  if (!reason && method.value != "newton") reason = "";  // the eigendecomposition is the library's
+  if (!reason && eigh) reason = "";  // the eigendecomposition is the library's
   if (reason) {
     return next<Tensor, Tensor, Tensor, Tensor, Tensor>("iter_norm", *reason, data, weight, bias, d, iterations, eps,
-                                                        scaling, method);
+                                                        frobenius, eigh);
   }
   const OnDevice on("iter_norm", data);
   const Tensor x = collapsible(data);
@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> iter_norm(const Tensor& data,
   Tensor W = empty({groups, d, d}, ScalarType::Float, x), S = empty({groups, d, d}, ScalarType::Float, x);
   Tensor scale = empty({groups, 1}, ScalarType::Float, x);
   const Parameter scaled = parameter("iter_norm", "weight", gamma, x);
-  launch_forward(on.run, seen, element, groups, newton_of("iter_norm", d, iterations, scaling.value, eps), reduction,
+  launch_forward(on.run, seen, element, groups, newton_of("iter_norm", d, iterations, frobenius, eps), reduction,
                  memory.workspace, floats(scratch), scaled, parameter("iter_norm", "bias", beta, x),
                  {floats(mean), floats(W), floats(S), floats(scale), floats(constant)});
   launch_mix(on.run, seen, floats(mean), nullptr, nullptr, columns_of(y, d), element, {floats(W), d * d, d, 1}, scaled,
@@ -155,27 +155,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> iter_norm(const Tensor& data,
 
 std::tuple<Tensor, Tensor, Tensor> iter_norm_backward(const Tensor& gradient, const Tensor& data,
                                                       const std::optional<Tensor>& weight, const Tensor& center,
-                                                      const Tensor& root, const Tensor& residual, const Tensor& norm,
-                                                      int64_t iterations, const Text& scaling, const Text& method) {
+                                                      const Tensor& root, const Tensor& saved_matrix,
+                                                      const Tensor& saved_scale, int64_t iterations, bool frobenius,
+                                                      bool eigh) {
   const char* op = "iter_norm_backward";
   STD_TORCH_CHECK(root.dim() == 3 && root.size(1) == root.size(2), op, ": W: expected shape (G, d, d), got ",
                   text(shape_of(root)));
   const int64_t groups = root.size(0), d = root.size(1), channels = groups * d;
   check_data(op, "x", data, d);
   auto reason = not_served(op, data, d);
-  if (!reason && method.value != "newton") reason = "";
+  if (!reason && eigh) reason = "";
   if (reason) {
-    return next<Tensor, Tensor, Tensor>(op, *reason, gradient, data, weight, center, root, residual, norm, iterations,
-                                        scaling, method);
+    return next<Tensor, Tensor, Tensor>(op, *reason, gradient, data, weight, center, root, saved_matrix, saved_scale,
+                                        iterations, frobenius, eigh);
   }
   check_like(op, "grad", gradient, shape_of(data), data.scalar_type(), data);
   check_like(op, "mean", center, {data.size(1)}, ScalarType::Float, data);
   check_like(op, "W", root, {data.size(1) / d, d, d}, ScalarType::Float, data);
-  check_like(op, "residual", residual, {groups, d, d}, ScalarType::Float, data);
-  check_like(op, "scale", norm, {groups, 1}, ScalarType::Float, data);
+  check_like(op, "saved_matrix", saved_matrix, {groups, d, d}, ScalarType::Float, data);
+  check_like(op, "saved_scale", saved_scale, {groups, 1}, ScalarType::Float, data);
   const OnDevice on(op, data);
   const Tensor x = collapsible(data), grad = in_layout_of(x, gradient, d);
-  const Tensor mean = packed(center), W = packed(root), S = packed(residual), scale = packed(norm);
+  const Tensor mean = packed(center), W = packed(root), S = packed(saved_matrix), scale = packed(saved_scale);
   const auto gamma = packed(weight);
   const int element = int(x.element_size());
   const Columns left = columns_of(grad, d), seen = columns_of(x, d);
@@ -186,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> iter_norm_backward(const Tensor& gradient, co
   Tensor grad_bias = empty({channels}, ScalarType::Float, x), constant = empty({channels}, ScalarType::Float, x);
   Tensor matrix = empty({groups, d, 2 * d}, ScalarType::Float, x);
   Tensor grad_mean = empty({channels}, ScalarType::Float, x);
-  launch_backward(on.run, left, seen, element, groups, newton_of(op, d, iterations, scaling.value, 0.), reduction,
+  launch_backward(on.run, left, seen, element, groups, newton_of(op, d, iterations, frobenius, 0.), reduction,
                   memory.workspace, floats(scratch), parameter(op, "weight", gamma, x),
                   {floats(mean), floats(W), floats(S), floats(scale)},
                   {floats(matrix), floats(grad_mean), floats(constant), floats(grad_weight), floats(grad_bias)});

@@ -1,7 +1,8 @@
 // W = (cov + eps I)^(-1/2) by Newton's iteration, and its adjoint: one block for a group, all matrices near it.
 //
-// Equations and their stability: normkernels/primitives/inverse_sqrt/DERIVATION.md. All matrices but X, U and Z are symmetric:
-// only the tiles on and above the diagonal are computed, the others mirrored, which saves nearly half of the products.
+// Equations and their stability: normkernels/primitives/inverse_sqrt/DERIVATION.md. All matrices but X, U and Z are
+// symmetric: only the tiles on and above the diagonal are computed, the others mirrored, which saves nearly half of the
+// products.
 #pragma once
 
 #include <algorithm>

@@ -1,10 +1,11 @@
 // spectral_filter: the circular filter of planes by a real spectrum, in shared memory from the load to the store.
 //
-// The real DFT is computed by products (primitives/spectral_filter/DERIVATION.md): along each side a line is folded about its middle
-// into a sum, which has only cosines, and a difference, which has only sines. So four blocks of a quarter of the plane
-// are multiplied by K x K matrices, K = (n + 1) / 2: cc, ss, cs and sc, cosines or sines of rows, then of columns.
-// Products are in float32 without tensor cores: their tiles of 16 would double the work at the sizes that are normal
-// here (34: K is 17), and so nothing is rounded twice. Rejected: an FFT, whose radices would be 17 and 29 here.
+// The real DFT is computed by products (primitives/spectral_filter/DERIVATION.md): along each side a line is folded
+// about its middle into a sum, which has only cosines, and a difference, which has only sines. So four blocks of a
+// quarter of the plane are multiplied by K x K matrices, K = (n + 1) / 2: cc, ss, cs and sc, cosines or sines of rows,
+// then of columns. Products are in float32 without tensor cores: their tiles of 16 would double the work at the sizes
+// that are normal here (34: K is 17), and so nothing is rounded twice. Rejected: an FFT, whose radices would be 17 and
+// 29 here.
 #include "launches.h"
 #include "tensors.h"
 

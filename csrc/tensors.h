@@ -244,11 +244,9 @@ struct Memory {
         workspace{floats(partials), static_cast<unsigned*>(counters.data_ptr())} {}
 };
 
-inline Newton newton_of(const char* op, int64_t d, int64_t iterations, const std::string& scaling, double eps) {
+inline Newton newton_of(const char* op, int64_t d, int64_t iterations, bool frobenius, double eps) {
   STD_TORCH_CHECK(iterations >= 0, op, ": num_iterations: expected at least 0, got ", iterations);
-  STD_TORCH_CHECK(scaling == "trace" || scaling == "frobenius", op, ": scaling: expected trace or frobenius, got ",
-                  scaling);
-  return {int(d), int(std::min<int64_t>(iterations, INT32_MAX)), scaling == "frobenius", float(eps)};
+  return {int(d), int(std::min<int64_t>(iterations, INT32_MAX)), frobenius, float(eps)};
 }
 
 // Returns memory for the groups' matrices that shared memory has no room for.

@@ -112,8 +112,10 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
-def check_inverse_sqrt_options(num_iterations: int, eps: float, scaling: str, method: str) -> None:
+def check_inverse_sqrt_options(num_iterations: int, eps: float, scaling: str, method: str) -> tuple[bool, bool]:
+    """Return the options as the raw ops take them, which have no strings: whether scaling is Frobenius, method eigh."""
     check_integer("num_iterations", num_iterations, minimum=0)
     check_number("eps", eps)
     check_choice("scaling", scaling, SCALINGS)
     check_choice("method", method, METHODS)
+    return scaling == "frobenius", method == "eigh"

@@ -37,17 +37,17 @@ def arguments(op: str, x: Tensor, method: str = "newton", affine: bool = True) -
     weight, bias = (torch.linspace(-1, 2, 8, dtype=x.dtype) if affine else None for _ in range(2))
     raw = torch.ops.normkernels
     mean, _, cov = raw.moments(x, 4, False)
-    w, residual, scale = raw.inverse_sqrt(cov, 3, 1e-3, "trace", method)
+    w, saved_matrix, scale = raw.inverse_sqrt(cov, 3, 1e-3, False, method == "eigh")
     grad = torch.ones((), dtype=x.dtype).expand(x.shape)
     return {
         "moments": (x, 4, method == "eigh"),
         "cross_moments": (grad, x, mean, 4),
-        "inverse_sqrt": (cov, 3, 1e-3, "trace", method),
-        "inverse_sqrt_backward": (torch.ones(2, 4, 4, dtype=stat), w, residual, scale, 3, "frobenius", method),
+        "inverse_sqrt": (cov, 3, 1e-3, False, method == "eigh"),
+        "inverse_sqrt_backward": (torch.ones(2, 4, 4, dtype=stat), w, saved_matrix, scale, 3, True, method == "eigh"),
         "whiten": (x, mean, w, weight, bias),
         "stacked_mix": (grad, x, mean, mean, torch.cat((w, w), 2), mean),
-        "iter_norm": (x, weight, bias, 4, 3, 1e-3, "trace", method),
-        "iter_norm_backward": (grad, x, weight, mean, w, residual, scale, 3, "trace", method),
+        "iter_norm": (x, weight, bias, 4, 3, 1e-3, False, method == "eigh"),
+        "iter_norm_backward": (grad, x, weight, mean, w, saved_matrix, scale, 3, False, method == "eigh"),
         "pop_norm": (x, weight, bias, 4.0, 1e-3, True, True),
         "pop_norm_backward": (grad, x, weight, bias, mean, mean.square(), 4.0, 1e-3, True, True),
     }[op]

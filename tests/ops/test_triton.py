@@ -294,7 +294,7 @@ def test_passes_over_the_data(layout: str, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting_load)
     with nk.use_backend("triton"):
-        _, mean, W, S, scale = torch.ops.normkernels.iter_norm(x, None, None, 8, 5, 1e-5, "trace", "newton")
+        _, mean, W, S, scale = torch.ops.normkernels.iter_norm(x, None, None, 8, 5, 1e-5, False, False)
         block = configs.configuration("moments", 16, launch.columns(x).layout, x.dtype, 80).block
         cut = launch.split(x.numel() // 8, 1, block, DEVICE)
         assert cut.parts > 1
@@ -302,7 +302,7 @@ def test_passes_over_the_data(layout: str, monkeypatch: pytest.MonkeyPatch) -> N
             min(block, x.numel() // 8 - part * cut.chunk) for part in range(cut.parts)
         )
         touched.clear()
-        torch.ops.normkernels.iter_norm_backward(dy, x, None, mean, W, S, scale, 5, "trace", "newton")
+        torch.ops.normkernels.iter_norm_backward(dy, x, None, mean, W, S, scale, 5, False, False)
         assert touched == {"x read": 2 * x.numel(), "dy read": 2 * x.numel()}
         monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counting_store)
         touched.clear()
@@ -481,8 +481,8 @@ def test_tf32_only_where_both_ask_for_it(ours: bool, torchs: bool, dtype: torch.
     x = gaussian((9, 8), dtype)
     try:
         with support.recording(90, record), nk.use_tf32() if ours else contextlib.nullcontext():
-            y, mean, W, S, scale = iter_norm(x, None, None, 8, 5, 1e-5, "trace", "newton")
-            iter_norm_backward(y, x, None, mean, W, S, scale, 5, "trace", "newton")
+            y, mean, W, S, scale = iter_norm(x, None, None, 8, 5, 1e-5, False, False)
+            iter_norm_backward(y, x, None, mean, W, S, scale, 5, False, False)
     finally:
         setting.fp32_precision = "none"
     assert not support.tf32_allowed()
@@ -550,15 +550,15 @@ def test_the_answer_knows_the_entries_that_an_op_looks_up(d: int, monkeypatch: p
     found = {}
     with nk.use_backend("triton"):
         mean = raw.moments(x, d, False)[0]
-        y, _, W, S, scale = raw.iter_norm(x, None, None, d, 5, 1e-5, "trace", "newton")
+        y, _, W, S, scale = raw.iter_norm(x, None, None, d, 5, 1e-5, False, False)
         options = 4.0, 1e-5, True, True
         calls = {
             "moments": lambda: raw.moments(x, d, False),
             "cross_moments": lambda: raw.cross_moments(x, x, mean, d),
             "whiten": lambda: raw.whiten(x, mean, W, None, None),
             "stacked_mix": lambda: raw.stacked_mix(x, x, mean, mean, torch.cat((W, W), 2), mean),
-            "iter_norm": lambda: raw.iter_norm(x, None, None, d, 5, 1e-5, "trace", "newton"),
-            "iter_norm_backward": lambda: raw.iter_norm_backward(y, x, None, mean, W, S, scale, 5, "trace", "newton"),
+            "iter_norm": lambda: raw.iter_norm(x, None, None, d, 5, 1e-5, False, False),
+            "iter_norm_backward": lambda: raw.iter_norm_backward(y, x, None, mean, W, S, scale, 5, False, False),
             "pop_norm": lambda: raw.pop_norm(x, None, None, *options),
             "pop_norm_backward": lambda: raw.pop_norm_backward(x, x, None, None, mean, mean, *options),
         }

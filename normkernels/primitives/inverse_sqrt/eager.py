@@ -89,13 +89,13 @@ def newton_adjoint(E: Tensor, S: Tensor, num_iterations: int) -> Tensor:
     return dP
 
 
-def scale_of(cov: Tensor, scaling: str) -> Tensor:
+def scale_of(cov: Tensor, frobenius: bool) -> Tensor:
     """Return the (G, 1) upper bound of the largest eigenvalue that eq. 14 divides by: trace or Frobenius norm."""
-    if scaling == "trace":
-        scale = cov.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-    else:
+    if frobenius:
         largest = cov.abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(cov.dtype).tiny)
         scale = (largest * torch.linalg.matrix_norm(cov / largest, keepdim=True)).squeeze(2)  # squares do not underflow
+    else:
+        scale = cov.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
     return scale.clamp(min=torch.finfo(cov.dtype).tiny)  # eps = 0 and a constant batch: W stays finite
 
 
@@ -104,12 +104,12 @@ def add_eps(cov: Tensor, eps: float) -> Tensor:
 
 
 def inverse_sqrt(
-    cov: Tensor, num_iterations: int, eps: float, scaling: str, method: str
+    cov: Tensor, num_iterations: int, eps: float, frobenius: bool, eigh: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return W with what its adjoint needs: (S, scale (G, 1)) for newton, (eigenvectors, s (G, d)) for eigh."""
-    if method == "newton":
+    if not eigh:
         cov = add_eps(cov, eps)
-        scale = scale_of(cov, scaling)
+        scale = scale_of(cov, frobenius)
         S = cov / scale.unsqueeze(-1)
         return newton(S, num_iterations) / scale.unsqueeze(-1).sqrt(), S, scale
 
@@ -138,19 +138,19 @@ def _by_eigenvalues(cov: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def inverse_sqrt_adjoint(
-    grad: Tensor, W: Tensor, residual: Tensor, scale: Tensor, num_iterations: int, scaling: str, method: str
+    grad: Tensor, W: Tensor, saved_matrix: Tensor, saved_scale: Tensor, num_iterations: int, frobenius: bool, eigh: bool
 ) -> Tensor:
     """Return sym dL/dcov for grad = dL/dW."""
     E = sym(grad)
-    if method == "eigh":
-        U, s = residual, scale
+    if eigh:
+        U, s = saved_matrix, saved_scale
         # Daleckii-Krein with the difference quotient of t^(-1/2) written without a division by
         # (lambda_i - lambda_j): finite where eigenvalues coincide, unlike autograd through eigh.
         K = -1.0 / (s.unsqueeze(-1) * s.unsqueeze(-2) * (s.unsqueeze(-1) + s.unsqueeze(-2)))
         return sym(bmm(bmm(U, K * bmm(bmm(U.mT, E), U)), U.mT))
     # eq. 6: S = cov / scale and W = P / sqrt(scale); both depend on the scale, whose gradient is I or S.
-    S, scale = residual, scale.unsqueeze(-1)
+    S, scale = saved_matrix, saved_scale.unsqueeze(-1)
     dS = newton_adjoint(E / scale.sqrt(), S, num_iterations)
     d_scale = -((dS * S).sum((1, 2), keepdim=True) + 0.5 * (E * W).sum((1, 2), keepdim=True)) / scale
-    gradient = eye_like(S) if scaling == "trace" else S
+    gradient = S if frobenius else eye_like(S)
     return dS / scale + d_scale * gradient

@@ -49,18 +49,18 @@ def inverse_sqrt(
         raise TypeError(f"cov: expected float32 or float64, got {cov.dtype}")
     if cov.dim() != 3 or cov.shape[1] != cov.shape[2]:
         raise ValueError(f"cov: expected shape (G, d, d), got {tuple(cov.shape)}")
-    check_inverse_sqrt_options(num_iterations, eps, scaling, method)
-    W: Tensor = _InverseSqrt.apply(cov, num_iterations, float(eps), scaling, method)[0]
+    frobenius, eigh = check_inverse_sqrt_options(num_iterations, eps, scaling, method)
+    W: Tensor = _InverseSqrt.apply(cov, num_iterations, float(eps), frobenius, eigh)[0]
     return W
 
 
 class _InverseSqrt(torch.autograd.Function):
     @staticmethod
     def forward(
-        cov: Tensor, num_iterations: int, eps: float, scaling: str, method: str
+        cov: Tensor, num_iterations: int, eps: float, frobenius: bool, eigh: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         result: tuple[Tensor, Tensor, Tensor] = torch.ops.normkernels.inverse_sqrt(
-            cov, num_iterations, eps, scaling, method
+            cov, num_iterations, eps, frobenius, eigh
         )
         return result
 
@@ -72,56 +72,56 @@ class _InverseSqrt(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        cov, W, residual, scale = ctx.saved_tensors
-        num_iterations, eps, scaling, method = ctx.options
+        cov, W, saved_matrix, saved_scale = ctx.saved_tensors
+        num_iterations, eps, frobenius, eigh = ctx.options
         if torch.is_grad_enabled():
-            grad_cov = full_precision(_differentiable_adjoint)(grad, cov, num_iterations, eps, scaling, method)
+            grad_cov = full_precision(_differentiable_adjoint)(grad, cov, num_iterations, eps, frobenius, eigh)
         else:
             grad_cov = torch.ops.normkernels.inverse_sqrt_backward(
-                grad, W, residual, scale, num_iterations, scaling, method
+                grad, W, saved_matrix, saved_scale, num_iterations, frobenius, eigh
             )
         return grad_cov, None, None, None, None
 
 
 def _differentiable_adjoint(
-    grad: Tensor, cov: Tensor, num_iterations: int, eps: float, scaling: str, method: str
+    grad: Tensor, cov: Tensor, num_iterations: int, eps: float, frobenius: bool, eigh: bool
 ) -> Tensor:
     """Return the same gradient in differentiable PyTorch, for backward(create_graph=True)."""
-    if method == "eigh":
+    if eigh:
         raise NotImplementedError(
             "inverse_sqrt: expected a first derivative for method='eigh', got create_graph=True; "
             "the second derivative exists for method='newton'"
         )
-    W, residual, scale = eager.inverse_sqrt(eager.sym(cov), num_iterations, eps, scaling, method)
-    return eager.inverse_sqrt_adjoint(grad, W, residual, scale, num_iterations, scaling, method)
+    W, saved_matrix, saved_scale = eager.inverse_sqrt(eager.sym(cov), num_iterations, eps, frobenius, eigh)
+    return eager.inverse_sqrt_adjoint(grad, W, saved_matrix, saved_scale, num_iterations, frobenius, eigh)
 
 
-def _fake(cov: Tensor, num_iterations: int, eps: float, scaling: str, method: str) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(cov: Tensor, num_iterations: int, eps: float, frobenius: bool, eigh: bool) -> tuple[Tensor, Tensor, Tensor]:
     g, d, _ = cov.shape
-    return cov.new_empty((g, d, d)), cov.new_empty((g, d, d)), cov.new_empty((g, scale_length(d, method)))
+    return cov.new_empty((g, d, d)), cov.new_empty((g, d, d)), cov.new_empty((g, scale_length(d, eigh)))
 
 
-def scale_length(d: int, method: str) -> int:
+def scale_length(d: int, eigh: bool) -> int:
     """Return the length of a group's ``scale``: one number for newton, the roots of all eigenvalues for eigh."""
-    return 1 if method == "newton" else d
+    return d if eigh else 1
 
 
 def _backward_fake(
-    grad: Tensor, W: Tensor, residual: Tensor, scale: Tensor, num_iterations: int, scaling: str, method: str
+    grad: Tensor, W: Tensor, saved_matrix: Tensor, saved_scale: Tensor, num_iterations: int, frobenius: bool, eigh: bool
 ) -> Tensor:
     return grad.new_empty(grad.shape)
 
 
 define(
-    "inverse_sqrt(Tensor cov, int num_iterations, float eps, str scaling, str method) -> (Tensor, Tensor, Tensor)",
+    "inverse_sqrt(Tensor cov, int num_iterations, float eps, bool frobenius, bool eigh) -> (Tensor, Tensor, Tensor)",
     eager=eager.inverse_sqrt,
     triton="normkernels.primitives.inverse_sqrt.triton",
     autograd=_InverseSqrt,
     fake=_fake,
 )
 define(
-    "inverse_sqrt_backward(Tensor grad, Tensor W, Tensor residual, Tensor scale, int num_iterations, str scaling, "
-    "str method) -> Tensor",
+    "inverse_sqrt_backward(Tensor grad, Tensor W, Tensor saved_matrix, Tensor saved_scale, int num_iterations, "
+    "bool frobenius, bool eigh) -> Tensor",
     eager=eager.inverse_sqrt_adjoint,
     triton="normkernels.primitives.inverse_sqrt.triton",
     fake=_backward_fake,

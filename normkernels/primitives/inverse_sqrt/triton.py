@@ -260,10 +260,10 @@ def check_iterations(num_iterations: int) -> None:
 
 
 def inverse_sqrt(
-    cov: Tensor, num_iterations: int, eps: float, scaling: str, method: str
+    cov: Tensor, num_iterations: int, eps: float, frobenius: bool, eigh: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if method == "eigh":  # a batched eigendecomposition has no product to fuse: the library's is used
-        return full_precision(eager.inverse_sqrt)(cov, num_iterations, eps, scaling, method)
+    if eigh:  # a batched eigendecomposition has no product to fuse: the library's is used
+        return full_precision(eager.inverse_sqrt)(cov, num_iterations, eps, frobenius, eigh)
     check_supported(cov, group_size=cov.shape[1])
     check_iterations(num_iterations)
     groups, d, _ = cov.shape
@@ -274,17 +274,19 @@ def inverse_sqrt(
     scratch = cov.new_empty(groups * FORWARD_MATRICES * size * size)
     launch(
         inverse_sqrt_kernel, (groups,), cov.contiguous(), scratch, W, S, scale, num_iterations, eps,
-        d=d, D=size, MATRICES=FORWARD_MATRICES, FROBENIUS=scaling == "frobenius", STEP=config.block,
+        d=d, D=size, MATRICES=FORWARD_MATRICES, FROBENIUS=frobenius, STEP=config.block,
         PRECISION=config.precision, config=config, device=cov.device,
     )  # fmt: skip
     return W, S, scale
 
 
 def inverse_sqrt_backward(
-    grad: Tensor, W: Tensor, residual: Tensor, scale: Tensor, num_iterations: int, scaling: str, method: str
+    grad: Tensor, W: Tensor, saved_matrix: Tensor, saved_scale: Tensor, num_iterations: int, frobenius: bool, eigh: bool
 ) -> Tensor:
-    if method == "eigh":
-        return full_precision(eager.inverse_sqrt_adjoint)(grad, W, residual, scale, num_iterations, scaling, method)
+    if eigh:
+        return full_precision(eager.inverse_sqrt_adjoint)(
+            grad, W, saved_matrix, saved_scale, num_iterations, frobenius, eigh
+        )
     check_supported(W, group_size=W.shape[1])
     check_iterations(num_iterations)
     groups, d, _ = W.shape
@@ -294,8 +296,8 @@ def inverse_sqrt_backward(
     scratch = W.new_empty(groups * BACKWARD_MATRICES * size * size)
     launch(
         inverse_sqrt_backward_kernel, (groups,),
-        grad.contiguous(), W.contiguous(), residual.contiguous(), scale.contiguous(), scratch, grad_cov, num_iterations,
-        d=d, D=size, MATRICES=BACKWARD_MATRICES, FROBENIUS=scaling == "frobenius", STEP=config.block,
+        *(value.contiguous() for value in (grad, W, saved_matrix, saved_scale)), scratch, grad_cov, num_iterations,
+        d=d, D=size, MATRICES=BACKWARD_MATRICES, FROBENIUS=frobenius, STEP=config.block,
         PRECISION=config.precision, config=config, device=W.device,
     )  # fmt: skip
     return grad_cov

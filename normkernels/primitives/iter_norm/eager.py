@@ -24,22 +24,22 @@ def iter_norm(
     group_size: int,
     num_iterations: int,
     eps: float,
-    scaling: str,
-    method: str,
+    frobenius: bool,
+    eigh: bool,
     *,
     reduce: Pass = moments,
     mix: Pass = eager_mix,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    mean, remainder, cov = reduce(x, group_size, method == "eigh")
-    small_matrix = inverse_sqrt(cov, num_iterations, eps, scaling, method)
-    W, residual, scale = (value.to(mean) for value in small_matrix)
+    mean, remainder, cov = reduce(x, group_size, eigh)
+    small_matrix = inverse_sqrt(cov, num_iterations, eps, frobenius, eigh)
+    W, saved_matrix, saved_scale = (value.to(mean) for value in small_matrix)
     A = affine(W, weight)
     # x - mean is exact to the rounding of the mean, whose remainder goes into the bias: at a mean of 1e5 standard
     # deviations it would show in the third decimal of y.
     beta = -torch.bmm(A, remainder.view(-1, group_size, 1)).flatten()
     if bias is not None:
         beta += bias
-    return mix([(x, mean)], A, beta, like=x), mean, W, residual, scale
+    return mix([(x, mean)], A, beta, like=x), mean, W, saved_matrix, saved_scale
 
 
 def iter_norm_backward(
@@ -48,11 +48,11 @@ def iter_norm_backward(
     weight: Tensor | None,
     mean: Tensor,
     W: Tensor,
-    residual: Tensor,
-    scale: Tensor,
+    saved_matrix: Tensor,
+    saved_scale: Tensor,
     num_iterations: int,
-    scaling: str,
-    method: str,
+    frobenius: bool,
+    eigh: bool,
     *,
     reduce: Pass = summed_products,
     mix: Pass = eager_mix,
@@ -66,7 +66,7 @@ def iter_norm_backward(
     D = D - f * offset.mT
 
     A = affine(W, weight).mT
-    B = inverse_sqrt_adjoint(affine(D, weight), W, residual, scale, num_iterations, scaling, method) * (2 / m)
+    B = inverse_sqrt_adjoint(affine(D, weight), W, saved_matrix, saved_scale, num_iterations, frobenius, eigh) * (2 / m)
     constant = -(torch.bmm(A, f) / m + torch.bmm(B, offset)).flatten()
     grad_x = mix([(grad, None), (x, mean)], torch.cat((A, B), dim=2), constant, like=x)
     return grad_x, (D * W).sum(2).flatten(), f.flatten()

@@ -58,9 +58,9 @@ def iter_norm(
     """
     check_data("x", x)
     d = resolve_group_size(x.shape[1], group_size)
-    check_inverse_sqrt_options(num_iterations, eps, scaling, method)
+    frobenius, eigh = check_inverse_sqrt_options(num_iterations, eps, scaling, method)
     check_affine(x, weight, bias)
-    arguments = (x, weight, bias, d, num_iterations, float(eps), scaling, method)
+    arguments = (x, weight, bias, d, num_iterations, float(eps), frobenius, eigh)
     y, mean, W, *_ = autograd.call(_IterNorm, torch.ops.normkernels.iter_norm, *arguments)
     return y, mean, W
 
@@ -79,17 +79,18 @@ class _IterNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, W, residual, scale = ctx.saved_tensors
-        group_size, num_iterations, eps, scaling, method = ctx.options
+        x, weight, bias, mean, W, saved_matrix, saved_scale = ctx.saved_tensors
+        group_size, num_iterations, eps, frobenius, eigh = ctx.options
         if torch.is_grad_enabled():
 
             def path(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
                 _, mean, cov = moments(x, group_size)
-                return whiten(x, mean, inverse_sqrt(cov, num_iterations, eps, scaling, method), weight, bias)
+                names = "frobenius" if frobenius else "trace", "eigh" if eigh else "newton"
+                return whiten(x, mean, inverse_sqrt(cov, num_iterations, eps, *names), weight, bias)
 
             return (*autograd.gradients(path, grad, x, weight, bias), *[None] * 5)
         grad_x, *of_parameters = torch.ops.normkernels.iter_norm_backward(
-            grad, x, weight, mean, W, residual, scale, num_iterations, scaling, method
+            grad, x, weight, mean, W, saved_matrix, saved_scale, num_iterations, frobenius, eigh
         )
         return (grad_x, *autograd.in_types(of_parameters, (weight, bias)), *[None] * 5)
 
@@ -101,8 +102,8 @@ def _fake(
     group_size: int,
     num_iterations: int,
     eps: float,
-    scaling: str,
-    method: str,
+    frobenius: bool,
+    eigh: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = statistics_dtype(x.dtype)
     d = group_size
@@ -112,7 +113,7 @@ def _fake(
         x.new_empty(g * d, dtype=dtype),
         x.new_empty((g, d, d), dtype=dtype),
         x.new_empty((g, d, d), dtype=dtype),
-        x.new_empty((g, scale_length(d, method)), dtype=dtype),
+        x.new_empty((g, scale_length(d, eigh)), dtype=dtype),
     )
 
 
@@ -122,26 +123,26 @@ def _backward_fake(
     weight: Tensor | None,
     mean: Tensor,
     W: Tensor,
-    residual: Tensor,
-    scale: Tensor,
+    saved_matrix: Tensor,
+    saved_scale: Tensor,
     num_iterations: int,
-    scaling: str,
-    method: str,
+    frobenius: bool,
+    eigh: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty_output(x), torch.empty_like(mean), torch.empty_like(mean)
 
 
 define(
-    "iter_norm(Tensor x, Tensor? weight, Tensor? bias, int group_size, int num_iterations, float eps, str scaling, "
-    "str method) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "iter_norm(Tensor x, Tensor? weight, Tensor? bias, int group_size, int num_iterations, float eps, bool frobenius, "
+    "bool eigh) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     eager=eager.iter_norm,
     triton="normkernels.primitives.iter_norm.triton",
     autograd=_IterNorm,
     fake=_fake,
 )
 define(
-    "iter_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor W, Tensor residual, Tensor scale, "
-    "int num_iterations, str scaling, str method) -> (Tensor, Tensor, Tensor)",
+    "iter_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor W, Tensor saved_matrix, "
+    "Tensor saved_scale, int num_iterations, bool frobenius, bool eigh) -> (Tensor, Tensor, Tensor)",
     eager=eager.iter_norm_backward,
     triton="normkernels.primitives.iter_norm.triton",
     fake=_backward_fake,

@@ -53,9 +53,9 @@ def sync_iter_norm(
     export.check_running_statistics()
     check_data("x", x)
     d = resolve_group_size(x.shape[1], group_size)
-    check_inverse_sqrt_options(num_iterations, eps, scaling, method)
+    frobenius, eigh = check_inverse_sqrt_options(num_iterations, eps, scaling, method)
     check_affine(x, weight, bias)
-    arguments = (x, weight, bias, process_group, d, num_iterations, float(eps), scaling, method)
+    arguments = (x, weight, bias, process_group, d, num_iterations, float(eps), frobenius, eigh)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     # Dynamo cannot trace a Function where nothing needs a gradient, as in _fused.call.
     plain = torch.compiler.is_compiling() and not differentiated
@@ -73,21 +73,21 @@ class _SyncIterNorm(torch.autograd.Function):
         group_size: int,
         num_iterations: int,
         eps: float,
-        scaling: str,
-        method: str,
+        frobenius: bool,
+        eigh: bool,
     ) -> tuple[Tensor, ...]:
-        mean, left_out, cov, count = _merged_moments(x, group_size, process_group, method == "eigh")
-        small_matrix = torch.ops.normkernels.inverse_sqrt(cov, num_iterations, eps, scaling, method)
-        W, residual, scale = (value.to(mean) for value in small_matrix)
+        mean, left_out, cov, count = _merged_moments(x, group_size, process_group, eigh)
+        small_matrix = torch.ops.normkernels.inverse_sqrt(cov, num_iterations, eps, frobenius, eigh)
+        W, saved_matrix, saved_scale = (value.to(mean) for value in small_matrix)
         beta = _times(affine(W, weight), left_out)
         if bias is not None:
             beta = beta + bias
         y = torch.ops.normkernels.whiten(x, mean, W, weight, beta)
-        return y, mean, W, count, residual, scale, left_out
+        return y, mean, W, count, saved_matrix, saved_scale, left_out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, ctx.process_group, _, ctx.num_iterations, _, ctx.scaling, ctx.method = inputs
+        x, weight, bias, ctx.process_group, _, ctx.num_iterations, _, ctx.frobenius, ctx.eigh = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(x, weight, bias, *output[1:])
 
@@ -97,7 +97,7 @@ class _SyncIterNorm(torch.autograd.Function):
             raise NotImplementedError(
                 "sync_iter_norm: expected a first derivative, got create_graph=True; iter_norm has the second"
             )
-        x, weight, bias, mean, W, count, residual, scale, left_out = ctx.saved_tensors
+        x, weight, bias, mean, W, count, saved_matrix, saved_scale, left_out = ctx.saved_tensors
         g, d, _ = W.shape
         D, f = torch.ops.normkernels.cross_moments(grad, x, mean, d)
         D = D + f.view(g, d, 1) * left_out.view(g, 1, d)  # about the exact mean
@@ -108,7 +108,7 @@ class _SyncIterNorm(torch.autograd.Function):
 
         # The adjoint is linear in D and symmetric: its sum over the ranks takes half the bytes of D's.
         dcov = torch.ops.normkernels.inverse_sqrt_backward(
-            affine(D, weight), W, residual, scale, ctx.num_iterations, ctx.scaling, ctx.method
+            affine(D, weight), W, saved_matrix, saved_scale, ctx.num_iterations, ctx.frobenius, ctx.eigh
         )
         merged = _all_reduce(torch.cat((f, _triangle_of(dcov))), ctx.process_group)
         m = count.clamp(min=1).to(W.dtype)

@@ -141,15 +141,15 @@ def finish_backward(
             tl.debug_barrier()
 
 
-def finish(kernel: triton.JITFunction, partials: Partials, matrices: int, scaling: str, arguments: tuple[object, ...],
-           d: int) -> None:  # fmt: skip
+def finish(kernel: triton.JITFunction, partials: Partials, matrices: int, frobenius: bool,
+           arguments: tuple[object, ...], d: int) -> None:  # fmt: skip
     groups, _, size = partials.vectors[0].shape
     x = partials.matrix
     config = configuration("newton", size, "", torch.float32, architecture(x.device))
     launch(
         kernel, (groups, size // ROWS), *partials.vectors, partials.matrix, partials.ticket, partials.cut.parts,
         *arguments, d=d, D=size, BLOCK=min(size, 64), ROWS=ROWS, BATCH=BATCH, MATRICES=matrices,
-        FROBENIUS=scaling == "frobenius", STEP=config.block, PRECISION=config.precision, config=config, device=x.device,
+        FROBENIUS=frobenius, STEP=config.block, PRECISION=config.precision, config=config, device=x.device,
     )  # fmt: skip
 
 
@@ -160,18 +160,18 @@ def iter_norm(
     group_size: int,
     num_iterations: int,
     eps: float,
-    scaling: str,
-    method: str,
+    frobenius: bool,
+    eigh: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_supported(x, group_size=group_size)
-    if method == "newton":
+    if not eigh:
         check_iterations(num_iterations)
     if x.numel() == 0:
-        return full_precision(eager.iter_norm)(x, weight, bias, group_size, num_iterations, eps, scaling, method)
+        return full_precision(eager.iter_norm)(x, weight, bias, group_size, num_iterations, eps, frobenius, eigh)
     weight, bias = (None if value is None else value.contiguous() for value in (weight, bias))
-    if method == "eigh" or group_size == 1:
+    if eigh or group_size == 1:
         return full_precision(eager.iter_norm)(
-            x, weight, bias, group_size, num_iterations, eps, scaling, method, reduce=moments, mix=mix
+            x, weight, bias, group_size, num_iterations, eps, frobenius, eigh, reduce=moments, mix=mix
         )
     partials = reduce_moments(x, group_size)
     groups, _, size = partials.vectors[0].shape
@@ -183,7 +183,7 @@ def iter_norm(
         partials.cut.chunk, partials.columns, weight, bias,
         scratch, mean, W, S, scale, constant, num_iterations, eps,
     )  # fmt: skip
-    finish(finish_forward, partials, FORWARD_MATRICES, scaling, arguments, group_size)
+    finish(finish_forward, partials, FORWARD_MATRICES, frobenius, arguments, group_size)
     return mix([(x, mean)], W, constant, like=x, weight=weight), mean, W, S, scale
 
 
@@ -193,34 +193,35 @@ def iter_norm_backward(
     weight: Tensor | None,
     mean: Tensor,
     W: Tensor,
-    residual: Tensor,
-    scale: Tensor,
+    saved_matrix: Tensor,
+    saved_scale: Tensor,
     num_iterations: int,
-    scaling: str,
-    method: str,
+    frobenius: bool,
+    eigh: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups, d, _ = W.shape
     check_supported(x, group_size=d)
-    if method == "newton":
+    if not eigh:
         check_iterations(num_iterations)
     if x.numel() == 0:
         return full_precision(eager.iter_norm_backward)(
-            grad, x, weight, mean, W, residual, scale, num_iterations, scaling, method
+            grad, x, weight, mean, W, saved_matrix, saved_scale, num_iterations, frobenius, eigh
         )
     weight = None if weight is None else weight.contiguous()
-    mean, W, residual, scale = (value.contiguous() for value in (mean, W, residual, scale))
-    if method == "eigh" or d == 1:
+    mean, W, saved_matrix, saved_scale = (value.contiguous() for value in (mean, W, saved_matrix, saved_scale))
+    if eigh or d == 1:
         return full_precision(eager.iter_norm_backward)(
-            grad, x, weight, mean, W, residual, scale, num_iterations, scaling, method, reduce=summed_products, mix=mix
-        )
+            grad, x, weight, mean, W, saved_matrix, saved_scale, num_iterations, frobenius, eigh,
+            reduce=summed_products, mix=mix,
+        )  # fmt: skip
     partials = reduce_cross(grad, x, mean, d)
     size = partials.vectors[0].shape[2]
     matrix = W.new_empty((groups, d, 2 * d))
     constant, grad_weight, grad_bias = (torch.empty_like(mean) for _ in range(3))
     scratch = W.new_empty(groups * BACKWARD_MATRICES * size * size)
     arguments = (
-        partials.columns, weight, W, residual, scale,
+        partials.columns, weight, W, saved_matrix, saved_scale,
         scratch, matrix, constant, grad_weight, grad_bias, num_iterations,
     )  # fmt: skip
-    finish(finish_backward, partials, BACKWARD_MATRICES, scaling, arguments, d)
+    finish(finish_backward, partials, BACKWARD_MATRICES, frobenius, arguments, d)
     return mix([(grad, None), (x, mean)], matrix, constant, like=x), grad_weight, grad_bias
