@@ -19,7 +19,8 @@ import torch
 
 import normkernels as nk
 from normkernels import _build, _selftest
-from normkernels.dispatch import choose, compiled, define
+from normkernels.dispatch import choose, compiled
+from normkernels.dispatch.record import OPS
 from normkernels.eager.devices import has_float64
 
 Report = dict[str, Any]
@@ -50,7 +51,7 @@ def collect(selftest: bool = False) -> Report:
         },
         "devices": [device for type in types for device in _devices(type)],
         "backends": {name: _backend(name) for name in choose.BACKENDS},
-        "ops": [row for type in types for op in define.ops() for row in _op_rows(op, type)],
+        "ops": [row for type in types for op in OPS for row in _op_rows(op, type)],
     }
     if selftest:
         report["selftest"] = [row for type in types for row in _selftest.run(torch.device(type))]

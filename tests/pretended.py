@@ -77,7 +77,7 @@ class _Device(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if func.namespace == "normkernels":
             with self:
-                return record._IMPLEMENTATIONS[func._schema.name.partition("::")[2]]["eager"](*args, **kwargs)
+                return record.IMPLEMENTATIONS[func._schema.name.partition("::")[2]]["eager"](*args, **kwargs)
         with self:  # where autograd is done, an operator made of others comes whole
             if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
                 return result

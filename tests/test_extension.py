@@ -51,7 +51,7 @@ def test_the_record_in_the_extension_is_that_of_the_build():
 
 
 def test_it_registers_what_it_serves_for_cuda_and_nothing_else():
-    assert choose._compiled == {(op, "CUDA") for op in SERVED}
+    assert choose._compiled == {(op, "cuda") for op in SERVED}
 
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")

@@ -13,7 +13,8 @@ import torch
 
 import normkernels as nk
 from normkernels import _selftest, info
-from normkernels.dispatch import choose, define, record
+from normkernels.dispatch import choose
+from normkernels.dispatch.record import IMPLEMENTATIONS, OPS
 
 BACKENDS = [name for name in choose.BACKENDS if choose.availability(name)[0]]
 
@@ -44,7 +45,7 @@ def test_an_unknown_flag_is_refused():
 
 def test_the_table_has_every_op_backend_and_device_once():
     rows = info.collect()["ops"]
-    expected = set(itertools.product(define.ops(), info._device_types(), choose.BACKENDS))
+    expected = set(itertools.product(OPS, info._device_types(), choose.BACKENDS))
     assert {(row["op"], row["device"], row["backend"]) for row in rows} == expected
     assert len(rows) == len(expected)
     assert all(row["reason"] for row in rows)
@@ -63,7 +64,7 @@ def test_the_text_shows_versions_reasons_and_every_op(capsys):
     text = capsys.readouterr().out
     assert nk.__version__ in text
     assert str(torch.__version__) in text
-    for op in define.ops():
+    for op in OPS:
         assert op in text
     for name in choose.BACKENDS:
         assert choose.availability(name)[1] in text
@@ -91,21 +92,29 @@ def test_a_device_of_each_kind_is_listed(monkeypatch):
     assert list(info._devices("cpu")) == []
 
 
-def test_every_op_has_a_check():
-    assert set(_selftest.CHECKS) == set(define.ops())
-
-
 def test_the_selftest_covers_every_op_on_every_usable_backend():
     rows = list(_selftest.run(torch.device("cpu")))
-    assert [(row["op"], row["backend"]) for row in rows] == [(o, b) for b in BACKENDS for o in define.ops()]
+    assert [(row["op"], row["backend"]) for row in rows] == [(o, b) for b in BACKENDS for o in OPS]
     assert [row for row in rows if not row["passed"]] == []
 
 
-@pytest.mark.parametrize("op", define.ops())
+@pytest.fixture
+def eager_alone(monkeypatch):
+    """Return a function that puts another eager implementation in the place of an op's, and leave that alone.
+
+    Triton's interpreter is switched off: its kernels are slow, and what fails here is the report.
+    """
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    yield lambda op, function: monkeypatch.setitem(IMPLEMENTATIONS[op], "eager", function)
+    monkeypatch.undo()
+    choose._choose("auto")  # it registers the right ones again
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
-def test_a_wrong_kernel_fails_the_selftest(op, factor, monkeypatch, capsys):
+def test_a_wrong_kernel_fails_the_selftest(op, factor, eager_alone, monkeypatch, capsys):
     # .1% is far below what training would show, and far above the tolerances.
-    exact = record._IMPLEMENTATIONS[op]["eager"]
+    exact = IMPLEMENTATIONS[op]["eager"]
 
     def broken(*args):
         result = exact(*args)
@@ -114,24 +123,16 @@ def test_a_wrong_kernel_fails_the_selftest(op, factor, monkeypatch, capsys):
             return result
         return (result[0] * factor, *result[1:]) if isinstance(result, tuple) else result * factor
 
-    monkeypatch.setitem(record._IMPLEMENTATIONS[op], "eager", broken)
-    monkeypatch.setattr(define, "ops", lambda: (op,))  # the others' checks are not needed here
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # its kernels are not broken, and slow
+    eager_alone(op, broken)
+    monkeypatch.setattr(_selftest, "OPS", {op: OPS[op]})  # the others' checks are not needed here
     assert info.main(["--selftest", "--json"]) == 1
     report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # JSON knows no NaN
     assert report["passed"] is False
     assert op in {row["op"] for row in report["selftest"] if not row["passed"]}
 
 
-@pytest.fixture
-def eager_alone(monkeypatch):
-    """Switch off Triton's interpreter, whose kernels are slow: what fails here is the report."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-
-
-@pytest.mark.usefixtures("eager_alone")
-def test_the_text_names_the_op_that_failed(monkeypatch, capsys):
-    monkeypatch.setattr(nk.ops, "whiten", lambda x, *rest: torch.zeros_like(x))
+def test_the_text_names_the_op_that_failed(eager_alone, capsys):
+    eager_alone("whiten", lambda x, *rest: torch.zeros_like(x))
     assert info.main(["--selftest"]) == 1
     text = capsys.readouterr().out
     assert "FAIL whiten" in text
@@ -139,12 +140,11 @@ def test_the_text_names_the_op_that_failed(monkeypatch, capsys):
     assert text.endswith("self-test FAILED\n")
 
 
-@pytest.mark.usefixtures("eager_alone")
-def test_an_op_that_raises_is_one_failure_with_its_message(monkeypatch, capsys):
+def test_an_op_that_raises_is_one_failure_with_its_message(eager_alone, capsys):
     def broken(*args, **kwargs):
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setattr(nk.ops, "whiten", broken)
+    eager_alone("whiten", broken)
     assert info.main(["--selftest", "--json"]) == 1
     rows = json.loads(capsys.readouterr().out)["selftest"]
     failed = [row for row in rows if not row["passed"]]
@@ -153,19 +153,11 @@ def test_an_op_that_raises_is_one_failure_with_its_message(monkeypatch, capsys):
     assert failed[0]["message"] == "RuntimeError: no kernel image"
 
 
-@pytest.mark.usefixtures("eager_alone")
-def test_a_result_of_another_shape_fails(monkeypatch):
-    monkeypatch.setattr(nk.ops, "whiten", lambda *args: torch.ones(1))
+def test_a_result_of_another_shape_fails(eager_alone):
+    eager_alone("whiten", lambda *args: torch.ones(1))
     failed = [row for row in _selftest.run(torch.device("cpu")) if not row["passed"]]
     assert {row["op"] for row in failed} == {"whiten"}
     assert "expected shape" in failed[0]["message"]
-
-
-@pytest.mark.usefixtures("eager_alone")
-def test_an_op_without_a_check_fails_the_selftest(monkeypatch):
-    monkeypatch.delitem(_selftest.CHECKS, "whiten")
-    failed = [row for row in _selftest.run(torch.device("cpu")) if not row["passed"]]
-    assert {row["op"] for row in failed} == {"whiten"}
 
 
 @pytest.mark.gpu

@@ -302,7 +302,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "normkernels":
             with self:
-                return record._IMPLEMENTATIONS[func._schema.name.partition("::")[2]]["eager"](*args, **kwargs or {})
+                return record.IMPLEMENTATIONS[func._schema.name.partition("::")[2]]["eager"](*args, **kwargs or {})
         result = func(*args, **kwargs or {})
         self.seen += [str(func) for t in tree_leaves(result) if isinstance(t, Tensor) and t.dtype in LACKING]
         return result

@@ -1,4 +1,4 @@
-"""Parts that the fused training ops, iter_norm and pop_norm, share: how they are called and differentiated."""
+"""How public functions call their ops, and parts of gradients that the fused training ops share."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ import torch
 from torch import Tensor
 
 from normkernels.dispatch import export
+from normkernels.dispatch.record import Op
 
 
-def call(function: type[torch.autograd.Function], op: Callable[..., Any], *arguments: Any) -> Any:
-    """Call ``function`` with the arguments of ``op``.
+def call(op: Op, *arguments: Any) -> Any:
+    """Call an op with its gradient or, in an export to ONNX, what its record has for that.
 
-    Dynamo cannot trace a Function where nothing needs a gradient: there the op is called. Outside Dynamo the Function
-    must stay, because it refuses forward-mode differentiation.
+    Dynamo cannot trace a Function where nothing needs a gradient: there the raw op is called. Outside Dynamo the
+    Function must stay, because it refuses forward-mode differentiation.
     """
-    export.check_running_statistics()
+    if op.onnx is not None and export.exporting():
+        return op.onnx(*arguments)
     differentiated = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
-    return (op if torch.compiler.is_compiling() and not differentiated else function.apply)(*arguments)
+    if op.autograd is None or (torch.compiler.is_compiling() and not differentiated):
+        return op.raw(*arguments)
+    return op.autograd.apply(*arguments)
 
 
 def gradients(

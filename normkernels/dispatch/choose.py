@@ -1,4 +1,4 @@
-"""Which backend serves an op."""
+"""Which backend serves a call: the order of backends by device and op, and the registrations that follow it."""
 
 from __future__ import annotations
 
@@ -16,22 +16,20 @@ from torch import Tensor
 
 from normkernels._checks import check_integer, resolve_group_size
 from normkernels.dispatch import compiled
-from normkernels.dispatch.record import _IMPLEMENTATIONS
+from normkernels.dispatch.record import IMPLEMENTATIONS, OPS, Request
 from normkernels.triton import launch, support
 from normkernels.triton.support import Unsupported
 
 BACKENDS = ("cuda", "triton", "eager")
+KEYS = {"cpu": "CPU", "cuda": "CUDA"}  # device -> dispatch key
 
-KEYS = ("CPU", "CUDA")
+# Device -> op -> backends, fastest first, as `make gpu-check` measures it; "default" is for ops without an entry. Other
+# devices have eager. The file that NORMKERNELS_BACKEND_ORDER names is laid over it.
+Order = dict[str, dict[str, tuple[str, ...]]]
+ORDER: Order = {"cpu": {"default": ("eager",)}, "cuda": {"default": BACKENDS}}
 
-# Op -> backends, fastest first, as `make gpu-check` measures it; "default" is for ops without an entry.
-# The file that NORMKERNELS_BACKEND_ORDER names is laid over it.
-ORDER: dict[str, tuple[str, ...]] = {"default": BACKENDS}
-
-_compiled: set[tuple[str, str]] = set()  # (op, dispatch key) of the kernels that the extension has registered
-
+_compiled: set[tuple[str, str]] = set()  # (op, device) of the kernels that the extension has registered
 _chosen = "auto"
-
 _overrides: torch.library.Library | None = None
 
 
@@ -55,46 +53,56 @@ def explain(
     op: str, tensor: Tensor, *, group_size: int | None = None, plane: Sequence[int] | None = None
 ) -> tuple[str, str]:
     """Return (backend, reason) for ``op`` applied to a tensor like this one; see backend_of for the options."""
-    if op not in _IMPLEMENTATIONS:
-        raise ValueError(f"op: expected one of {', '.join(_IMPLEMENTATIONS)}, got {op!r}")
+    if op not in OPS:
+        raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
     if not isinstance(tensor, Tensor):
         raise TypeError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
     if group_size is not None and tensor.dim() >= 2:
         group_size = resolve_group_size(tensor.shape[1], group_size)  # as the op does: more than C means one group
     if plane is not None:
         plane = [check_integer("plane", side, minimum=1) for side in plane]
+    request = Request(tensor, group_size, plane)
     chosen = "chosen by use_backend or NORMKERNELS_BACKEND"
     if _chosen == "eager":
         return "eager", chosen
     passed_over = []
-    for backend in _candidates(op):
-        reason = _refusal(backend, op, tensor, group_size, plane)
+    for backend in BACKENDS[:-1] if _chosen == "auto" and not tensor.is_cuda else candidates(op, tensor.device.type):
+        reason = _refusal(backend, op, request)
         if not reason:
             return backend, chosen if backend == _chosen else availability(backend)[1]
         passed_over.append(f"{backend}: {reason}")
-        if backend == "triton" and availability(backend)[0] and backend in _IMPLEMENTATIONS[op] and tensor.is_cuda:
+        if backend == "triton" and availability(backend)[0] and backend in IMPLEMENTATIONS[op] and tensor.is_cuda:
             break  # a call that Triton does not serve goes to eager, whatever the order
     return "eager", "; ".join(passed_over)
 
 
-def _refusal(backend: str, op: str, tensor: Tensor, group_size: int | None, plane: Sequence[int] | None) -> str:
-    """Return why a backend that is not eager leaves a call to the next one, "" if it does not."""
+def _refusal(backend: str, op: str, request: Request) -> str:
+    """Return why a backend leaves a call to the next one, "" if it does not."""
+    if backend == "eager":
+        return ""
     available, reason = availability(backend)
-    if backend not in _IMPLEMENTATIONS[op] and not (backend == "cuda" and (op, "CUDA") in _compiled):
+    if backend not in IMPLEMENTATIONS[op] and not (backend == "cuda" and (op, "cuda") in _compiled):
         return "does not implement it" if available or backend == "triton" else reason
     if not available:
         return reason
-    if not tensor.is_cuda and not (backend == _chosen and backend in _IMPLEMENTATIONS[op]):
+    if not request.data.is_cuda and not (backend == _chosen and backend in IMPLEMENTATIONS[op]):
         return "serves CUDA tensors only" + (", unless use_backend chooses it" if backend == "triton" else "")
     if backend == "cuda":
-        return compiled.refusal(op, tensor.device, tensor.dtype, group_size=group_size, plane=plane)
+        return compiled.refusal(op, request)
     try:
-        support.check_supported(tensor, group_size=group_size, plane=plane)
-        if group_size is not None:
-            launch.check_entries(op, tensor, group_size)
+        support.check_supported(request.data, group_size=request.group_size, plane=request.plane)
+        if request.group_size is not None:
+            launch.check_entries(OPS[op].passes, request.data, request.group_size)
     except Unsupported as unsupported:
         return str(unsupported)
     return ""
+
+
+def after_compiled(op: str, request: Request) -> str:
+    """Return the backend that serves a call which the compiled kernels leave."""
+    backends = candidates(op, request.data.device.type)
+    following = backends[backends.index("cuda") + 1 :] if "cuda" in backends else BACKENDS[1:]
+    return next(backend for backend in following if not _refusal(backend, op, request))
 
 
 def backend_of(op: str, tensor: Tensor, *, group_size: int | None = None, plane: Sequence[int] | None = None) -> str:
@@ -132,76 +140,72 @@ def _choose(backend: str) -> None:
         _overrides._destroy()
         _overrides = None
     _chosen = backend
-    _compiled = {(op, key) for op in _IMPLEMENTATIONS for key in KEYS if compiled.registered(op, key)}
+    _compiled = {(op, device) for op in OPS for device, key in KEYS.items() if compiled.registered(op, key)}
     _overrides = torch.library.Library("normkernels", "IMPL")
     with warnings.catch_warnings():
         # A compiled kernel is replaced on purpose.
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
-        for op in _IMPLEMENTATIONS:
-            for key in KEYS:
-                implementation = _implementation(op, key)
+        for op in OPS:
+            for device, key in KEYS.items():
+                implementation = _implementation(op, device)
                 if implementation is not None:
                     _overrides.impl(op, implementation, key)
 
 
-def _implementation(op: str, key: str) -> Callable[..., Any] | None:
-    """Return what to register for an op under a dispatch key; None where the compiled kernel is to serve it."""
-    implementations = _IMPLEMENTATIONS[op]
-    for backend in _candidates(op) if key == "CUDA" or _chosen != "auto" else ():
-        if backend == "cuda" and (op, key) in _compiled:
+def _implementation(op: str, device: str) -> Callable[..., Any] | None:
+    """Return what to register for an op on a device; None where the compiled kernel is to serve it."""
+    implementations = IMPLEMENTATIONS[op]
+    for backend in candidates(op, device):
+        if backend == "cuda" and (op, device) in _compiled:
             return None
-        usable = key == "CUDA" or backend == _chosen  # on a CPU only the chosen backend, or eager
-        if backend in implementations and usable and (backend != "triton" or support.installed()):
+        if backend in implementations and (backend != "triton" or support.installed()):
             return implementations[backend]
     return implementations["eager"]
 
 
-def _candidates(op: str) -> tuple[str, ...]:
-    """Return the backends that may serve an op, in order, without eager, which follows them."""
-    order = _order(op) if _chosen == "auto" else BACKENDS[BACKENDS.index(_chosen) :]
-    return order[: order.index("eager")]
-
-
-def _next_backends(op: str) -> tuple[str, ...]:
-    """Return the backends after cuda, in order of preference."""
-    order = _order(op) if "cuda" in _order(op) else BACKENDS
-    return order[order.index("cuda") + 1 :]
-
-
-def _order(op: str) -> tuple[str, ...]:
-    table = order()
-    return table.get(op, table["default"])
+def candidates(op: str, device: str) -> tuple[str, ...]:
+    """Return the backends that may serve an op on a device, in order; the last one is eager."""
+    if _chosen == "auto":
+        table = order().get(device, ORDER["cpu"])
+        return table.get(op, table["default"])
+    return (_chosen, "eager") if device == "cpu" else BACKENDS[BACKENDS.index(_chosen) :]
 
 
 @functools.cache
-def order() -> dict[str, tuple[str, ...]]:
+def order() -> Order:
     """Return ORDER, with the entries of the file that NORMKERNELS_BACKEND_ORDER names in place of its own."""
     extra = os.environ.get("NORMKERNELS_BACKEND_ORDER")
-    return ORDER | read_order(Path(extra)) if extra else ORDER
+    read = read_order(Path(extra)) if extra else {}
+    return {device: table | read.get(device, {}) for device, table in ORDER.items()}
 
 
-def read_order(path: Path) -> dict[str, tuple[str, ...]]:
-    """Read a file such as {"default": ["cuda", "triton", "eager"], "whiten": ["triton", "cuda", "eager"]}.
+def read_order(path: Path) -> Order:
+    """Read a file such as {"cuda": {"default": ["cuda", "triton", "eager"], "moments": ["triton", "eager"]}}.
 
-    Raises ValueError that names what was expected.
+    A file without devices is about "cuda". Raises ValueError that names what was expected.
     """
     try:
-        table = json.loads(path.read_text())
-        if not isinstance(table, Mapping):
-            raise ValueError(f"a {type(table).__name__}")
-        for op, backends in table.items():
-            if op not in ("default", *_IMPLEMENTATIONS):
-                raise ValueError(f"the op {op!r}")
-            if (
-                not isinstance(backends, list)
-                or backends[-1:] != ["eager"]
-                or not all(backend in BACKENDS and backends.count(backend) == 1 for backend in backends)
-            ):
-                raise ValueError(f"{backends!r} for {op}")
+        tables = json.loads(path.read_text())
+        if not isinstance(tables, Mapping):
+            raise ValueError(f"a {type(tables).__name__}")
+        if not tables.keys() <= ORDER.keys():
+            tables = {"cuda": tables}
+        for table in tables.values():
+            if not isinstance(table, Mapping):
+                raise ValueError(f"a {type(table).__name__} for a device")
+            for op, backends in table.items():
+                if op not in ("default", *OPS):
+                    raise ValueError(f"the op {op!r}")
+                if (
+                    not isinstance(backends, list)
+                    or backends[-1:] != ["eager"]
+                    or not all(backend in BACKENDS and backends.count(backend) == 1 for backend in backends)
+                ):
+                    raise ValueError(f"{backends!r} for {op}")
     except (OSError, ValueError) as error:
         expected = f"a JSON object of ops (or default) and lists of {', '.join(BACKENDS)}, each once, eager last"
         raise ValueError(f"NORMKERNELS_BACKEND_ORDER: expected {path} to be {expected}; got {error}") from None
-    return {op: tuple(backends) for op, backends in table.items()}
+    return {device: {op: tuple(names) for op, names in table.items()} for device, table in tables.items()}
 
 
 def _check_backend(backend: str, names: tuple[str, ...]) -> None:

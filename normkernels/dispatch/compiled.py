@@ -1,8 +1,8 @@
 """The compiled CUDA kernels, if they are here: normkernels._C, which registers them in PyTorch's dispatcher.
 
 Python is not in the path of a call that they serve. They hand on a call that they do not serve, by calling
-``normkernels_next::<op>`` with the reason; _library.py defines these ops. Only a torch built for CUDA can load the
-extension, so any other torch does not try.
+``normkernels_next::<op>`` (fallback.py). Only a torch built for CUDA can load the extension, so any other torch does
+not try.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 
 from normkernels import _build
 from normkernels._torch import has_kernel
+from normkernels.dispatch.record import Request
 from normkernels.triton.support import first_line
 
 PACKAGE = Path(__file__).resolve().parent.parent
-OTHER_GPU = "expected a GPU that the extension was compiled for"  # csrc/plans.cu begins this reason so
 REBUILD = "build again with `pip install --no-build-isolation --force-reinstall --no-deps .`"
 
 
@@ -54,27 +54,33 @@ def availability() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, f"no CUDA device (the extension is built, for {compiled})"
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    refusals = [refusal("moments", device, torch.float32) for device in devices]
-    if all(refusals):
-        return False, refusals[0]
+    if not any(map(compiled_for, devices)):
+        return (
+            False,
+            f"expected a GPU that the extension was compiled for ({compiled}), got sm_{_architecture(devices[0])}",
+        )
     return True, f"compiled CUDA kernels for {compiled}"
 
 
-def refusal(
-    op: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    group_size: int | None = None,
-    plane: Sequence[int] | None = None,
-) -> str:
+def compiled_for(device: torch.device) -> bool:
+    """Return whether the extension has kernels for the architecture of a GPU."""
+    module, _ = load()
+    return module is not None and module.compiled_for(_architecture(device))
+
+
+def refusal(op: str, request: Request) -> str:
     """Return why the kernels do not serve a call, "" if they do; an option that is None is left out of the answer."""
     module, reason = load()
     if module is None:
         return reason
+    type = str(request.data.dtype).removeprefix("torch.")
+    plane = list(request.plane or ())
+    return module.refusal(op, type, request.group_size or 0, plane, _architecture(request.data.device))
+
+
+def _architecture(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
-    type = str(dtype).removeprefix("torch.")
-    return module.refusal(op, type, group_size or 0, list(plane or ()), 10 * major + minor)
+    return 10 * major + minor
 
 
 # Architecture, multiprocessors and a block's shared memory of an H200, for plans where there is no GPU.
@@ -108,10 +114,3 @@ def launch_plan(
 def registered(op: str, key: str) -> bool:
     """Return whether there is a kernel for this dispatch key: a compiled one, unless Python has registered one."""
     return has_kernel(f"normkernels::{op}", key)
-
-
-def set_error(error: BaseException) -> None:
-    """Give the text of an exception to the C++ code that called, which otherwise only learns that there was one."""
-    module, _ = load()
-    if module is not None:
-        module.set_error(f"{type(error).__name__}: {error}")

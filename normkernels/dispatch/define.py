@@ -1,13 +1,13 @@
-"""The one torch.library.Library, and which backend serves an op.
+"""The one torch.library.Library: what ``define`` makes of an op's record.
 
 PyTorch's dispatcher is the only dispatcher. Every op is defined here once, with its eager implementation under
 CompositeExplicitAutograd: that is the fallback on every device. The faster backends' implementations are registered
-under their device's key and so take precedence there: the compiled ones by the extension, the others from here, over
-the compiled ones. ``use_backend`` replaces the registrations from here for the time of a ``with`` block, which costs
+under their device's key and so take precedence there: the compiled ones by the extension, the others by choose.py, over
+the compiled ones. ``use_backend`` replaces the registrations of choose.py for the time of a ``with`` block, which costs
 nothing outside of it.
 
-A compiled kernel leaves a call to the next backend by calling the op's twin in the namespace ``normkernels_next``,
-which takes the reason as a last argument.
+A compiled kernel leaves a call to the next backend by calling the op's twin in the namespace ``normkernels_next``, with
+the arguments that it got (fallback.py).
 """
 
 from __future__ import annotations
@@ -17,61 +17,45 @@ from typing import Any
 
 import torch
 
-from normkernels.dispatch import vmap
-from normkernels.dispatch.fallback import falling_back, handed_on, reporting
+from normkernels.dispatch import fallback, vmap
 from normkernels.dispatch.precision import full_precision
-from normkernels.dispatch.record import _FUNCTIONS, _IMPLEMENTATIONS
+from normkernels.dispatch.record import IMPLEMENTATIONS, OPS, Op
 from normkernels.triton import launch
 
 LIBRARY = torch.library.Library("normkernels", "DEF")
-
 NEXT = torch.library.Library("normkernels_next", "DEF")
 
 
-def define(
-    schema: str,
-    *,
-    eager: Callable[..., Any],
-    fake: Callable[..., Any],
-    autograd: type[torch.autograd.Function] | None = None,
-    triton: str | None = None,
-) -> None:
-    """Define an op by its schema, with the eager implementation, the shape function (fake) and its gradient.
+def define(op: Op) -> Op:
+    """Define an op in PyTorch's dispatcher, with all that its record gives, and return the record.
 
-    triton: the module whose function of the op's name is the Triton implementation; it serves CUDA tensors, and
-    what it does not support falls back to eager, with one warning for each reason.
-
-    The public functions apply ``autograd`` themselves: it is cheaper than the registration, and forward-mode
-    differentiation raises where the registration would return zeros. The raw op has it registered all the same, for
-    exported programs, in which nothing but the raw op is left.
+    The public functions apply ``autograd`` themselves (autograd.py): it is cheaper than the registration, and
+    forward-mode differentiation raises where the registration would return zeros. The raw op has it registered all the
+    same, for exported programs, in which nothing but the raw op is left.
     """
-    name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    exact = full_precision(eager)
-    LIBRARY.impl(name, exact, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"normkernels::{name}", fake, lib=LIBRARY)
-    if autograd is not None:
-        _FUNCTIONS[name] = autograd
-        torch.library.register_autograd(
-            f"normkernels::{name}", autograd.backward, setup_context=autograd.setup_context, lib=LIBRARY
-        )
-    vmap.register(name, autograd, LIBRARY)
-    _IMPLEMENTATIONS[name] = {"eager": exact}
-    kernels = None
-    if triton is not None:
-        kernels = launch.implementation(triton, name)
-        _IMPLEMENTATIONS[name]["triton"] = falling_back(name, kernels, exact)
-    parameters, _, results = schema.partition(") ->")
-    NEXT.define(f"{parameters}, str reason) ->{results}".replace("str ", "int[] "))
-    texts = [i for i, one in enumerate(parameters.split(", ")) if "str " in one]
-    NEXT.impl(name, reporting(handed_on(name, kernels, exact, texts)), "CompositeExplicitAutograd")
+    full_name = f"normkernels::{op.name}"
+    exact = full_precision(op.eager)
+    LIBRARY.define(op.schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    LIBRARY.impl(op.name, exact, "CompositeExplicitAutograd")
+    torch.library.register_fake(full_name, op.fake, lib=LIBRARY)
+    if op.autograd is not None:
+        backward, setup_context = op.autograd.backward, op.autograd.setup_context
+        torch.library.register_autograd(full_name, backward, setup_context=setup_context, lib=LIBRARY)
+    if op.channels is not None:
+        torch.library.register_vmap(full_name, vmap.rule(op.channels, op.raw), lib=LIBRARY)
+        if op.autograd is not None:
+            op.autograd.vmap = staticmethod(vmap.rule(op.channels, op.autograd.apply))  # type: ignore[method-assign]
+    OPS[op.name], IMPLEMENTATIONS[op.name] = op, {"eager": exact}
+    if op.triton:
+        kernels = launch.implementation(op.triton_module, op.name)
+        IMPLEMENTATIONS[op.name]["triton"] = fallback.from_triton(op.name, kernels, exact)
+    NEXT.define(op.schema)
+    NEXT.impl(op.name, fallback.from_compiled(op), "CompositeExplicitAutograd")
+    return op
 
 
 def differentiable(op: str) -> Callable[..., Any]:
     """Return an op with its gradient, for gradients that are another op's, whose module imports theirs."""
-    return _FUNCTIONS[op].apply
-
-
-def ops() -> tuple[str, ...]:
-    """Return the names of all ops, in order of definition."""
-    return tuple(_IMPLEMENTATIONS)
+    autograd = OPS[op].autograd
+    assert autograd is not None
+    return autograd.apply

@@ -6,6 +6,8 @@ refuses an op wherever the environment has CI set, and its fake with symbolic si
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 
 from normkernels._torch import constant
@@ -17,10 +19,9 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
-def check_running_statistics() -> None:
-    """Raise in an export: functions that use a batch's statistics call this. Exports of them would fail later."""
-    if exporting():
-        raise ValueError(
-            "torch.onnx.export: expected layers in evaluation mode with running statistics, got one that uses the "
-            "batch's; call model.eval(), and leave track_running_stats=True"
-        )
+def refuse_batch_statistics(*_: object) -> NoReturn:
+    """Raise in place of an op that uses a batch's statistics; an export of it would fail later."""
+    raise ValueError(
+        "torch.onnx.export: expected layers in evaluation mode with running statistics, got one that uses the "
+        "batch's; call model.eval(), and leave track_running_stats=True"
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -99,24 +99,11 @@ def split(total: int, groups: int, block: int, device: torch.device, waves: int 
     return Split(-(-total // chunk), chunk)
 
 
-# Op on activations -> kernels whose entries depend on its data.
-PASSES = {
-    "moments": ("moments",),
-    "cross_moments": ("cross_moments",),
-    "whiten": ("mix",),
-    "stacked_mix": ("stacked_mix",),
-    "iter_norm": ("moments", "mix"),
-    "iter_norm_backward": ("cross_moments", "stacked_mix"),
-    "pop_norm": ("moments", "mix"),
-    "pop_norm_backward": ("cross_moments", "stacked_mix"),
-}
-
-
-def check_entries(op: str, tensor: Tensor, group_size: int) -> None:
-    """Raise Unsupported where the table leaves an op on data like this to plain PyTorch."""
+def check_entries(kernels: Sequence[str], tensor: Tensor, group_size: int) -> None:
+    """Raise Unsupported where the table has no configuration of one of these passes over data like this."""
     if tensor.dim() >= 2:
         layout = columns(tensor).layout
-        for kernel in PASSES.get(op, ()):
+        for kernel in kernels:
             configuration(kernel, tile_size(group_size), layout, tensor.dtype, architecture(tensor.device))
 
 

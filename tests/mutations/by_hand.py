@@ -34,7 +34,7 @@ BY_HAND = (
     Mutation("primitives.inverse_sqrt.eager:newton", "P = unless(stops, P, bmm(P, Q))", "P = bmm(P, Q)"),
     Mutation("primitives.inverse_sqrt.eager:newton_adjoint", "dM, alpha=2.25)", "dM, alpha=2.0)"),
     Mutation("primitives.inverse_sqrt.eager:add_eps", "cov + eps * eye_like(cov)", "cov + eps"),
-    Mutation("primitives.inverse_sqrt.eager:inverse_sqrt_adjoint", "0.5 * (E * W)", "(E * W)"),
+    Mutation("primitives.inverse_sqrt.eager:inverse_sqrt_backward", "0.5 * (E * W)", "(E * W)"),
     Mutation("primitives.iter_norm.eager:iter_norm", "beta = -torch.bmm", "beta = torch.bmm"),
     Mutation("primitives.iter_norm.eager:iter_norm_backward", "* (2 / m)", "* (1 / m)"),
     Mutation("primitives.iter_norm.eager:iter_norm_backward", "D = D - f * offset.mT", "D = D"),

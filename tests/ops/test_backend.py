@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import normkernels as nk
-import tests.oracles.run
 from normkernels import _warnings
-from normkernels.dispatch import choose, compiled, define, fallback, record
+from normkernels.dispatch import choose, compiled, fallback
+from normkernels.dispatch.record import IMPLEMENTATIONS, OPS
 from normkernels.triton import support
 from tests.oracles import inputs
-from tests.oracles.run import Config, incoming_gradient, oracle, plain_path, run
-from tests.tolerances import assert_iter_norm
+from tests.oracles.run import Config, incoming_gradient, run
 
-OPS = define.ops()
 MISSING = [name for name in choose.BACKENDS if not choose.availability(name)[0]]
 
 
@@ -98,7 +92,7 @@ def served_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     monkeypatch.setattr(support, "installed", lambda: True)
     monkeypatch.setattr(support, "interpreted", lambda: True)
-    implementations = record._IMPLEMENTATIONS["iter_norm"]
+    implementations = IMPLEMENTATIONS["iter_norm"]
 
     def noting(*args: object) -> object:
         calls.append("iter_norm")
@@ -125,7 +119,7 @@ def test_another_backend_takes_over_inside_the_block_only(monkeypatch: pytest.Mo
 def test_backend_without_an_op_leaves_it_to_eager(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> None:
     """A backend may implement one op only; backend_of must say who really serves the others."""
     served_by(monkeypatch)
-    monkeypatch.delitem(record._IMPLEMENTATIONS["moments"], "triton")
+    monkeypatch.delitem(IMPLEMENTATIONS["moments"], "triton")
     with nk.use_backend("triton"):
         count, mean, _ = nk.ops.moments(x, 8)
         assert nk.backend_of("moments", x) == "eager"
@@ -171,17 +165,30 @@ def ordered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
 
 
 def test_the_order_names_every_backend_and_ends_with_eager() -> None:
-    for op, backends in choose.ORDER.items():
-        assert op in ("default", *OPS)
-        assert sorted(backends) == sorted(choose.BACKENDS) and backends[-1] == "eager"
+    for device, table in choose.ORDER.items():
+        assert device in choose.KEYS and "default" in table
+        for op, backends in table.items():
+            assert op in ("default", *OPS) and set(backends) <= set(choose.BACKENDS) and backends[-1] == "eager"
+    assert sorted(choose.ORDER["cuda"]["default"]) == sorted(choose.BACKENDS)
 
 
 def test_an_order_of_ones_own(ordered: Callable[[str], None]) -> None:
-    ordered('{"whiten": ["triton", "cuda", "eager"], "default": ["cuda", "eager"]}')
-    assert choose._candidates("whiten") == ("triton", "cuda")
-    assert choose._candidates("moments") == ("cuda",)
-    assert choose._next_backends("whiten") == ("eager",)
-    assert choose._next_backends("moments") == ("eager",)
+    table = '{"whiten": ["triton", "cuda", "eager"], "default": ["cuda", "eager"]}'
+    for text in (table, f'{{"cuda": {table}}}'):
+        ordered(text)
+        with nk.use_backend("auto"):
+            assert choose.candidates("whiten", "cuda") == ("triton", "cuda", "eager")
+            assert choose.candidates("moments", "cuda") == ("cuda", "eager")
+            assert choose.candidates("whiten", "cpu") == choose.candidates("whiten", "xpu") == ("eager",)
+
+
+def test_an_order_for_a_cpu(ordered: Callable[[str], None], x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device's own order decides there, as it will for kernels that are compiled for it."""
+    ordered('{"cpu": {"iter_norm": ["triton", "eager"]}}')
+    calls = served_by(monkeypatch)
+    with nk.use_backend("auto"):
+        nk.ops.iter_norm(x, 8)
+    assert calls == ["iter_norm"]
 
 
 @pytest.mark.parametrize(
@@ -194,6 +201,8 @@ def test_an_order_of_ones_own(ordered: Callable[[str], None]) -> None:
         ('{"whiten": ["cpu", "eager"]}', "['cpu', 'eager'] for whiten"),
         ('{"whiten": "eager"}', "'eager' for whiten"),
         ('{"whiten": [1, "eager"]}', "[1, 'eager'] for whiten"),
+        ('{"cpu": ["eager"]}', "a list for a device"),
+        ('{"cpu": {"whiten": "eager"}}', "'eager' for whiten"),
         ("{", "Expecting"),
     ],
 )
@@ -252,7 +261,7 @@ class OnGpu:
 
 def test_who_serves_and_why(served: None, monkeypatch: pytest.MonkeyPatch) -> None:
     refusals = []
-    monkeypatch.setattr(compiled, "refusal", lambda op, device, dtype, **_: refusals[-1])
+    monkeypatch.setattr(compiled, "refusal", lambda op, request: refusals[-1])
     monkeypatch.setattr(support, "check_supported", lambda tensor, **_: None)
     monkeypatch.setattr(support, "installed", lambda: True)
     monkeypatch.setattr(support, "interpreted", lambda: True)
@@ -279,122 +288,73 @@ def test_the_extension_is_not_tried_without_cuda() -> None:
 
 
 @pytest.fixture
-def handed_on(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> Callable[..., Any]:
-    """Return a function that calls moments of x as C++ does, with a reason."""
+def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Return a function that gives the reason why the compiled kernels serve no call."""
     monkeypatch.setattr(_warnings, "warned", set())
-    return lambda reason, x=x: torch.ops.normkernels_next.moments(x, 8, False, list(reason.encode()))
+    monkeypatch.setattr(compiled, "compiled_for", lambda device: True)
+    return lambda reason: monkeypatch.setattr(compiled, "refusal", lambda op, request: reason)
 
 
 def test_every_op_has_a_next_one() -> None:
     for op in OPS:
         schema = str(getattr(torch.ops.normkernels, op).default._schema)
-        expected = schema.replace("normkernels::", "normkernels_next::").replace("str ", "int[] ")
-        expected = expected.replace(") ->", ", int[] reason) ->")
-        assert str(getattr(torch.ops.normkernels_next, op).default._schema) == expected
+        next_schema = str(getattr(torch.ops.normkernels_next, op).default._schema)
+        assert next_schema == schema.replace("normkernels::", "normkernels_next::")
 
 
-def test_it_warns_once_for_each_reason(handed_on: Callable[..., Any], x: Tensor) -> None:
+def test_it_warns_once_for_each_reason(refused: Callable[[str], None], x: Tensor) -> None:
     for reason in ("expected smaller groups", "expected a newer GPU"):
+        refused(reason)
         with pytest.warns(UserWarning, match=f"^moments: plain PyTorch instead of the CUDA kernels: {reason}$"):
-            mean, _, cov = handed_on(reason)
-        handed_on(reason)
+            mean, _, cov = torch.ops.normkernels_next.moments(x, 8, False)
+        torch.ops.normkernels_next.moments(x, 8, False)
     expected = nk.ops.moments(x, 8)
     assert torch.equal(mean.float(), expected[1]) and torch.equal(cov, expected[2])
 
 
-def test_without_a_reason_nothing_is_said(handed_on: Callable[..., Any]) -> None:
-    handed_on("")
+def test_a_gpu_that_was_not_compiled_for_is_one_reason(
+    refused: Callable[[str], None], x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused("expected sm_80, got sm_75")
+    monkeypatch.setattr(compiled, "compiled_for", lambda device: False)
+    with pytest.warns(UserWarning, match="^plain PyTorch instead of the CUDA kernels: expected sm_80, got sm_75$"):
+        torch.ops.normkernels_next.moments(x, 8, False)
+    torch.ops.normkernels_next.cross_moments(x, x, torch.zeros(8), 8)
+
+
+def test_without_a_reason_nothing_is_said(refused: Callable[[str], None], x: Tensor) -> None:
+    refused("")
+    torch.ops.normkernels_next.moments(x, 8, False)
 
 
 @pytest.mark.parametrize("reason", ["expected smaller groups", ""])
-def test_triton_is_next_on_a_gpu(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If it cannot serve either, one warning says so, whichever of the two has something to say."""
-    monkeypatch.setattr(support, "installed", lambda: True)
-    monkeypatch.setattr(fallback, "device_of", lambda args: torch.device("cuda"))
-    monkeypatch.setattr(_warnings, "warned", set())
-    refusals = [""]
+def test_triton_is_next_on_a_gpu(
+    reason: str, refused: Callable[[str], None], x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it cannot serve either, one warning says so."""
+    refused(reason)
+    unsupported = [""]
 
-    def kernels(*args: object) -> str:
-        if refusals[-1]:
-            raise support.Unsupported(refusals[-1])
-        return "triton"
+    def check_supported(tensor: Tensor, **_: object) -> None:
+        if unsupported[-1]:
+            raise support.Unsupported(unsupported[-1])
 
-    serve = fallback.handed_on("moments", kernels, lambda *args: ("eager", *args[1:]))
+    def served_by(backend: str) -> Callable[..., str]:
+        return lambda *args: backend
+
+    monkeypatch.setattr(choose, "candidates", lambda op, device: choose.BACKENDS)  # as on a GPU
+    monkeypatch.setattr(choose, "availability", lambda backend: (True, ""))
+    monkeypatch.setattr(choose, "_chosen", "triton")  # it serves a CPU tensor only then
+    monkeypatch.setattr(support, "check_supported", check_supported)
+    for backend in ("triton", "eager"):
+        monkeypatch.setitem(IMPLEMENTATIONS["moments"], backend, served_by(backend))
+    serve = fallback.from_compiled(OPS["moments"])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert serve(None, 8, reason.encode()) == "triton"
-        refusals.append("expected another type")
-        assert serve(None, 8, reason.encode()) == ("eager", 8)
+        assert serve(x, 8, False) == "triton"
+        unsupported.append("expected another type")
+        assert serve(x, 8, False) == "eager"
     said = [str(warning.message) for warning in caught]
-    if reason:
-        assert said == [f"moments: {who} instead of the CUDA kernels: {reason}" for who in ("Triton", "plain PyTorch")]
-    else:
-        assert said == ["moments: plain PyTorch instead of the Triton kernels: expected another type"]
-
-
-def test_an_error_leaves_its_text_for_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts: list[str] = []
-    extension = type("Extension", (), {"set_error": staticmethod(texts.append)})
-    monkeypatch.setattr(compiled, "load", lambda: (extension, ""))
-
-    def broken(*args: object) -> object:
-        raise ValueError("expected better")
-
-    with pytest.raises(ValueError, match="expected better"):
-        fallback.reporting(broken)()
-    assert texts == ["ValueError: expected better"]
-
-
-# --- from the outside -----------------------------------------------------------------------------------------------
-
-
-PROGRAM = """
-import torch, normkernels as nk
-x = torch.randn(9, 4)
-with nk.use_backend("eager"):
-    nk.ops.iter_norm(x)
-print(nk.backend_of("iter_norm", nk.ops.iter_norm(x)[0]))
-"""
-
-
-def import_with(backend: str | None) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "NORMKERNELS_BACKEND"}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    if backend is not None:
-        environment["NORMKERNELS_BACKEND"] = backend
-    command = [sys.executable, "-W", "error", "-c", PROGRAM]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.parametrize("backend", [None, "eager"])
-def test_environment(backend: str | None) -> None:
-    """A use_backend block works inside of that choice, too, and nothing is written to stderr."""
-    done = import_with(backend)
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "eager", "")
-
-
-def test_unknown_backend_in_the_environment() -> None:
-    done = import_with("fast")
-    assert done.returncode != 0
-    assert "ValueError: NORMKERNELS_BACKEND" in done.stderr and "eager" in done.stderr and "'fast'" in done.stderr
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("layout", inputs.LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("method", ["newton", "eigh"])
-def test_eager_on_cuda(layout: str, dtype: torch.dtype, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fallback runs on every device unchanged, and TF32 does not reach it."""
-    shape, lay_out = inputs.LAYOUTS[layout]
-    config = Config(method=method, eps=1e-3)
-    x = lay_out(inputs.gaussian(shape, dtype=dtype))
-    dy = incoming_gradient(x)
-    expected = oracle(config, x, dy), plain_path(config, x, dy)
-    monkeypatch.setattr(tests.oracles.run, "device", torch.device("cuda", 0))
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        with nk.use_backend("eager"):
-            got = run(nk.ops.iter_norm, config, x, dy)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = "none"
-    assert_iter_norm(got, *expected, x, dy, None, config)
+    assert said == [
+        f"moments: {who} instead of the CUDA kernels: {reason}" for who in ("Triton", "plain PyTorch") if reason
+    ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import normkernels as nk
-from normkernels.dispatch import define, record
+from normkernels.dispatch import record
 from tests import backends
 from tests.ops import test_inverse_sqrt, test_iter_norm, test_moments, test_pop_norm, test_precondition, test_whiten
 from tests.ops.test_library import RAW, arguments, spectral_arguments
@@ -97,8 +97,8 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
 @SIMT
 def test_every_op_is_registered() -> None:
     registered = torch._C._dispatch_has_kernel_for_dispatch_key
-    assert {op for op in define.ops() if registered(f"normkernels_simt::{op}", "CPU")} == set(SERVED)
-    assert {op for op in define.ops() if "cuda" in record._IMPLEMENTATIONS[op]} == set(SERVED)
+    assert {op for op in record.OPS if registered(f"normkernels_simt::{op}", "CPU")} == set(SERVED)
+    assert {op for op in record.OPS if "cuda" in record.IMPLEMENTATIONS[op]} == set(SERVED)
 
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import normkernels as nk
-from normkernels.dispatch import choose, define
+from normkernels.dispatch import choose, record
 from tests import backends
 from tests.ops import test_iter_norm, test_moments, test_pop_norm, test_precondition
 from tests.ops.test_cuda import SERVED, TYPES, equal, given, name, on_device, raw, step
@@ -26,9 +26,9 @@ pytestmark = [
 
 
 def test_every_op_is_registered() -> None:
-    assert choose._compiled == {(op, "CUDA") for op in SERVED}
+    assert choose._compiled == {(op, "cuda") for op in SERVED}
     x = torch.empty(2, 8, 8, 8, device="cuda")
-    assert {op for op in define.ops() if nk.backend_of(op, x) == "cuda"} == set(SERVED)
+    assert {op for op in record.OPS if nk.backend_of(op, x) == "cuda"} == set(SERVED)
 
 
 ELSEWHERE = [

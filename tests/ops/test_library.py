@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import normkernels as nk
-from normkernels.dispatch import define
+from normkernels.dispatch.record import OPS
 from tests.oracles import inputs
 from tests.tolerances import assert_agree
 
@@ -21,9 +21,6 @@ from tests.tolerances import assert_agree
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
 
 LAYOUTS = ["NC", "NLC", "NCHW", "NHWC", "NHWC-1x1", "NCHW-cropped", "NCHW-channel-slice", "NDHWC"]
-DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["float64", "float32", "bfloat16"]
-)
 
 
 def data(layout: str, dtype: torch.dtype) -> Tensor:
@@ -31,83 +28,14 @@ def data(layout: str, dtype: torch.dtype) -> Tensor:
     return lay_out(inputs.gaussian(shape, dtype=dtype, group_size=4))
 
 
-def arguments(op: str, x: Tensor, method: str = "newton", affine: bool = True) -> tuple[Any, ...]:
-    """Return what the package itself passes to a raw op for two groups of four channels."""
-    stat = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight, bias = (torch.linspace(-1, 2, 8, dtype=x.dtype) if affine else None for _ in range(2))
-    raw = torch.ops.normkernels
-    mean, _, cov = raw.moments(x, 4, False)
-    w, saved_matrix, scale = raw.inverse_sqrt(cov, 3, 1e-3, False, method == "eigh")
-    grad = torch.ones((), dtype=x.dtype).expand(x.shape)
-    return {
-        "moments": (x, 4, method == "eigh"),
-        "cross_moments": (grad, x, mean, 4),
-        "inverse_sqrt": (cov, 3, 1e-3, False, method == "eigh"),
-        "inverse_sqrt_backward": (torch.ones(2, 4, 4, dtype=stat), w, saved_matrix, scale, 3, True, method == "eigh"),
-        "whiten": (x, mean, w, weight, bias),
-        "stacked_mix": (grad, x, mean, mean, torch.cat((w, w), 2), mean),
-        "iter_norm": (x, weight, bias, 4, 3, 1e-3, False, method == "eigh"),
-        "iter_norm_backward": (grad, x, weight, mean, w, saved_matrix, scale, 3, False, method == "eigh"),
-        "pop_norm": (x, weight, bias, 4.0, 1e-3, True, True),
-        "pop_norm_backward": (grad, x, weight, bias, mean, mean.square(), 4.0, 1e-3, True, True),
-    }[op]
+def samples(op: str, x: Tensor) -> list[tuple[Any, ...]]:
+    """Return the record's samples of an op's arguments, for groups of four channels."""
+    return list(OPS[op].samples(x, 4))
 
 
-def spectral_arguments(op: str, z: Tensor, weight_dtype: torch.dtype | None = None) -> tuple[Any, ...]:
-    """Return arguments for z (N, 8, H, W): a window that leaves out a border and every other column."""
-    weight = torch.linspace(-1, 2, 8 * 2 * 3 * 2, dtype=weight_dtype or z.dtype).view(8, 2, 3, 2)
-    h, w = z.shape[2:]
-    size = [max(h, 3), max(w, 2)]
-    raw = torch.ops.normkernels
-    v = raw.kernel_spectrum(weight, size, 1e-3, [1, 1])
-    whole, target = [0, 1, 0, 1], [1, 1, size[0] - 1, 0, 2, (size[1] + 1) // 2]
-    y = torch.ones((), dtype=z.dtype).expand(*z.shape[:2], target[2], target[5])
-    return {
-        "kernel_spectrum": (weight, size, 1e-3, [1, 1]),
-        "kernel_spectrum_backward": (torch.ones_like(v), weight, 1e-3, [1, 1]),
-        "spectral_filter": (z, v, whole, target),
-        "cross_spectrum": (y, z, size, [*target[:2], *target[3:5]], whole),
-    }[op]
-
-
-RAW = [
-    "moments", "cross_moments", "inverse_sqrt", "inverse_sqrt_backward", "whiten", "stacked_mix", "iter_norm",
-    "iter_norm_backward", "pop_norm", "pop_norm_backward",
-]  # fmt: skip
-SPECTRAL = ["kernel_spectrum", "kernel_spectrum_backward", "spectral_filter", "cross_spectrum"]
-
-
-def test_every_op_is_checked_here() -> None:
-    assert {*RAW, *SPECTRAL, "precondition"} == set(define.ops())
-
-
-@DTYPES
-def test_opcheck_of_precondition(dtype: torch.dtype) -> None:
-    """It changes the gradients and nothing else, as its schema says."""
-    stat = torch.float64 if dtype == torch.float64 else torch.float32
-    weights = [torch.randn(4, 3, 2, 2, dtype=dtype), torch.randn(6, 2, dtype=dtype)]
-    biases = [torch.randn(4, dtype=dtype), torch.empty(0, dtype=dtype)]
-    statistics = [torch.rand(3, dtype=stat), torch.rand(2, dtype=stat)]
-    torch.library.opcheck(
-        torch.ops.normkernels.precondition.default,
-        (weights, biases, statistics, [s + 1 for s in statistics], [1, 1], [1.0, 2.0], 1e-2, 1e-4),
-    )
-
-
-@pytest.mark.parametrize("op", SPECTRAL)
-@DTYPES
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NCHW-cropped", "NCHW-channel-slice"])
-def test_opcheck_of_spectral_ops(op: str, layout: str, dtype: torch.dtype) -> None:
-    given = spectral_arguments(op, data(layout, dtype))
-    torch.library.opcheck(getattr(torch.ops.normkernels, op).default, given)
-
-
-@pytest.mark.parametrize("op", ["kernel_spectrum", "spectral_filter", "cross_spectrum"])
-@pytest.mark.parametrize("shape", [(2, 8, 17, 34), (0, 8, 3, 4), (1, 8, 3, 2)], ids=str)
-def test_opcheck_of_spectral_gradients(op: str, shape: tuple[int, ...]) -> None:
-    given = spectral_arguments(op, torch.randn(shape))
-    leaves = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in given]
-    torch.library.opcheck(getattr(torch.ops.normkernels, op).default, tuple(leaves))
+def check(op: str, given: tuple[Any, ...]) -> None:
+    """Check the schema (mutation, aliasing), the fake (shapes, strides, types), the gradient and symbolic shapes."""
+    torch.library.opcheck(OPS[op].raw, given)
 
 
 # Every layout in one type, every type in two layouts.
@@ -116,36 +44,31 @@ COMBINATIONS = [(layout, torch.float32) for layout in LAYOUTS] + [
 ]
 
 
-@pytest.mark.parametrize("op", RAW)
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("layout", "dtype"), COMBINATIONS, ids=lambda value: str(value).removeprefix("torch."))
 def test_opcheck(op: str, layout: str, dtype: torch.dtype) -> None:
-    """Schema (no mutation, no aliasing), fake (shapes, strides, types) and dispatch with symbolic shapes hold."""
-    torch.library.opcheck(getattr(torch.ops.normkernels, op).default, arguments(op, data(layout, dtype)))
+    check(op, samples(op, data(layout, dtype))[0])
 
 
-@pytest.mark.parametrize("op", RAW)
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "bare"])
-def test_opcheck_of_eigh(op: str, affine: bool) -> None:
-    given = arguments(op, data("NCHW", torch.float32), "eigh", affine)
-    torch.library.opcheck(getattr(torch.ops.normkernels, op).default, given)
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck_of_every_option(op: str) -> None:
+    for given in samples(op, data("NCHW", torch.float32))[1:]:
+        check(op, given)
 
 
-@pytest.mark.parametrize("op", RAW)
-@pytest.mark.parametrize("shape", [(0, 8, 3, 2), (1, 8, 1, 1)], ids=str)
-def test_opcheck_of_small_batches(op: str, shape: tuple[int, ...]) -> None:
-    torch.library.opcheck(getattr(torch.ops.normkernels, op).default, arguments(op, torch.randn(shape)))
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("shape", [(0, 8, 3, 2), (1, 8, 1, 1), (2, 8, 17, 34)], ids=str)
+def test_opcheck_of_batches(op: str, shape: tuple[int, ...]) -> None:
+    if shape[0] or op != "precondition":  # gradients have outputs
+        check(op, samples(op, torch.randn(shape))[0])
 
 
-DIFFERENTIABLE = ["moments", "cross_moments", "inverse_sqrt", "whiten", "iter_norm", "pop_norm"]
-
-
-@pytest.mark.parametrize("op", DIFFERENTIABLE)
+@pytest.mark.parametrize("op", [name for name, op in OPS.items() if op.autograd])
 @pytest.mark.parametrize("layout", ["NC", "NHWC", "NCHW-cropped"])
 def test_opcheck_with_gradients(op: str, layout: str) -> None:
     """The raw ops know their gradients: an exported program holds nothing else."""
-    given = arguments(op, data(layout, torch.float64))
-    leaves = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in given]
-    torch.library.opcheck(getattr(torch.ops.normkernels, op).default, tuple(leaves))
+    given = samples(op, data(layout, torch.float64))[0]
+    check(op, tuple(a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in given))
 
 
 # Compiled. backend="aot_eager" traces forward and backward through fakes and runs the ops as they are.

@@ -135,7 +135,7 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "normkernels":
             with self:
-                return record._IMPLEMENTATIONS[func._opname]["eager"](*args, **(kwargs or {}))
+                return record.IMPLEMENTATIONS[func._opname]["eager"](*args, **(kwargs or {}))
         if func._opname in self.NAMES:
             self.precisions.update(precision_in_force())
         return func(*args, **(kwargs or {}))

@@ -27,7 +27,8 @@ from torch import Tensor
 
 import normkernels as nk
 from normkernels import _warnings
-from normkernels.dispatch import choose, define
+from normkernels.dispatch import choose
+from normkernels.dispatch.record import OPS
 from normkernels.triton import configs, launch, support
 from tests.backends import TRITON
 from tests.oracles import inputs, iternorm
@@ -180,7 +181,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_op_has_kernels() -> None:
     with nk.use_backend("triton"):
-        assert {nk.backend_of(op, gaussian((2, 8, 8))) for op in define.ops()} == {"triton"}
+        assert {nk.backend_of(op, gaussian((2, 8, 8))) for op in OPS} == {"triton"}
 
 
 def test_importing_the_package_does_not_import_triton() -> None:
@@ -416,15 +417,11 @@ def test_layers_do_not_change(name: str, autocast: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
-@pytest.mark.parametrize("op", [op for op in define.ops() if op != "precondition"])
+@pytest.mark.parametrize("op", OPS)
 def test_opcheck(op: str) -> None:
-    from tests.ops.test_library import RAW, arguments, spectral_arguments
-
-    x = inputs.LAYOUTS["NHWC"][1](inputs.gaussian(inputs.SHAPE_4D, dtype=torch.float32, group_size=4))
-    given = arguments(op, x) if op in RAW else spectral_arguments(op, x)
-    given = tuple(value.to(DEVICE) if isinstance(value, Tensor) else value for value in given)
+    x = inputs.LAYOUTS["NHWC"][1](gaussian(inputs.SHAPE_4D, group_size=4))
     with nk.use_backend("triton"):
-        torch.library.opcheck(getattr(torch.ops.normkernels, op).default, given)
+        torch.library.opcheck(OPS[op].raw, next(iter(OPS[op].samples(x, 4))))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
@@ -530,44 +527,27 @@ def test_a_table_that_is_none(text: str | None, tmp_path: Path) -> None:
         configs.read_table(path)
 
 
+@pytest.mark.parametrize("op", [op for op, record in OPS.items() if record.passes])
 @pytest.mark.parametrize("d", [8, 1])
-def test_the_answer_knows_the_entries_that_an_op_looks_up(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """launch.PASSES says which entries these are; the launchers look them up."""
+def test_the_answer_knows_the_entries_that_an_op_looks_up(op: str, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record says which entries these are; the launchers look them up."""
     looked_up: list[str] = []
-    singles: tuple[str, ...] = ()
+    x = gaussian((9, 8))
+    arguments = next(iter(OPS[op].samples(x, d)))
+    size = configs.tile_size(OPS[op].request(*arguments).group_size)
 
-    def noting(kernel: str, size: int, *key: Any) -> configs.Config:
+    def noting(kernel: str, found: int, *key: Any) -> configs.Config:
         if kernel not in ("merge", "newton"):
             looked_up.append(kernel)
-            assert size == (1 if kernel in singles else configs.tile_size(d))
-        return configs.configuration(kernel, size, *key)
+            assert found == size
+        return configs.configuration(kernel, found, *key)
 
     for module in LAUNCHERS:
         if hasattr(importlib.import_module(module), "configuration"):
             monkeypatch.setattr(importlib.import_module(module), "configuration", noting)
-    x = gaussian((9, 8))
-    raw = torch.ops.normkernels
-    found = {}
     with nk.use_backend("triton"):
-        mean = raw.moments(x, d, False)[0]
-        y, _, W, S, scale = raw.iter_norm(x, None, None, d, 5, 1e-5, False, False)
-        options = 4.0, 1e-5, True, True
-        calls = {
-            "moments": lambda: raw.moments(x, d, False),
-            "cross_moments": lambda: raw.cross_moments(x, x, mean, d),
-            "whiten": lambda: raw.whiten(x, mean, W, None, None),
-            "stacked_mix": lambda: raw.stacked_mix(x, x, mean, mean, torch.cat((W, W), 2), mean),
-            "iter_norm": lambda: raw.iter_norm(x, None, None, d, 5, 1e-5, False, False),
-            "iter_norm_backward": lambda: raw.iter_norm_backward(y, x, None, mean, W, S, scale, 5, False, False),
-            "pop_norm": lambda: raw.pop_norm(x, None, None, *options),
-            "pop_norm_backward": lambda: raw.pop_norm_backward(x, x, None, None, mean, mean, *options),
-        }
-        for op, call in calls.items():
-            looked_up.clear()
-            singles = launch.PASSES[op] if op.startswith("pop_norm") else ()
-            call()
-            found[op] = tuple(looked_up)
-    assert found == launch.PASSES
+        OPS[op].raw(*arguments)
+    assert tuple(looked_up) == OPS[op].passes
 
 
 def test_a_group_size_beyond_the_channels_is_one_group() -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 import normkernels as nk
-from normkernels.dispatch import define
-from normkernels.dispatch.vmap import DIMENSIONS
-from tests.ops.test_library import FUNCTIONS, SPECTRAL, arguments, data, spectral_arguments
+from normkernels.dispatch.record import OPS
+from tests.ops import test_library
+from tests.ops.test_library import FUNCTIONS, data
 from tests.tolerances import assert_agree
 
 MODELS = 3
@@ -23,7 +23,7 @@ def samples(op: str) -> list[tuple[Any, ...]]:
     found = []
     for i in range(MODELS):
         x = (data("NCHW", torch.float64) * (i + 1)).roll(i, 0).cos()
-        given = spectral_arguments(op, x) if op in SPECTRAL else arguments(op, x)
+        given = test_library.samples(op, x)[0]
         found.append(tuple(a + 0.1 * i if isinstance(a, Tensor) and a.dim() == 1 else a for a in given))
     return found
 
@@ -34,11 +34,11 @@ def tuple_of(result: Any) -> list[Tensor]:
 
 def test_every_op_has_a_rule() -> None:
     """Only the op that changes its arguments has none."""
-    assert set(define.ops()) - set(DIMENSIONS) == {"precondition"}
+    assert {name for name, op in OPS.items() if op.channels is None} == {"precondition"}
 
 
 @pytest.mark.parametrize("mapped", ["all", "first", "others", "last-dim"])
-@pytest.mark.parametrize("op", DIMENSIONS)
+@pytest.mark.parametrize("op", [name for name, op in OPS.items() if op.channels])
 def test_ops(op: str, mapped: str) -> None:
     call, given = getattr(torch.ops.normkernels, op), samples(op)
     tensors = [i for i, a in enumerate(given[0]) if isinstance(a, Tensor)]

@@ -155,10 +155,10 @@ def sanitizing() -> bool:
 @functools.cache
 def load(library: Path) -> torch.library.Library:
     """Register a built library's ops under ``torch.ops.normkernels_simt``, for as long as the result lives."""
-    from normkernels.dispatch import define
+    from normkernels.dispatch import record
 
     definitions = torch.library.Library(NAMESPACE, "DEF")
-    for op in define.ops():
+    for op in record.OPS:
         schema = getattr(torch.ops.normkernels, op).default._schema
         definitions.define(str(schema).removeprefix("normkernels::"))
     torch.ops.load_library(library)
@@ -168,12 +168,12 @@ def load(library: Path) -> torch.library.Library:
 @functools.cache
 def install(library: Path) -> None:
     """Make ``use_backend("cuda")`` serve CPU tensors by a built library's ops."""
-    from normkernels.dispatch import compiled, define, record
+    from normkernels.dispatch import compiled, record
 
     load(library)
-    for op in define.ops():
+    for op in record.OPS:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", "CPU"):
-            record._IMPLEMENTATIONS[op]["cuda"] = getattr(getattr(torch.ops, NAMESPACE), op).default
+            record.IMPLEMENTATIONS[op]["cuda"] = getattr(getattr(torch.ops, NAMESPACE), op).default
     compiled.availability = lambda: (True, "CUDA kernels compiled for the CPU")
 
 

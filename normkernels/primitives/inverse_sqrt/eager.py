@@ -137,7 +137,7 @@ def _by_eigenvalues(cov: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(finite, bmm(U / s.unsqueeze(-2), U.mT), torch.nan), U, s
 
 
-def inverse_sqrt_adjoint(
+def inverse_sqrt_backward(
     grad: Tensor, W: Tensor, saved_matrix: Tensor, saved_scale: Tensor, num_iterations: int, frobenius: bool, eigh: bool
 ) -> Tensor:
     """Return sym dL/dcov for grad = dL/dW."""

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from normkernels._checks import check_inverse_sqrt_options, check_tensor
+from normkernels.dispatch.autograd import call
 from normkernels.dispatch.define import define
 from normkernels.dispatch.precision import full_precision
-from normkernels.primitives.inverse_sqrt import eager
+from normkernels.dispatch.record import Op, Request
+from normkernels.primitives.inverse_sqrt import eager, reference
 
 
 def inverse_sqrt(
@@ -50,7 +52,7 @@ def inverse_sqrt(
     if cov.dim() != 3 or cov.shape[1] != cov.shape[2]:
         raise ValueError(f"cov: expected shape (G, d, d), got {tuple(cov.shape)}")
     frobenius, eigh = check_inverse_sqrt_options(num_iterations, eps, scaling, method)
-    W: Tensor = _InverseSqrt.apply(cov, num_iterations, float(eps), frobenius, eigh)[0]
+    W: Tensor = call(INVERSE_SQRT, cov, num_iterations, float(eps), frobenius, eigh)[0]
     return W
 
 
@@ -93,7 +95,7 @@ def _differentiable_adjoint(
             "the second derivative exists for method='newton'"
         )
     W, saved_matrix, saved_scale = eager.inverse_sqrt(eager.sym(cov), num_iterations, eps, frobenius, eigh)
-    return eager.inverse_sqrt_adjoint(grad, W, saved_matrix, saved_scale, num_iterations, frobenius, eigh)
+    return eager.inverse_sqrt_backward(grad, W, saved_matrix, saved_scale, num_iterations, frobenius, eigh)
 
 
 def _fake(cov: Tensor, num_iterations: int, eps: float, frobenius: bool, eigh: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,17 +114,32 @@ def _backward_fake(
     return grad.new_empty(grad.shape)
 
 
-define(
-    "inverse_sqrt(Tensor cov, int num_iterations, float eps, bool frobenius, bool eigh) -> (Tensor, Tensor, Tensor)",
-    eager=eager.inverse_sqrt,
-    triton="normkernels.primitives.inverse_sqrt.triton",
-    autograd=_InverseSqrt,
-    fake=_fake,
+INVERSE_SQRT = define(
+    Op(
+        schema="inverse_sqrt(Tensor cov, int num_iterations, float eps, bool frobenius, bool eigh) "
+        "-> (Tensor, Tensor, Tensor)",
+        eager=eager.inverse_sqrt,
+        triton=True,
+        fake=_fake,
+        autograd=_InverseSqrt,
+        channels=((0,), (0, 0, 0)),
+        request=lambda cov, *_: Request(cov, cov.shape[1]),
+        reference=reference.inverse_sqrt,
+        tolerance=reference.tolerance,
+        samples=reference.samples,
+    )
 )
-define(
-    "inverse_sqrt_backward(Tensor grad, Tensor W, Tensor saved_matrix, Tensor saved_scale, int num_iterations, "
-    "bool frobenius, bool eigh) -> Tensor",
-    eager=eager.inverse_sqrt_adjoint,
-    triton="normkernels.primitives.inverse_sqrt.triton",
-    fake=_backward_fake,
+INVERSE_SQRT_BACKWARD = define(
+    Op(
+        schema="inverse_sqrt_backward(Tensor grad, Tensor W, Tensor saved_matrix, Tensor saved_scale, "
+        "int num_iterations, bool frobenius, bool eigh) -> Tensor",
+        eager=eager.inverse_sqrt_backward,
+        triton=True,
+        fake=_backward_fake,
+        channels=((0, 0, 0, 0), (0,)),
+        request=lambda grad, *_: Request(grad, grad.shape[1]),
+        reference=reference.inverse_sqrt_backward,
+        tolerance=reference.backward_tolerance,
+        samples=reference.backward_samples,
+    )
 )

@@ -284,7 +284,7 @@ def inverse_sqrt_backward(
     grad: Tensor, W: Tensor, saved_matrix: Tensor, saved_scale: Tensor, num_iterations: int, frobenius: bool, eigh: bool
 ) -> Tensor:
     if eigh:
-        return full_precision(eager.inverse_sqrt_adjoint)(
+        return full_precision(eager.inverse_sqrt_backward)(
             grad, W, saved_matrix, saved_scale, num_iterations, frobenius, eigh
         )
     check_supported(W, group_size=W.shape[1])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normkernels.primitives.inverse_sqrt.eager import inverse_sqrt, inverse_sqrt_adjoint
+from normkernels.primitives.inverse_sqrt.eager import inverse_sqrt, inverse_sqrt_backward
 from normkernels.primitives.moments.eager import moments, summed_products
 from normkernels.primitives.whiten.eager import affine
 from normkernels.primitives.whiten.eager import mix as eager_mix
@@ -66,7 +66,9 @@ def iter_norm_backward(
     D = D - f * offset.mT
 
     A = affine(W, weight).mT
-    B = inverse_sqrt_adjoint(affine(D, weight), W, saved_matrix, saved_scale, num_iterations, frobenius, eigh) * (2 / m)
+    B = inverse_sqrt_backward(affine(D, weight), W, saved_matrix, saved_scale, num_iterations, frobenius, eigh) * (
+        2 / m
+    )
     constant = -(torch.bmm(A, f) / m + torch.bmm(B, offset)).flatten()
     grad_x = mix([(grad, None), (x, mean)], torch.cat((A, B), dim=2), constant, like=x)
     return grad_x, (D * W).sum(2).flatten(), f.flatten()

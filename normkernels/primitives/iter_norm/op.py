@@ -14,11 +14,13 @@ from normkernels._checks import (
     resolve_group_size,
     statistics_dtype,
 )
-from normkernels.dispatch import autograd
+from normkernels.dispatch import export
+from normkernels.dispatch.autograd import call, gradients, in_types
 from normkernels.dispatch.define import define
+from normkernels.dispatch.record import Op, Request
 from normkernels.eager.layouts import empty_output
 from normkernels.primitives.inverse_sqrt.op import inverse_sqrt, scale_length
-from normkernels.primitives.iter_norm import eager
+from normkernels.primitives.iter_norm import eager, reference
 from normkernels.primitives.moments.op import moments
 from normkernels.primitives.whiten.op import whiten
 
@@ -61,7 +63,7 @@ def iter_norm(
     frobenius, eigh = check_inverse_sqrt_options(num_iterations, eps, scaling, method)
     check_affine(x, weight, bias)
     arguments = (x, weight, bias, d, num_iterations, float(eps), frobenius, eigh)
-    y, mean, W, *_ = autograd.call(_IterNorm, torch.ops.normkernels.iter_norm, *arguments)
+    y, mean, W, *_ = call(ITER_NORM, *arguments)
     return y, mean, W
 
 
@@ -88,11 +90,11 @@ class _IterNorm(torch.autograd.Function):
                 names = "frobenius" if frobenius else "trace", "eigh" if eigh else "newton"
                 return whiten(x, mean, inverse_sqrt(cov, num_iterations, eps, *names), weight, bias)
 
-            return (*autograd.gradients(path, grad, x, weight, bias), *[None] * 5)
+            return (*gradients(path, grad, x, weight, bias), *[None] * 5)
         grad_x, *of_parameters = torch.ops.normkernels.iter_norm_backward(
             grad, x, weight, mean, W, saved_matrix, saved_scale, num_iterations, frobenius, eigh
         )
-        return (grad_x, *autograd.in_types(of_parameters, (weight, bias)), *[None] * 5)
+        return (grad_x, *in_types(of_parameters, (weight, bias)), *[None] * 5)
 
 
 def _fake(
@@ -132,18 +134,35 @@ def _backward_fake(
     return empty_output(x), torch.empty_like(mean), torch.empty_like(mean)
 
 
-define(
-    "iter_norm(Tensor x, Tensor? weight, Tensor? bias, int group_size, int num_iterations, float eps, bool frobenius, "
-    "bool eigh) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    eager=eager.iter_norm,
-    triton="normkernels.primitives.iter_norm.triton",
-    autograd=_IterNorm,
-    fake=_fake,
+ITER_NORM = define(
+    Op(
+        schema="iter_norm(Tensor x, Tensor? weight, Tensor? bias, int group_size, int num_iterations, float eps, "
+        "bool frobenius, bool eigh) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        eager=eager.iter_norm,
+        triton=True,
+        passes=("moments", "mix"),
+        fake=_fake,
+        autograd=_IterNorm,
+        channels=((1, 0, 0), (1, 0, 0, 0, 0)),
+        onnx=export.refuse_batch_statistics,
+        request=lambda x, weight, bias, group_size, *_: Request(x, group_size),
+        reference=reference.iter_norm,
+        tolerance=reference.tolerance,
+        samples=reference.samples,
+    )
 )
-define(
-    "iter_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor W, Tensor saved_matrix, "
-    "Tensor saved_scale, int num_iterations, bool frobenius, bool eigh) -> (Tensor, Tensor, Tensor)",
-    eager=eager.iter_norm_backward,
-    triton="normkernels.primitives.iter_norm.triton",
-    fake=_backward_fake,
+ITER_NORM_BACKWARD = define(
+    Op(
+        schema="iter_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor W, Tensor saved_matrix, "
+        "Tensor saved_scale, int num_iterations, bool frobenius, bool eigh) -> (Tensor, Tensor, Tensor)",
+        eager=eager.iter_norm_backward,
+        triton=True,
+        passes=("cross_moments", "stacked_mix"),
+        fake=_backward_fake,
+        channels=((1, 1, 0, 0, 0, 0, 0), (1, 0, 0)),
+        request=lambda grad, x, weight, mean, W, *_: Request(x, W.shape[1]),
+        reference=reference.iter_norm_backward,
+        tolerance=reference.backward_tolerance,
+        samples=reference.backward_samples,
+    )
 )

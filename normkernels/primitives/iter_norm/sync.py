@@ -50,7 +50,8 @@ def sync_iter_norm(
         TypeError, ValueError: as :func:`iter_norm`.
         NotImplementedError: double backward.
     """
-    export.check_running_statistics()
+    if export.exporting():
+        export.refuse_batch_statistics()
     check_data("x", x)
     d = resolve_group_size(x.shape[1], group_size)
     frobenius, eigh = check_inverse_sqrt_options(num_iterations, eps, scaling, method)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from normkernels._checks import check_data, check_integer, check_number, statistics_dtype
-from normkernels.dispatch import export
+from normkernels.dispatch.autograd import call
 from normkernels.dispatch.define import define
+from normkernels.dispatch.record import Op, Request
 from normkernels.eager.devices import in_float64
-from normkernels.primitives.kernel_spectrum import eager, onnx
+from normkernels.primitives.kernel_spectrum import eager, onnx, reference
 
 
 def kernel_spectrum(
@@ -57,8 +58,7 @@ def kernel_spectrum(
             )
     if dims == 1:
         weight, lengths, steps = weight.unsqueeze(2), [1, *lengths], [1, *steps]
-    spectrum = onnx.kernel_spectrum if export.exporting() else _KernelSpectrum.apply
-    v: Tensor = spectrum(weight, lengths, float(eps), steps)
+    v: Tensor = call(KERNEL_SPECTRUM, weight, lengths, float(eps), steps)
     return v.squeeze(1) if dims == 1 else v
 
 
@@ -102,17 +102,31 @@ def _kernel_spectrum_backward_fake(grad: Tensor, weight: Tensor, eps: float, dil
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
-define(
-    "kernel_spectrum(Tensor weight, SymInt[] size, float eps, SymInt[] dilation) -> Tensor",
-    eager=eager.kernel_spectrum,
-    triton="normkernels.primitives.kernel_spectrum.triton",
-    autograd=_KernelSpectrum,
-    fake=_kernel_spectrum_fake,
+KERNEL_SPECTRUM = define(
+    Op(
+        schema="kernel_spectrum(Tensor weight, SymInt[] size, float eps, SymInt[] dilation) -> Tensor",
+        eager=eager.kernel_spectrum,
+        triton=True,
+        fake=_kernel_spectrum_fake,
+        autograd=_KernelSpectrum,
+        channels=((0,), (0,)),
+        onnx=onnx.kernel_spectrum,
+        request=lambda weight, size, eps, dilation: Request(weight),
+        reference=reference.kernel_spectrum,
+        tolerance=lambda weight, *_: reference.tolerance(weight.device),
+        samples=reference.samples,
+    )
 )
-
-define(
-    "kernel_spectrum_backward(Tensor grad, Tensor weight, float eps, SymInt[] dilation) -> Tensor",
-    eager=eager.kernel_spectrum_backward,
-    triton="normkernels.primitives.kernel_spectrum.triton",
-    fake=_kernel_spectrum_backward_fake,
+KERNEL_SPECTRUM_BACKWARD = define(
+    Op(
+        schema="kernel_spectrum_backward(Tensor grad, Tensor weight, float eps, SymInt[] dilation) -> Tensor",
+        eager=eager.kernel_spectrum_backward,
+        triton=True,
+        fake=_kernel_spectrum_backward_fake,
+        channels=((0, 0), (0,)),
+        request=lambda grad, weight, eps, dilation: Request(weight),
+        reference=reference.kernel_spectrum_backward,
+        tolerance=lambda grad, *_: 8 * reference.tolerance(grad.device),
+        samples=reference.backward_samples,
+    )
 )

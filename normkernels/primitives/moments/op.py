@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from normkernels._checks import check_data, check_like, resolve_group_size, statistics_dtype
+from normkernels.dispatch.autograd import call
 from normkernels.dispatch.define import define, differentiable
+from normkernels.dispatch.record import Op, Request
 from normkernels.eager.layouts import in_layout_of
-from normkernels.primitives.moments import eager
+from normkernels.primitives.moments import eager, reference
 
 
 def moments(x: Tensor, group_size: int = 64) -> tuple[int, Tensor, Tensor]:
@@ -38,7 +40,7 @@ def moments(x: Tensor, group_size: int = 64) -> tuple[int, Tensor, Tensor]:
     """
     check_data("x", x)
     d = resolve_group_size(x.shape[1], group_size)
-    mean, _, cov = _Moments.apply(x, d, False)
+    mean, _, cov = call(MOMENTS, x, d, False)
     return x.numel() // x.shape[1], mean, cov
 
 
@@ -64,7 +66,7 @@ def cross_moments(y: Tensor, x: Tensor, mean: Tensor, group_size: int = 64) -> t
     d = resolve_group_size(x.shape[1], group_size)
     check_like("y", y, tuple(x.shape), (x.dtype,), x)
     check_like("mean", mean, (x.shape[1],), (statistics_dtype(x.dtype),), x)
-    result: tuple[Tensor, Tensor] = _CrossMoments.apply(y, x, mean, d)
+    result: tuple[Tensor, Tensor] = call(CROSS_MOMENTS, y, x, mean, d)
     return result
 
 
@@ -126,17 +128,33 @@ def _cross_moments_fake(y: Tensor, x: Tensor, mean: Tensor, group_size: int) -> 
     return mean.new_empty((x.shape[1] // group_size, group_size, group_size)), torch.empty_like(mean)
 
 
-define(
-    "moments(Tensor x, int group_size, bool exact) -> (Tensor, Tensor, Tensor)",
-    eager=eager.moments,
-    triton="normkernels.primitives.moments.triton",
-    autograd=_Moments,
-    fake=_moments_fake,
+MOMENTS = define(
+    Op(
+        schema="moments(Tensor x, int group_size, bool exact) -> (Tensor, Tensor, Tensor)",
+        eager=eager.moments,
+        triton=True,
+        passes=("moments",),
+        fake=_moments_fake,
+        autograd=_Moments,
+        channels=((1,), (0, 0, 0)),
+        request=lambda x, group_size, exact: Request(x, group_size),
+        reference=reference.moments,
+        tolerance=lambda x, *_: reference.tolerance(x),
+        samples=reference.moments_samples,
+    )
 )
-define(
-    "cross_moments(Tensor y, Tensor x, Tensor mean, int group_size) -> (Tensor, Tensor)",
-    eager=eager.cross_moments,
-    triton="normkernels.primitives.moments.triton",
-    autograd=_CrossMoments,
-    fake=_cross_moments_fake,
+CROSS_MOMENTS = define(
+    Op(
+        schema="cross_moments(Tensor y, Tensor x, Tensor mean, int group_size) -> (Tensor, Tensor)",
+        eager=eager.cross_moments,
+        triton=True,
+        passes=("cross_moments",),
+        fake=_cross_moments_fake,
+        autograd=_CrossMoments,
+        channels=((1, 1, 0), (0, 0)),
+        request=lambda y, x, mean, group_size: Request(x, group_size),
+        reference=reference.cross_moments,
+        tolerance=lambda y, *_: reference.tolerance(y),
+        samples=reference.cross_moments_samples,
+    )
 )

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from normkernels._checks import check_affine, check_data, check_flag, check_number, statistics_dtype
-from normkernels.dispatch import autograd
+from normkernels.dispatch import export
+from normkernels.dispatch.autograd import call, gradients, in_types
 from normkernels.dispatch.define import define
+from normkernels.dispatch.record import Op, Request
 from normkernels.eager.layouts import empty_output
 from normkernels.primitives.moments.op import moments
-from normkernels.primitives.pop_norm import eager
+from normkernels.primitives.pop_norm import eager, reference
 from normkernels.primitives.whiten.op import whiten
 
 
@@ -57,7 +59,7 @@ def pop_norm(
         if value is not None and not flag:
             raise ValueError(f"{name}: expected None with {use}=False, got a tensor of shape {tuple(value.shape)}")
     arguments = (x, weight, bias, float(kappa), float(eps), bool(center), bool(scale))
-    y, mean, var = autograd.call(_PopNorm, torch.ops.normkernels.pop_norm, *arguments)
+    y, mean, var = call(POP_NORM, *arguments)
     return y, mean, var
 
 
@@ -91,9 +93,9 @@ class _PopNorm(torch.autograd.Function):
                 _, mean, cov = moments(x, 1)
                 return affine_map(x, mean, cov.flatten(), weight, bias, *ctx.options)
 
-            return (*autograd.gradients(path, grad, x, weight, bias), *[None] * 4)
+            return (*gradients(path, grad, x, weight, bias), *[None] * 4)
         grad_x, *of_parameters = torch.ops.normkernels.pop_norm_backward(grad, x, weight, bias, mean, var, *ctx.options)
-        return (grad_x, *autograd.in_types(of_parameters, (weight, bias)), *[None] * 4)
+        return (grad_x, *in_types(of_parameters, (weight, bias)), *[None] * 4)
 
 
 def affine_map(
@@ -136,18 +138,35 @@ def _backward_fake(
     return empty_output(x), torch.empty_like(mean), torch.empty_like(mean)
 
 
-define(
-    "pop_norm(Tensor x, Tensor? weight, Tensor? bias, float kappa, float eps, bool center, bool scale) "
-    "-> (Tensor, Tensor, Tensor)",
-    eager=eager.pop_norm,
-    triton="normkernels.primitives.pop_norm.triton",
-    autograd=_PopNorm,
-    fake=_fake,
+POP_NORM = define(
+    Op(
+        schema="pop_norm(Tensor x, Tensor? weight, Tensor? bias, float kappa, float eps, bool center, bool scale) "
+        "-> (Tensor, Tensor, Tensor)",
+        eager=eager.pop_norm,
+        triton=True,
+        passes=("moments", "mix"),
+        fake=_fake,
+        autograd=_PopNorm,
+        channels=((1, 0, 0), (1, 0, 0)),
+        onnx=export.refuse_batch_statistics,
+        request=lambda x, *_: Request(x, 1),
+        reference=reference.pop_norm,
+        tolerance=lambda x, *_: reference.tolerance(x),
+        samples=reference.samples,
+    )
 )
-define(
-    "pop_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float kappa, "
-    "float eps, bool center, bool scale) -> (Tensor, Tensor, Tensor)",
-    eager=eager.pop_norm_backward,
-    triton="normkernels.primitives.pop_norm.triton",
-    fake=_backward_fake,
+POP_NORM_BACKWARD = define(
+    Op(
+        schema="pop_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+        "float kappa, float eps, bool center, bool scale) -> (Tensor, Tensor, Tensor)",
+        eager=eager.pop_norm_backward,
+        triton=True,
+        passes=("cross_moments", "stacked_mix"),
+        fake=_backward_fake,
+        channels=((1, 1, 0, 0, 0, 0), (1, 0, 0)),
+        request=lambda grad, x, *_: Request(x, 1),
+        reference=reference.pop_norm_backward,
+        tolerance=lambda grad, *_: 2 * reference.tolerance(grad),
+        samples=reference.backward_samples,
+    )
 )

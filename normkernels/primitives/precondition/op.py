@@ -9,7 +9,8 @@ from torch import Tensor
 
 from normkernels._checks import DTYPES, check_integer, check_like, check_number, check_tensor, statistics_dtype
 from normkernels.dispatch.define import define
-from normkernels.primitives.precondition import eager
+from normkernels.dispatch.record import Op, Request
+from normkernels.primitives.precondition import eager, reference
 
 
 @torch.no_grad()
@@ -108,10 +109,16 @@ def _fake(
     return torch.empty(len(weight_grads), dtype=torch.int32, device=device)
 
 
-define(
-    "precondition(Tensor(a!)[] weight_grads, Tensor(b!)[] bias_grads, Tensor[] means, Tensor[] variances, "
-    "int[] groups, float[] q2, float eps1, float eps2) -> Tensor",
-    eager=eager.precondition,
-    triton="normkernels.primitives.precondition.triton",
-    fake=_fake,
+PRECONDITION = define(
+    Op(
+        schema="precondition(Tensor(a!)[] weight_grads, Tensor(b!)[] bias_grads, Tensor[] means, Tensor[] variances, "
+        "int[] groups, float[] q2, float eps1, float eps2) -> Tensor",
+        eager=eager.precondition,
+        triton=True,
+        fake=_fake,
+        request=lambda weight_grads, *_: Request(weight_grads[0]),
+        reference=reference.precondition,
+        tolerance=reference.tolerance,
+        samples=reference.samples,
+    )
 )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from normkernels._checks import check_data, check_integer, check_like, check_tensor, statistics_dtype
-from normkernels.dispatch import export
+from normkernels.dispatch.autograd import call
 from normkernels.dispatch.define import define
+from normkernels.dispatch.record import Op, Request
 from normkernels.eager.layouts import channels_innermost, empty_output, in_layout_of
-from normkernels.primitives.spectral_filter import eager, onnx
+from normkernels.primitives.spectral_filter import eager, onnx, reference
 
 
 def spectral_filter(
@@ -55,10 +57,8 @@ def spectral_filter(
     signals = z.dim() == 3
     if signals:
         z, v, places, takes = z.unsqueeze(2), v.unsqueeze(1), [(0, 1, 1), *places], [(0, 1, 1), *takes]
-    apply = onnx.spectral_filter if export.exporting() else _SpectralFilter.apply
-    y: Tensor = apply(
-        z, v, [part for start, step, _ in places for part in (start, step)], [part for take in takes for part in take]
-    )
+    source_window, target_window = [part for start, step, _ in places for part in (start, step)], [*chain(*takes)]
+    y: Tensor = call(SPECTRAL_FILTER, z, v, source_window, target_window)
     return y.squeeze(2) if signals else y
 
 
@@ -147,18 +147,32 @@ def _cross_spectrum_fake(y: Tensor, z: Tensor, size: Sequence[int], of_y: Sequen
     return z.new_empty((z.shape[1], *size), dtype=statistics_dtype(z.dtype))
 
 
-define(
-    "spectral_filter(Tensor z, Tensor v, SymInt[] source, SymInt[] target) -> Tensor",
-    eager=eager.spectral_filter,
-    triton="normkernels.primitives.spectral_filter.triton",
-    autograd=_SpectralFilter,
-    fake=_spectral_filter_fake,
+SPECTRAL_FILTER = define(
+    Op(
+        schema="spectral_filter(Tensor z, Tensor v, SymInt[] source, SymInt[] target) -> Tensor",
+        eager=eager.spectral_filter,
+        triton=True,
+        fake=_spectral_filter_fake,
+        autograd=_SpectralFilter,
+        channels=((1, 0), (1,)),
+        onnx=onnx.spectral_filter,
+        request=lambda z, v, source, target: Request(z, plane=v.shape[1:]),
+        reference=reference.spectral_filter,
+        tolerance=reference.tolerance,
+        samples=reference.samples,
+    )
 )
-
-define(
-    "cross_spectrum(Tensor y, Tensor z, SymInt[] size, SymInt[] of_y, SymInt[] of_z) -> Tensor",
-    eager=eager.cross_spectrum,
-    triton="normkernels.primitives.spectral_filter.triton",
-    autograd=_CrossSpectrum,
-    fake=_cross_spectrum_fake,
+CROSS_SPECTRUM = define(
+    Op(
+        schema="cross_spectrum(Tensor y, Tensor z, SymInt[] size, SymInt[] of_y, SymInt[] of_z) -> Tensor",
+        eager=eager.cross_spectrum,
+        triton=True,
+        fake=_cross_spectrum_fake,
+        autograd=_CrossSpectrum,
+        channels=((1, 1), (0,)),
+        request=lambda y, z, size, of_y, of_z: Request(z, plane=size),
+        reference=reference.cross_spectrum,
+        tolerance=lambda y, z, size, *_: reference.transform_error(size),
+        samples=reference.cross_samples,
+    )
 )

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from normkernels._checks import check_affine, check_data, check_like, check_tensor, statistics_dtype
-from normkernels.dispatch import export
+from normkernels.dispatch.autograd import call
 from normkernels.dispatch.define import define
+from normkernels.dispatch.record import Op, Request
 from normkernels.eager.layouts import empty_output, in_layout_of
 from normkernels.primitives.moments.op import cross_moments
-from normkernels.primitives.whiten import eager, onnx
+from normkernels.primitives.whiten import eager, onnx, reference
 
 
 def whiten(x: Tensor, mean: Tensor, W: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -43,9 +44,7 @@ def whiten(x: Tensor, mean: Tensor, W: Tensor, weight: Tensor | None = None, bia
     check_like("W", W, tuple(W.shape), dtype, x)
     check_like("mean", mean, (x.shape[1],), dtype, x)
     check_affine(x, weight, bias)
-    if export.exporting():
-        return onnx.whiten(x, mean, W, weight, bias)
-    result: Tensor = _Whiten.apply(x, mean, W, weight, bias)
+    result: Tensor = call(WHITEN, x, mean, W, weight, bias)
     return result
 
 
@@ -86,18 +85,36 @@ def _stacked_mix_fake(
     return empty_output(x)
 
 
-define(
-    "whiten(Tensor x, Tensor mean, Tensor W, Tensor? weight, Tensor? bias) -> Tensor",
-    eager=eager.whiten,
-    triton="normkernels.primitives.whiten.triton",
-    autograd=_Whiten,
-    fake=_whiten_fake,
+WHITEN = define(
+    Op(
+        schema="whiten(Tensor x, Tensor mean, Tensor W, Tensor? weight, Tensor? bias) -> Tensor",
+        eager=eager.whiten,
+        triton=True,
+        passes=("mix",),
+        fake=_whiten_fake,
+        autograd=_Whiten,
+        channels=((1, 0, 0, 0, 0), (1,)),
+        onnx=onnx.whiten,
+        request=lambda x, mean, W, weight, bias: Request(x, W.shape[1]),
+        reference=reference.whiten,
+        tolerance=reference.whiten_tolerance,
+        samples=reference.whiten_samples,
+    )
 )
 # matrix [grad - grad_mean; x - mean] + constant with matrix (G, d, 2 d): the last pass of every whitening backward, for
 # callers that have found the matrix themselves. The fused ops have it inside.
-define(
-    "stacked_mix(Tensor grad, Tensor x, Tensor grad_mean, Tensor mean, Tensor matrix, Tensor constant) -> Tensor",
-    eager=eager.stacked_mix,
-    triton="normkernels.primitives.whiten.triton",
-    fake=_stacked_mix_fake,
+STACKED_MIX = define(
+    Op(
+        schema="stacked_mix(Tensor grad, Tensor x, Tensor grad_mean, Tensor mean, Tensor matrix, Tensor constant) "
+        "-> Tensor",
+        eager=eager.stacked_mix,
+        triton=True,
+        passes=("stacked_mix",),
+        fake=_stacked_mix_fake,
+        channels=((1, 1, 0, 0, 0, 0), (1,)),
+        request=lambda grad, x, grad_mean, mean, matrix, constant: Request(x, matrix.shape[1]),
+        reference=reference.stacked_mix,
+        tolerance=reference.stacked_mix_tolerance,
+        samples=reference.stacked_mix_samples,
+    )
 )
