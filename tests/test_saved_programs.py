@@ -1,7 +1,7 @@
 """Exported programs hold raw ops, so the schemas of these stay what they are, and an old program keeps running.
 
-``python -m tests.test_saved_programs`` writes tests/saved/schemas.json and tests/saved/program.pt2. They were made once;
-a new op may add its schema, and nothing else may change.
+``python -m tests.test_saved_programs`` writes schemas.json and program.pt2 in tests/saved. They were made once; a new
+op may add its schema, and nothing else may change.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Everything that is known of one op, said once. The package's tables of ops are derived from these records."""
+"""Records of ops: everything that is known of an op is said once, and the package's tables are derived from it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Function = Callable[..., Any]
 
 
 class Request(NamedTuple):
-    """What decides which backend serves a call.
+    """A request has what decides which backend serves a call.
 
     data: the tensor whose device and type count. group_size: the channels whitened together; None in ops without
     groups. plane: the size (H, W) of a filter's spectrum; None in ops without one.

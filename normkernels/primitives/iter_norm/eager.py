@@ -66,9 +66,8 @@ def iter_norm_backward(
     D = D - f * offset.mT
 
     A = affine(W, weight).mT
-    B = inverse_sqrt_backward(affine(D, weight), W, saved_matrix, saved_scale, num_iterations, frobenius, eigh) * (
-        2 / m
-    )
+    dcov = inverse_sqrt_backward(affine(D, weight), W, saved_matrix, saved_scale, num_iterations, frobenius, eigh)
+    B = dcov * (2 / m)
     constant = -(torch.bmm(A, f) / m + torch.bmm(B, offset)).flatten()
     grad_x = mix([(grad, None), (x, mean)], torch.cat((A, B), dim=2), constant, like=x)
     return grad_x, (D * W).sum(2).flatten(), f.flatten()

@@ -75,18 +75,10 @@ def tolerance(
 
 
 def backward_tolerance(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    W: Tensor,
-    saved_matrix: Tensor,
-    saved_scale: Tensor,
-    num_iterations: int,
-    frobenius: bool,
-    eigh: bool,
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, W: Tensor, saved_matrix: Tensor, *rest: Any
 ) -> float:
     """Return twice as much: every factor in a gradient has been rounded once before."""
+    saved_scale, num_iterations, _, eigh = rest
     return 2 * whole_error(x, covariance_of(saved_matrix, saved_scale, eigh), num_iterations)
 
 

@@ -12,19 +12,11 @@ from normkernels._checks import statistics_dtype
 from normkernels.primitives.moments.reference import ROUNDOFF
 
 
-def precondition(
-    weight_grads: Sequence[Tensor],
-    bias_grads: Sequence[Tensor],
-    means: Sequence[Tensor],
-    variances: Sequence[Tensor],
-    groups: Sequence[int],
-    q2: Sequence[float],
-    eps1: float,
-    eps2: float,
-) -> tuple[Tensor, ...]:
+def precondition(weight_grads: Sequence[Tensor], bias_grads: Sequence[Tensor], *options: Any) -> tuple[Tensor, ...]:
     """Compute BNP, Algorithm 3, steps 3 to 5: no row is left, then the new gradients of all weights and biases."""
+    *layers, eps1, eps2 = options
     weights, biases = [], []
-    for Gw, Gb, mean, var, count, square in zip(weight_grads, bias_grads, means, variances, groups, q2, strict=True):
+    for Gw, Gb, mean, var, count, square in zip(weight_grads, bias_grads, *layers, strict=True):
         outputs = Gw.shape[0] // count
         mu, sigma2 = (
             value.view(count, 1, -1).expand(-1, outputs, -1).reshape(*Gw.shape[:2], *[1] * (Gw.dim() - 2))
