@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench.environment import ROOT, device_name, device_slug, versions
-from bench.goals import evaluate, where_we_lose
-from bench.report import TITLES, failures_table, goals_table, kernels, losses_table, memory_table, time_tables
-from bench.results import Results
-from bench.session import Session
+from bench.measure.environment import ROOT, device_name, device_slug, versions
+from bench.measure.results import Results
+from bench.report.page import TITLES, failures_table, goals_table, kernels, losses_table, memory_table, time_tables
+from bench.suites.goals import evaluate, where_we_lose
+from bench.suites.run import Session
 
 HERE = Path(__file__).resolve().parent
 SUITES = ("table_a1", "vgg", "inference", "scaling", "conv_norm", "pop_norm", "bnp", "fold", "memory")

@@ -2,12 +2,13 @@
 
 import pytest
 
-from bench import suites
-from bench.session import CLOCK
+from bench.measure.comparison import Comparison
+from bench.suites import conv_norm
+from bench.suites.run import CLOCK
 
-SUITE = suites.conv_norm
+SUITE = conv_norm.conv_norm
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-def test_time(comparison: suites.Comparison, provider: str, replay) -> None:
+def test_time(comparison: Comparison, provider: str, replay) -> None:
     replay(comparison, provider)

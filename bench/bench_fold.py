@@ -2,9 +2,9 @@
 
 import pytest
 
-from bench import folding
-from bench.session import CLOCK
-from bench.suites import Comparison
+from bench.measure.comparison import Comparison
+from bench.suites import fold as folding
+from bench.suites.run import CLOCK
 
 SUITE = folding.fold
 

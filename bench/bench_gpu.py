@@ -5,12 +5,13 @@ See gpu_check.py.
 
 import pytest
 
-from bench import gpu_suite, suites
-from bench.session import CLOCK
+from bench.measure.comparison import Comparison
+from bench.suites import gpu_suite
+from bench.suites.run import CLOCK
 
 SUITE = gpu_suite.gpu
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-def test_time(comparison: suites.Comparison, provider: str, replay) -> None:
+def test_time(comparison: Comparison, provider: str, replay) -> None:
     replay(comparison, provider)

@@ -1,10 +1,10 @@
 """Memory: what is saved for the backward pass, and the peak of one training step. Nothing is timed."""
 
-from bench import memory
-from bench.session import Session
-from bench.suites import Comparison
+from bench.measure.comparison import Comparison
+from bench.suites import memory
+from bench.suites.run import Session
 
-SUITE = memory.comparisons
+SUITE = memory.memory
 
 
 def test_memory(comparison: Comparison, provider: str, session: Session) -> None:

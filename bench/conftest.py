@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.report import write_report
-from bench.session import CLOCK, Session
-from bench.suites import Comparison, Settings
+from bench.measure.comparison import Comparison, Settings
+from bench.report.page import write_report
+from bench.suites.run import CLOCK, Session
 
 SESSION = pytest.StashKey[Session]()
 Replay = Callable[[Comparison, str], None]

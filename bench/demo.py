@@ -23,13 +23,16 @@ from torch import nn
 from tqdm import tqdm
 
 import normkernels as nk
-from bench.environment import ROOT, device_name, versions
 from bench.experiments.digits import Epoch, NormFactory, Summary, summarize, train
-from bench.plots import BLUE, DARK, ORANGE, STYLE, ratio_bars, save, square
-from bench.report import failures_table, number, table
-from bench.results import Ratio, Record, write_csv
-from bench.session import Session
-from bench.suites import CONV, Settings, table_a1
+from bench.measure.comparison import Settings
+from bench.measure.environment import ROOT, device_name, versions
+from bench.measure.results import Ratio, Record, write_csv
+from bench.providers.names import CONV
+from bench.report.page import failures_table
+from bench.report.plots import BLUE, DARK, ORANGE, STYLE, ratio_bars, save, square
+from bench.report.tables import number, table
+from bench.suites.run import Session
+from bench.suites.table_a1 import table_a1
 
 NORMS: dict[str, NormFactory] = {
     "BatchNorm2d": nn.BatchNorm2d,

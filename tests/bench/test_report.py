@@ -6,16 +6,24 @@ import sys
 import pytest
 import torch
 
-from bench import catalogue as cat
-from bench.folding import fold
-from bench.goals import Goal, evaluate, where_we_lose
-from bench.gpu_suite import gpu
-from bench.report import REFERENCES, goals_table, markdown, number, table, write_report
-from bench.results import Ratio, Record, Results, write_csv
-from bench.session import ReplayClock, Session
-from bench.suites import Comparison, Settings, conv_norm, inference, memory, scaling, table_a1, vgg
-from bench.timing import Measurement, Plan
-from bench.workload import Workload
+from bench.measure.comparison import Comparison, Settings
+from bench.measure.environment import ROOT
+from bench.measure.results import Ratio, Record, Results, write_csv
+from bench.measure.timing import Measurement, Plan
+from bench.measure.workload import Workload
+from bench.providers import catalogue as cat
+from bench.report.page import REFERENCES, goals_table, markdown, write_report
+from bench.report.tables import number, table
+from bench.suites.conv_norm import conv_norm
+from bench.suites.fold import fold
+from bench.suites.goals import Goal, evaluate, where_we_lose
+from bench.suites.gpu_suite import gpu
+from bench.suites.inference import inference
+from bench.suites.memory import memory
+from bench.suites.run import ReplayClock, Session
+from bench.suites.scaling import scaling
+from bench.suites.table_a1 import table_a1
+from bench.suites.vgg import vgg
 
 SUITES = (table_a1, vgg, scaling, inference, conv_norm, fold, memory, gpu)
 ORIGIN = {"device": "a machine, 2 threads", "versions": "torch 2; threads 2", "commit": "abc1234"}
@@ -153,7 +161,7 @@ def test_report_writes_its_files_and_drops_an_old_failure_list(tmp_path):
 
 
 def test_goals_name_things_that_the_suites_measure():
-    from bench.goals import GOALS
+    from bench.suites.goals import GOALS
 
     for device_type in ("cpu", "cuda"):
         settings = Settings(torch.device(device_type))
@@ -182,7 +190,7 @@ def test_ratio_columns_have_a_place():
 
 def test_without_matplotlib_the_report_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "bench.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "bench.report.plots", raising=False)
     names = {path.name for path in write_report(results(), tmp_path)}
     assert names == {"README.md", "records.csv", "ratios.csv", "failures.csv"}
     assert "No plots" in (tmp_path / "README.md").read_text()
@@ -222,3 +230,15 @@ def test_a_failing_provider_costs_the_others_nothing():
     measured = Comparison("t", Workload((4, 4, 3, 3)), (bad, good), plan, ()).measure()
     assert measured.failures == {"broken": "ImportError: no such package"}
     assert measured.seconds("BatchNorm2d")
+
+
+FOLDER = ROOT / "bench" / "results" / "cpu-amd-epyc-2-threads"
+
+
+def test_the_committed_report_is_that_of_its_results():
+    """Every table follows from the CSV files, which do not have the notes."""
+    page = (FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
+    added = ("![", "**Note:**", "POP-Norm and BNP, and their memory,")
+    tables = [line for line in page if line and not line.startswith(added)]
+    assert tables == [line for line in markdown(Results.load(FOLDER, "cpu")).splitlines() if line]
+    assert len(tables) > 400
