@@ -1,100 +1,140 @@
-"""One run: each comparison is measured once, replayed to pytest-benchmark and kept for the report."""
+"""A run: the suites by name, the comparisons that are selected of them, and the loop that measures these."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.measure.comparison import Comparison, Settings
 from bench.measure.results import Results
 from bench.measure.timing import Measurement, describe, settle_allocator
-from bench.suites.memory import measure_memory
+from bench.suites.bnp import bnp
+from bench.suites.conv_norm import conv_norm
+from bench.suites.fold import fold
+from bench.suites.gpu_suite import gpu
+from bench.suites.inference import inference
+from bench.suites.memory import measure_memory, memory
+from bench.suites.pop_norm import pop_norm
+from bench.suites.scaling import scaling
+from bench.suites.table_a1 import table_a1
+from bench.suites.vgg import vgg
 
-Progress = Callable[[str, int, int], None]  # (comparison, round, rounds)
+try:
+    from tqdm import tqdm
+except ImportError:  # without tqdm plain lines show the progress
+    tqdm = None
+
+# In the order in which they are measured; gpu is not part of a run on a CPU.
+SUITES: dict[str, Callable[[Settings], list[Comparison]]] = {
+    "table_a1": table_a1,
+    "vgg": vgg,
+    "inference": inference,
+    "scaling": scaling,
+    "conv_norm": conv_norm,
+    "pop_norm": pop_norm,
+    "bnp": bnp,
+    "fold": fold,
+    "memory": memory,
+    "gpu": gpu,
+}
+OPERATORS = ("and", "or", "not", "(", ")")
 
 
-class ReplayClock:
-    """A clock that only moves when it is told to: pytest-benchmark reads it as its timer.
+def matches(expression: str, text: str) -> bool:
+    """Return whether a text matches words with and, or, not and parentheses; a word matches where the text has it.
 
-    pytest-benchmark measures one function at a time, and the providers here must be interleaved. So they are
-    measured first, and then each recorded duration is played back as one round of `benchmark.pedantic`.
+    Upper and lower case are the same, and no words match everything. Raises ValueError for another expression.
     """
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def player(self, durations: Sequence[float]) -> Callable[[], None]:
-        """Return a function that takes durations[0] on its first call, durations[1] on the second, and so on."""
-        remaining: Iterator[float] = iter(durations)
-
-        def play() -> None:
-            self.now += next(remaining, 0.0)  # a profiling run after the last round takes no time
-
-        return play
+    words = re.findall(r"[()]|[^\s()]+", expression)
+    code = " ".join(word if word in OPERATORS else str(word.lower() in text.lower()) for word in words)
+    try:
+        return not words or bool(eval(code))  # nothing is left of the words but True, False and operators
+    except (SyntaxError, TypeError):
+        raise ValueError(f"expected words with and, or, not and parentheses, got {expression!r}") from None
 
 
-CLOCK = ReplayClock()
+def select(settings: Settings, suites: Iterable[str], expression: str = "") -> list[Comparison]:
+    """Return the comparisons of some suites whose suite, key or provider matches the expression."""
+    found = [(suite, comparison) for suite in suites for comparison in SUITES[suite](settings)]
+    return [c for suite, c in found if matches(expression, " ".join([suite, c.key, *c.names]))]
 
 
-@dataclass
-class Session:
-    settings: Settings
-    results: Results
-    progress: Progress | None = None
-    measured: dict[str, Measurement] = field(default_factory=dict)
-    out: Path | None = None
-    before: Results | None = None  # rows of earlier runs in `out`, which stay there
+class Progress:
+    """Shows one step per comparison, with the round that is being measured; a log file gets lines."""
 
-    @classmethod
-    def start(cls, settings: Settings, out: Path | None = None, add: bool = False) -> Session:
-        before = Results.load(out, settings.device.type) if out is not None and add else None
-        session = cls(settings, Results.start(settings.device), out=out, before=before)
-        settle_allocator()
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        if load > 0.5:
-            session.results.notes.append(
-                f"Load average {load:.1f} when the run began: other programs were running, times are noisy."
-            )
-        if settings.quick:
-            session.results.notes.append("Quick run: few rounds. Take figures from a full run.")
-        return session
+    def __init__(self, total: int) -> None:
+        shown = tqdm is not None and sys.stderr.isatty()
+        self.bar: Any = tqdm(total=total, unit="comparison", file=sys.stderr, dynamic_ncols=True) if shown else None
+        self.total, self.begun, self.key = total, 0, ""
 
-    def measure(self, comparison: Comparison) -> Measurement:
-        """Return the measurement of a comparison, made at the first call and remembered."""
-        if comparison.key not in self.measured:
-            progress = self.progress
+    def begin(self, key: str) -> None:
+        self.begun, self.key = self.begun + 1, key
+        if self.bar is None:
+            print(f"[{self.begun}/{self.total}] {key}", file=sys.stderr, flush=True)
+            return
+        self.bar.update(self.begun - 1 - self.bar.n)
+        self.bar.set_postfix_str(key)
 
-            def on_round(index: int, rounds: int) -> None:
-                if progress is not None:
-                    progress(comparison.key, index, rounds)
+    def on_round(self, index: int, rounds: int) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{self.key} round {index + 1}/{rounds}")
 
-            on_round(0, comparison.plan.rounds)
-            try:
-                measurement = comparison.measure(on_round)
-            except Exception as error:  # the inputs could not even be made: nobody in this comparison has a figure
-                measurement = Measurement({}, dict.fromkeys(comparison.names, describe(error)))
-            self.measured[comparison.key] = measurement
-            self.results.add_times(comparison, measurement)
-            self.save()
-        return self.measured[comparison.key]
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
-    def measure_memory(self, comparison: Comparison, provider: str) -> None:
-        if self.progress is not None:
-            self.progress(f"{comparison.key}: {provider}", 0, 1)
+
+def begin(settings: Settings) -> Results:
+    """Return empty results, with notes of what the reader of the figures has to know."""
+    results = Results.start(settings.device)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.5:
+        results.notes.append(
+            f"Load average {load:.1f} when the run began: other programs were running, times are noisy."
+        )
+    if settings.quick:
+        results.notes.append("Quick run: few rounds. Take figures from a full run.")
+    return results
+
+
+def run(
+    comparisons: Sequence[Comparison], results: Results, out: Path | None = None, before: Results | None = None
+) -> None:
+    """Measure comparisons and add what is found to the results; whoever fails costs the others nothing.
+
+    The results are saved in `out` after every comparison, for the next one may end the process.
+    before: rows of earlier runs in `out`, which stay there.
+    """
+    settle_allocator()
+    progress = Progress(len(comparisons))
+    try:
+        for comparison in comparisons:
+            progress.begin(comparison.key)
+            if comparison.kernel == "memory":
+                add_memory(comparison, results)
+            else:
+                add_times(comparison, results, progress)
+            if out is not None:
+                results.save(out, before)
+    finally:
+        progress.close()
+
+
+def add_times(comparison: Comparison, results: Results, progress: Progress) -> None:
+    try:
+        measurement = comparison.measure(progress.on_round)
+    except Exception as error:  # the inputs could not even be made: nobody in this comparison has a figure
+        measurement = Measurement({}, dict.fromkeys(comparison.names, describe(error)))
+    results.add_times(comparison, measurement)
+
+
+def add_memory(comparison: Comparison, results: Results) -> None:
+    for provider in comparison.names:
         try:
-            use = measure_memory(comparison, provider)
-        except Exception as error:
-            self.results.add_failure(comparison, provider, describe(error))
-            raise
-        self.results.add_memory(comparison, provider, use)
-        self.save()
-
-    def save(self) -> None:
-        """Save the results after every comparison: they are on the disk if the next comparison ends the process."""
-        if self.out is not None:
-            self.results.save(self.out, self.before)
+            results.add_memory(comparison, provider, measure_memory(comparison, provider))
+        except Exception as error:  # it belongs in the report, like that of a provider that is timed
+            results.add_failure(comparison, provider, describe(error))

@@ -1,4 +1,4 @@
-"""CSV columns, Markdown, goals, plots, and the replay into pytest-benchmark."""
+"""CSV columns, Markdown, goals, plots, and a run."""
 
 import csv
 import sys
@@ -14,18 +14,10 @@ from bench.measure.workload import Workload
 from bench.providers import catalogue as cat
 from bench.report.page import REFERENCES, goals_table, markdown, write_report
 from bench.report.tables import number, table
-from bench.suites.conv_norm import conv_norm
-from bench.suites.fold import fold
+from bench.suites import run
 from bench.suites.goals import Goal, evaluate, where_we_lose
-from bench.suites.gpu_suite import gpu
-from bench.suites.inference import inference
-from bench.suites.memory import memory
-from bench.suites.run import ReplayClock, Session
-from bench.suites.scaling import scaling
-from bench.suites.table_a1 import table_a1
-from bench.suites.vgg import vgg
 
-SUITES = (table_a1, vgg, scaling, inference, conv_norm, fold, memory, gpu)
+SUITES = run.SUITES.values()
 ORIGIN = {"device": "a machine, 2 threads", "versions": "torch 2; threads 2", "commit": "abc1234"}
 COLUMNS = [
     *("kernel", "provider", "mode", "metric", "shape", "dtype"),
@@ -196,28 +188,26 @@ def test_without_matplotlib_the_report_says_so(tmp_path, monkeypatch):
     assert "No plots" in (tmp_path / "README.md").read_text()
 
 
-def test_figures_are_on_the_disk_after_each_comparison(tmp_path):
+def test_figures_are_on_the_disk_after_each_comparison(tmp_path, monkeypatch):
     good = cat.batch_norm()
     plan = Plan(rounds=2, min_rounds=1, warmup=0, budget_s=0.0)
-    session = Session.start(Settings(), tmp_path)
-    for kernel in ("first", "second"):
-        session.measure(Comparison(kernel, Workload((4, 4, 3, 3)), (good,), plan, ()))
+
+    def measure(kernels, before=None):
+        run.run([Comparison(k, Workload((4, 4, 3, 3)), (good,), plan, ()) for k in kernels], begin(), tmp_path, before)
+
+    def begin():
+        return run.begin(Settings())
+
+    def kernels():
         with (tmp_path / "records.csv").open(newline="") as file:
-            assert kernel in {row["kernel"] for row in csv.DictReader(file)}
-    again = Session.start(Settings(), tmp_path, add=True)
-    again.measure(Comparison("third", Workload((4, 4, 3, 3)), (good,), plan, ()))
-    with (tmp_path / "records.csv").open(newline="") as file:
-        assert {row["kernel"] for row in csv.DictReader(file)} == {"first", "second", "third"}
+            return {row["kernel"] for row in csv.DictReader(file)}
 
-
-def test_replay_clock_plays_back_the_recorded_durations():
-    clock = ReplayClock()
-    play = clock.player([0.25, 0.5])
-    marks = [clock()]
-    for _ in range(3):
-        play()
-        marks.append(clock())
-    assert marks == [0.0, 0.25, 0.75, 0.75]
+    seen = []
+    monkeypatch.setattr(run.Progress, "begin", lambda *_: seen.append(kernels() if seen else set()))
+    measure(["first", "second"])
+    assert seen == [set(), {"first"}]
+    measure(["third"], Results.load(tmp_path, "cpu"))
+    assert kernels() == {"first", "second", "third"}
 
 
 def test_a_failing_provider_costs_the_others_nothing():
