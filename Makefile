@@ -11,7 +11,7 @@ STAMP := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test lint types mutations demo figures kernels check-simt check-cuda check-abi check-networks bench gpu-check gpu-sanitize gpu-tune clean distclean
+.PHONY: help venv test lint types mutations demo figures kernels check-simt check-cuda check-abi check-networks bench bench-compare gpu-check gpu-sanitize gpu-tune clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -87,6 +87,10 @@ check-networks: .venv-networks/.complete ## convert, train and fold public archi
 
 bench: $(STAMP) ## run the benchmarks (ARGS=--quick for a short run)
 	$(BIN)/python -m bench $(ARGS)
+
+bench-compare: $(STAMP) ## compare the speed of our ops and layers with that of BASE=commit
+	@test -n "$(BASE)" || { echo "make bench-compare: expected BASE=ref, a commit, branch or tag, got none" >&2; exit 2; }
+	$(BIN)/python -m bench.micro.compare --base "$(BASE)" $(ARGS)
 
 # The GPU targets use $(PYTHON) with what it has instead of .venv: they run on machines that have no network.
 gpu-check: ## install, test and measure on a machine with a GPU, the report in OUT=dir

@@ -13,7 +13,7 @@ import bench
 import normkernels
 
 # The folders of bench, each of which imports from itself and from those before it.
-FOLDERS = ("measure", "providers", "networks", "suites", "report", "gpu", "builds", "experiments", "figures")
+FOLDERS = ("measure", "providers", "networks", "suites", "report", "micro", "gpu", "builds", "experiments", "figures")
 
 
 def modules(package: ModuleType = normkernels) -> dict[str, Path]:

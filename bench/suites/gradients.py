@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -48,13 +48,14 @@ class Layers(NamedTuple):
         return [*self.weight_grads, *(bias for bias in self.bias_grads if bias is not None)]
 
 
-def make_layers(dtype: torch.dtype, device: torch.device) -> Layers:
+def make_layers(dtype: torch.dtype, device: torch.device, shapes: Sequence[tuple[int, ...]] | None = None) -> Layers:
+    """Draw the arguments for weights of some shapes, by default ResNet-50's; those of linear layers have a bias."""
+    shapes = resnet50() if shapes is None else shapes
     generator = torch.Generator(device).manual_seed(0)
 
     def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    shapes = resnet50()
     inputs = [shape[1] for shape in shapes]
     return Layers(
         [drawn(*shape, dtype=dtype) for shape in shapes],
@@ -111,7 +112,7 @@ def prepare_copy(layers: Layers) -> Update:
     return Update(gradients, lambda: torch._foreach_copy_(scratch, gradients))
 
 
-def prepare_precondition(layers: Layers, around: Context) -> Update:
+def prepare_precondition(layers: Layers, around: Context = nullcontext) -> Update:
     """Return the operation once it has passed; raise GateError if it differs from float64."""
     ops: Any = cat.package().ops
     update = Update(layers.gradients(), lambda: ops.precondition(*layers, EPS1, EPS2), around)
