@@ -11,7 +11,7 @@ STAMP := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test lint types mutations demo figures kernels check-simt check-cuda check-abi check-networks bench gpu-check gpu-sanitize gpu-tune clean distclean
+.PHONY: help venv test lint types mutations demo figures kernels check-simt check-cuda check-abi check-networks bench bench-compare gpu-check gpu-sanitize gpu-tune clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,7 +51,7 @@ figures: $(STAMP) ## redraw figures of the papers, PNG and CSV, in bench/results
 	$(BIN)/python -m bench.figures $(ARGS)
 
 kernels: $(STAMP) ## compile every Triton kernel for four GPU architectures and check what it takes of them
-	TRITON_INTERPRET=0 $(BIN)/python -m bench.kernel_resources --check $(ARGS)
+	TRITON_INTERPRET=0 $(BIN)/python -m bench.builds.kernel_resources --check $(ARGS)
 
 # The sanitized run, of every fourth test, lets the threads run the other way round; mutations are tested in the first.
 SIMT := $(BIN)/python -m pytest -n 2 --maxschedchunk 1 --benchmark-disable tests/simt tests/ops
@@ -62,13 +62,13 @@ check-simt: $(STAMP) ## run the CUDA kernels on the CPU, also under sanitizers, 
 		$(SIMT) --simt=sanitized --part 1/4 --ignore tests/simt/test_mutations.py $(ARGS)
 
 check-cuda: .venv-cuda/.complete ## compile the CUDA extension for three GPU architectures, list what it takes, test it
-	.venv-cuda/bin/python -m bench.check_cuda $(ARGS)
+	.venv-cuda/bin/python -m bench.builds.check_cuda $(ARGS)
 
 check-abi: ## compile the CUDA extension with torch 2.11 and load it in the newest torch
-	$(PYTHON) -m bench.check_abi $(ARGS)
+	$(PYTHON) -m bench.builds.check_abi $(ARGS)
 
 check-networks: .venv-networks/.complete ## convert, train and fold public architectures (ARGS=--quick for a few), write docs/networks.md
-	.venv-networks/bin/python -m bench.check_networks $(ARGS)
+	.venv-networks/bin/python -m bench.builds.check_networks $(ARGS)
 
 # Six gigabytes. The package is not installed there: the sources at hand are what is tried.
 .venv-networks/.complete: requirements-networks.txt
@@ -88,17 +88,21 @@ check-networks: .venv-networks/.complete ## convert, train and fold public archi
 bench: $(STAMP) ## run the benchmarks (ARGS=--quick for a short run)
 	$(BIN)/python -m bench $(ARGS)
 
+bench-compare: $(STAMP) ## compare the speed of our ops and layers with that of BASE=commit
+	@test -n "$(BASE)" || { echo "make bench-compare: expected BASE=ref, a commit, branch or tag, got none" >&2; exit 2; }
+	$(BIN)/python -m bench.micro.compare --base "$(BASE)" $(ARGS)
+
 # The GPU targets use $(PYTHON) with what it has instead of .venv: they run on machines that have no network.
 gpu-check: ## install, test and measure on a machine with a GPU, the report in OUT=dir
 	@test -n "$(OUT)" || { echo "make gpu-check: expected OUT=dir, the folder for the report, got none" >&2; exit 2; }
-	$(PYTHON) -m bench.gpu_check --out "$(OUT)" $(ARGS)
+	$(PYTHON) -m bench.gpu.gpu_check --out "$(OUT)" $(ARGS)
 
 gpu-sanitize: ## run the GPU tests of the ops under compute-sanitizer (ARGS="-k moments" for others)
-	PYTHON="$(PYTHON)" bench/sanitize.sh $(ARGS)
+	PYTHON="$(PYTHON)" bench/gpu/sanitize.sh $(ARGS)
 
 gpu-tune: ## find the fastest Triton configurations on this GPU, written to OUT=file
 	@test -n "$(OUT)" || { echo "make gpu-tune: expected OUT=file, the table to write, got none" >&2; exit 2; }
-	$(PYTHON) -m bench.tune --out "$(OUT)" $(ARGS)
+	$(PYTHON) -m bench.gpu.tune --out "$(OUT)" $(ARGS)
 
 clean: ## remove build products and caches
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -6,10 +6,8 @@ Prints both tables and writes them, the plots and the CSV files into out/demo/.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
@@ -20,16 +18,18 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.ticker import MaxNLocator
 from torch import nn
-from tqdm import tqdm
 
 import normkernels as nk
-from bench.environment import ROOT, device_name, versions
 from bench.experiments.digits import Epoch, NormFactory, Summary, summarize, train
-from bench.plots import BLUE, DARK, ORANGE, STYLE, ratio_bars, save, square
-from bench.report import failures_table, number, table
-from bench.results import Ratio, Record, write_csv
-from bench.session import Session
-from bench.suites import CONV, Settings, table_a1
+from bench.measure.comparison import Settings
+from bench.measure.environment import ROOT, device_name, versions
+from bench.measure.results import Ratio, Record, Results, write_csv
+from bench.providers.names import CONV
+from bench.report.page import failures_table
+from bench.report.plots import BLUE, DARK, ORANGE, STYLE, ratio_bars, save, square
+from bench.report.tables import number, table
+from bench.suites.run import begin, run
+from bench.suites.table_a1 import table_a1
 
 NORMS: dict[str, NormFactory] = {
     "BatchNorm2d": nn.BatchNorm2d,
@@ -61,9 +61,8 @@ def digits_table(summaries: Sequence[Summary]) -> str:
     return table(["norm", "final training loss", "test accuracy, %", "s / epoch"], rows)
 
 
-def table_a1_table(session: Session) -> str:
+def table_a1_table(results: Results) -> str:
     """Return a table of our ms and ratios to the convolution, with the paper's ratios beside them."""
-    results = session.results
     times = results.find("table_a1")
     header = ["provider"]
     for d in (64, 128):
@@ -133,24 +132,6 @@ def accuracy_plot(history: Sequence[Epoch], path: Path) -> Path:
     return save(figure, path)
 
 
-def write_digits(history: Sequence[Epoch], path: Path) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(asdict(history[0])), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(e) for e in history)
-    return path
-
-
-def measure_table_a1(settings: Settings) -> Session:
-    session = Session.start(settings)
-    comparisons = table_a1(settings, modes=("full",))
-    with tqdm(comparisons, unit="comparison", desc="Table A1") as bar:
-        session.progress = lambda key, index, rounds: bar.set_postfix_str(f"{key} round {index + 1}/{rounds}")
-        for comparison in bar:
-            session.measure(comparison)
-    return session
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo")
@@ -167,16 +148,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\n{first}\n")
 
     print("2. Table A1 of the IterNorm paper on this machine: 64 samples of 32 x 32, forward + backward")
-    session = measure_table_a1(Settings(device, quick=True))
-    second = table_a1_table(session)
+    settings = Settings(device, quick=True)
+    results = begin(settings)
+    run(table_a1(settings, modes=("full",)), results)
+    second = table_a1_table(results)
     print(f"\n{second}\n\nPaper: TITAN Xp against cuDNN's convolution. Another device, not a goal for this one.")
-    results = session.results
     for note in results.notes:
         print(f"Note: {note}")
     if results.failures:
         print(f"\nFailed:\n{failures_table(results.failures)}", file=sys.stderr)
 
-    files = [write_digits(history, out / "digits.csv"), out / "table_a1.csv", out / "table_a1_ratios.csv"]
+    files = [out / "digits.csv", out / "table_a1.csv", out / "table_a1_ratios.csv"]
+    write_csv(out / "digits.csv", Epoch, history)
     write_csv(out / "table_a1.csv", Record, results.records)
     write_csv(out / "table_a1_ratios.csv", Ratio, results.ratios)
     with plt.rc_context(STYLE):

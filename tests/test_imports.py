@@ -1,22 +1,26 @@
-"""Modules of the package import each other in one direction, and private names of torch in one place."""
+"""Modules import each other in one direction, in the package and in bench, and private names of torch in one place."""
 
 from __future__ import annotations
 
 import ast
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import bench
 import normkernels
 
-PACKAGE = Path(normkernels.__file__).parent
+# The folders of bench, each of which imports from itself and from those before it.
+FOLDERS = ("measure", "providers", "networks", "suites", "report", "micro", "gpu", "builds", "experiments", "figures")
 
 
-def modules() -> dict[str, Path]:
+def modules(package: ModuleType = normkernels) -> dict[str, Path]:
     found = {}
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    root = Path(str(package.__file__)).parent
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root.parent).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
@@ -34,14 +38,32 @@ def imported(path: Path, names: set[str]) -> set[str]:
     return found
 
 
-def test_no_cycles() -> None:
-    paths = modules()
+@pytest.mark.parametrize("package", [normkernels, bench], ids=lambda package: package.__name__)
+def test_no_cycles(package: ModuleType) -> None:
+    paths = modules(package)
     assert len(paths) > 60
     graph = {name: imported(path, set(paths)) - {name} for name, path in paths.items()}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" <- ".join(error.args[1]))
+
+
+def test_folders_of_bench_import_in_one_direction() -> None:
+    paths = modules(bench)
+    assert set(FOLDERS) == {path.parent.name for path in Path(str(bench.__file__)).parent.glob("*/__init__.py")}
+    programs = len(FOLDERS)  # __main__ and demo are above all folders
+    height = {
+        name: FOLDERS.index(folder) if (folder := name.split(".")[1]) in FOLDERS else programs
+        for name in paths if name != "bench"
+    }  # fmt: skip
+    upward = [
+        f"{name} imports {other}"
+        for name, below in height.items()
+        for other in imported(paths[name], set(height))
+        if height[other] > below
+    ]
+    assert upward == []
 
 
 def private(name: str) -> bool:

@@ -19,7 +19,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bench.timing import order
+from bench.measure.timing import order
 
 NormFactory = Callable[[int], nn.Module]
 NUM_CLASSES = 10

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 from torch.nn.grad import conv2d_weight
 
-from bench.session import settle_allocator
+from bench.measure.timing import settle_allocator
 
 ROUNDS = 25
 

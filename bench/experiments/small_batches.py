@@ -43,12 +43,12 @@ from torch import nn
 from tqdm import tqdm
 
 import normkernels as nk
-from bench.environment import ROOT
 from bench.experiments.batch_renorm import BatchRenorm1d, BatchRenorm2d, _BatchRenorm
 from bench.experiments.digits import NUM_CLASSES, Split, accuracy, digits_split, train_epoch
-from bench.figures import write_table
-from bench.plots import BLUE, DARK, LIGHT, MID, ORANGE, STYLE, save
-from bench.report import table
+from bench.measure.environment import ROOT
+from bench.measure.results import write_csv
+from bench.report.plots import BLUE, DARK, LIGHT, MID, ORANGE, STYLE, save
+from bench.report.tables import table
 
 GROUPS = (
     4  # in GroupNorm. Groups of 4 channels, as one may read the paper, leave 4 values to normalize in a dense layer
@@ -359,9 +359,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     history = [epoch for run in runs for epoch in results[run] if isinstance(epoch, Epoch)]
     rows = summarize(history, errors, sizes)
 
-    write_table(out / "learning_rates.csv", trials)
-    write_table(out / "curves.csv", history)
-    write_table(out / "summary.csv", rows)
+    write_csv(out / "learning_rates.csv", type(trials[0]), trials)
+    write_csv(out / "curves.csv", type(history[0]), history)
+    write_csv(out / "summary.csv", type(rows[0]), rows)
     with plt.rc_context(STYLE):
         draw(history, errors, sizes, False, out / "error.png")
         draw(history, errors, sizes, True, out / "loss.png")

@@ -3,7 +3,7 @@
     python -m bench.experiments.sync_cost [--quick] [--link NAME:LATENCY_US:GB_PER_S ...] [--out DIR]
 
 Measures all-reduces of gloo on 2 and 4 processes of one thread each, fits a latency and a bandwidth
-(bench/collectives.py), predicts with them the collectives of SyncIterNorm layers and of a training step of a small
+(collectives.py), predicts with them the collectives of SyncIterNorm layers and of a training step of a small
 ResNet, and measures those on 2 processes. Every layer is compared with one process that has the whole batch before it
 is timed, and the bytes that it sends with the model. Then it extrapolates. Latency and bandwidth of GPU links are
 assumptions: give your own with --link.
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 
 import normkernels as nk
-from bench.collectives import (
+from bench.experiments.collectives import (
     ALL_REDUCES,
     NETWORKS,
     Cluster,
@@ -51,11 +51,11 @@ from bench.collectives import (
     simulate,
     whitening_seconds,
 )
-from bench.environment import ROOT, commit, device_name, versions
-from bench.experiments.cifar.resnet import resnet18
-from bench.figures import write_table
-from bench.plots import BLUE, DARK, LIGHT, MID, ORANGE, STYLE, save
-from bench.report import number, table
+from bench.measure.environment import ROOT, commit, device_name, versions
+from bench.measure.results import write_csv
+from bench.networks.resnet import resnet18
+from bench.report.plots import BLUE, DARK, LIGHT, MID, ORANGE, STYLE, save
+from bench.report.tables import number, table
 from normkernels.primitives.iter_norm import sync
 
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -284,7 +284,7 @@ def on_a_rank(rank: int, ranks: int, sizes: Sizes, folder: str) -> None:
 def measure(ranks: int, sizes: Sizes) -> dict[Any, Any]:
     with TemporaryDirectory() as folder:
         # The processes are forked from one that has imported what takes long.
-        multiprocessing.set_forkserver_preload(["normkernels", "bench.plots"])
+        multiprocessing.set_forkserver_preload(["normkernels", "bench.report.plots"])
         start_processes(on_a_rank, (ranks, sizes, folder), nprocs=ranks, start_method="forkserver")
         return torch.load(Path(folder) / "found.pt", weights_only=False)
 
@@ -433,7 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     costs = extrapolated(links, (8, 16) if options.quick else RANKS)
     files: dict[str, Sequence[Any]] = {"all_reduce": reduced, "links": fits, "layers": layers, "model": costs}
     for file, rows in files.items():
-        write_table(options.out / f"{file}.csv", rows)
+        write_csv(options.out / f"{file}.csv", type(rows[0]), rows)
     plot(reduced, costs, assumed[-1], options.out / "cost.png")
     print(fits[0].device, fits[0].versions, f"commit {fits[0].commit}", sep="; ")
     print(tables(fits, layers, costs))

@@ -14,7 +14,7 @@ from statistics import median
 import torch
 
 import normkernels as nk
-from bench.session import settle_allocator
+from bench.measure.timing import settle_allocator
 from normkernels.primitives.spectral_filter import eager
 
 SIZES = (7, 9, 16, 18, 32, 34, 58, 64, 66, 98, 114, 128, 130, 194, 226, 256, 258, 514)

@@ -16,9 +16,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from bench.environment import ROOT, device_name, versions
 from bench.figures import gaussian, hessian, weight_growth
-from bench.plots import STYLE
+from bench.measure.environment import ROOT, device_name, versions
+from bench.report.plots import STYLE
 from normkernels.analysis import stochasticity
 
 # Each takes the folder and whether the run is quick; it returns the files that it has written.

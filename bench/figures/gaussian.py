@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import normkernels as nk
-from bench.figures import write_table
-from bench.plots import BLUE, DARK, ORANGE, save
+from bench.measure.results import write_csv
+from bench.report.plots import BLUE, DARK, ORANGE, save
 from normkernels.analysis import covariance_condition, snd
 
 EPS = 1e-5
@@ -189,7 +189,7 @@ def figures_4_and_a2(out: Path, sizes: Sizes) -> list[Path]:
     for number, shown, spectra in (("4", few, (ISOTROPIC, DECAYING)), ("a2", many, (ISOTROPIC,))):
         part = [p for s in spectra for name in shown for p in points if (p.spectrum, p.norm) == (s, name)]
         table = out / f"iternorm_figure_{number}.csv"
-        write_table(table, part)
+        write_csv(table, type(part[0]), part)
         files += [table, draw_dimensions(part, table.with_suffix(".png"))]
     return files
 
@@ -215,5 +215,5 @@ def figure_5(out: Path, sizes: Sizes) -> list[Path]:
     panels[1][1].set_xlabel("dimension")
     panels[0][0].legend(fontsize=9)
     table = out / "iternorm_figure_5.csv"
-    write_table(table, [p for part in points.values() for p in part])
+    write_csv(table, Point, [p for part in points.values() for p in part])
     return [table, save(figure, table.with_suffix(".png"))]

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bench.experiments.digits import Split, accuracy, batches, digits_split
-from bench.figures import write_table
-from bench.plots import BLUE, DARK, MID, ORANGE, save
+from bench.measure.results import write_csv
+from bench.report.plots import BLUE, DARK, MID, ORANGE, save
 from normkernels.analysis import hessian_condition
 from normkernels.optim import BNP
 
@@ -211,5 +211,5 @@ def figure_8(out: Path, sizes: Sizes) -> list[Path]:
                     bar.set_postfix_str(f"{method}, seed {seed}: test {step.test_accuracy:.3f}", refresh=False)
                     bar.update()
     table = out / "bnp_figure_8.csv"
-    write_table(table, history)
+    write_csv(table, Step, history)
     return [table, draw(history, table.with_suffix(".png"))]

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from bench.environment import ROOT
-from bench.report import table
+from bench.measure.environment import ROOT
+from bench.report.tables import table
 
 Rows = list[dict[str, str]]
 DIMENSIONS = ("2", "8", "32", "128", "512")

@@ -19,8 +19,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
 from bench.experiments.digits import NormFactory, Split, accuracy, batches, build_network, digits_split
-from bench.figures import write_table
-from bench.plots import BLUE, MID, ORANGE, save
+from bench.measure.results import write_csv
+from bench.report.plots import BLUE, MID, ORANGE, save
 from normkernels.analysis import weight_norms
 
 GROUPS = 8
@@ -146,5 +146,5 @@ def figure_3(out: Path, sizes: Sizes) -> list[Path]:
             for weight_decay in (0.0, sizes.weight_decay):
                 history += train(norm, weight_decay, split, sizes, bar)
     table = out / "new_interpretations_figure_3.csv"
-    write_table(table, history)
+    write_csv(table, type(history[0]), history)
     return [table, draw(history, table.with_suffix(".png"))]

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import normkernels as nk
+from bench.measure.timing import CpuClock, Plan, interleave
 from bench.networks.catalogue import NETWORKS
-from bench.timing import CpuClock, Plan, interleave
 
 GROUPED_NETWORKS = (
     "torchvision resnext50_32x4d",

@@ -47,7 +47,7 @@ def read_table(path: Path) -> dict[Key, Config]:
 
 @functools.cache
 def table() -> dict[Key, Config]:
-    """Return the package's table, with entries replaced by those of NORMKERNELS_TRITON_CONFIGS (see bench/tune.py)."""
+    """Return the package's table, changed by the entries of NORMKERNELS_TRITON_CONFIGS (see bench/gpu/tune.py)."""
     chosen = read_table(TABLE)
     if extra := os.environ.get("NORMKERNELS_TRITON_CONFIGS"):
         chosen |= read_table(Path(extra))

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import normkernels as nk
-from bench import bnp
-from bench.memory import comparisons
-from bench.suites import Settings
-from bench.workload import GateError
+from bench.measure.comparison import Settings
+from bench.measure.workload import GateError
+from bench.suites import bnp
+from bench.suites.memory import memory
 
 CPU = torch.device("cpu")
 
@@ -47,7 +47,7 @@ def test_operations_of_proposition_6():
 
 
 def test_memory_is_measured_of_the_same_networks():
-    found = [c for c in comparisons(Settings(quick=True)) if bnp.BNP in c.names]
+    found = [c for c in memory(Settings(quick=True)) if bnp.BNP in c.names]
     assert [c.work.shape[0] for c in found] == [16, 512]
     assert all(c.names == (bnp.VANILLA, bnp.BATCH_NORM, bnp.LAYER_NORM, bnp.BNP) for c in found)
 

@@ -21,13 +21,13 @@ pytest.importorskip("sklearn")  # before what imports it
 pytest.importorskip("matplotlib")
 
 import normkernels as nk
-from bench.environment import ROOT
 from bench.experiments.cifar.__main__ import Summary, main
 from bench.experiments.cifar.data import augmented, batches, cifar, digits, draws, share
 from bench.experiments.cifar.deploy import CLOSE, deploy
-from bench.experiments.cifar.resnet import resnet18
 from bench.experiments.cifar.training import Epoch, Process, Settings, Training, scheduler
-from bench.results import read_csv
+from bench.measure.environment import ROOT
+from bench.measure.results import read_csv
+from bench.networks.resnet import resnet18
 from tests.tolerances import assert_identity
 
 CPU = torch.device("cpu")

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import normkernels as nk
-from bench import conv_catalogue as cat
-from bench.memory import measure_memory
-from bench.suites import Comparison
-from bench.timing import Plan
-from bench.workload import GateError, Inputs, Workload, prepare_layer
+from bench.measure.comparison import Comparison
+from bench.measure.timing import Plan
+from bench.measure.workload import GateError, Inputs, Workload, prepare_layer
+from bench.providers import conv_catalogue as cat
+from bench.suites.memory import measure_memory
 
 SMALL = Workload((4, 8, 6, 6))
 
@@ -51,6 +51,6 @@ def test_memory_without_a_backward_pass(monkeypatch):
     """The spectrum's input is a weight: nothing is saved, and the probe only goes forward."""
     work = Workload((6, 5, 3, 3), mode="inference", output=(6, 34, 18))
     comparison = Comparison("memory", work, cat.spectra((34, 34)), Plan(), ())
-    monkeypatch.setattr("bench.memory.probe", lambda comparison, provider: 1 << 20)
+    monkeypatch.setattr("bench.suites.memory.probe", lambda comparison, provider: 1 << 20)
     use = measure_memory(comparison, "kernel_spectrum")
     assert use.saved == 0 and use.peak == 1 << 20 and use.input == 6 * 5 * 9 * 4

@@ -5,13 +5,14 @@ import torch
 from torch import nn
 
 import normkernels as nk
-from bench import folding
-from bench.bnp import VANILLA
-from bench.goals import GOALS, evaluate
-from bench.results import Results
-from bench.suites import VGG_ITERNORM, Settings
-from bench.timing import Measurement
-from bench.workload import GateError, Inputs
+from bench.measure.comparison import Settings
+from bench.measure.results import Results
+from bench.measure.timing import Measurement
+from bench.measure.workload import GateError, Inputs
+from bench.providers.names import VGG_ITERNORM
+from bench.suites import fold as folding
+from bench.suites.bnp import VANILLA
+from bench.suites.goals import GOALS, evaluate
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import catalogue as cat
-from bench import gpu_check, gradients, order
-from bench.environment import precision
-from bench.goals import evaluate
-from bench.gpu_check import Step, introduction
-from bench.gpu_suite import FLOOR, ITERNORM_CL, gpu
-from bench.report import goals_table
-from bench.results import Record, Results
-from bench.suites import BATCHNORM, ITERNORM, Comparison, Settings
-from bench.timing import HostClock, Measurement, Plan, clock_for
-from bench.workload import Inputs, Workload, prepare_layer
+from bench.gpu import gpu_check
+from bench.gpu.gpu_check import Step, introduction
+from bench.measure.comparison import Comparison, Settings
+from bench.measure.environment import precision
+from bench.measure.results import Record, Results
+from bench.measure.timing import HostClock, Measurement, Plan, clock_for
+from bench.measure.workload import Inputs, Workload, prepare_layer
+from bench.providers import catalogue as cat
+from bench.providers.names import BATCHNORM, ITERNORM
+from bench.report import order
+from bench.report.page import goals_table
+from bench.suites import gradients
+from bench.suites.goals import evaluate
+from bench.suites.gpu_suite import FLOOR, ITERNORM_CL, gpu
 from normkernels.dispatch import choose, define
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -31,7 +34,7 @@ ORIGIN = {"device": "a GPU", "versions": "torch 2; cuDNN TF32 on", "commit": "ab
 def test_a_dry_run_end_to_end(tmp_path):
     (tmp_path / "failures.csv").write_text("of an earlier run")
     options = ["--device", "cpu", "--quick", "--kernel", "gpu_newton", "--out", str(tmp_path)]
-    command = [sys.executable, "-m", "bench.gpu_check", *options]
+    command = [sys.executable, "-m", "bench.gpu.gpu_check", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "README.md", "records.csv", "ratios.csv"}

@@ -1,14 +1,17 @@
 """The command line as a user runs it, on the smallest suite."""
 
 import csv
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from bench import __main__ as program
 from bench.__main__ import main
+from bench.measure.comparison import Settings
+from bench.suites.run import SUITES, matches, select
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -19,9 +22,7 @@ def bench(*arguments):
 
 def run(*arguments):
     command = [sys.executable, *arguments]
-    # pytest-benchmark switches itself off in what it takes for a worker of pytest-xdist
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_one_suite_end_to_end(tmp_path):
@@ -46,7 +47,11 @@ def test_a_selection_of_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("--vgg-batch", "0"), "expected at least 1, got 0"), (("--device", "abacus"), "invalid choice")],
+    [
+        (("--vgg-batch", "0"), "expected at least 1, got 0"),
+        (("--device", "abacus"), "invalid choice"),
+        (("-k", "vgg or"), "-k: expected words with and, or, not and parentheses, got 'vgg or'"),
+    ],
 )
 def test_wrong_calls(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -70,3 +75,42 @@ def test_a_broken_package_is_reported_and_the_baselines_are_measured(tmp_path):
     assert "normkernels" in failure["error"]
     with (tmp_path / "records.csv").open(newline="") as file:
         assert {r["provider"] for r in csv.DictReader(file)} == {"grouped conv1x1", "BatchNorm2d"}
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [("", True), ("VGG", True), ("vgg and not full", False), ("(conv or gg_s) and full", True), ("not vgg", False)],
+)
+def test_expressions(expression, expected):
+    assert matches(expression, "vgg vgg_step/full/8x3x32x32/float32") == expected
+
+
+@pytest.mark.parametrize("expression", ["and", "vgg full", "vgg (full)", "not", "(vgg", "vgg and not"])
+def test_expressions_that_have_no_meaning(expression):
+    with pytest.raises(ValueError, match="expected words with and, or, not and parentheses, got '"):
+        matches(expression, "vgg")
+
+
+def test_a_selection_is_by_suite_key_or_provider():
+    settings = Settings(torch.device("cpu"), quick=True)
+    assert len(select(settings, SUITES)) == sum(len(suite(settings)) for suite in SUITES.values())
+    assert {c.kernel for c in select(settings, SUITES, "conv_norm")} == {
+        "conv_norm",
+        "spectral_filter",
+        "kernel_spectrum",
+    }
+    assert [c.key for c in select(settings, ["table_a1"], "x64x and full")] == ["table_a1/full/64x64x32x32/float32"]
+    assert {c.kernel for c in select(settings, SUITES, "LayerNorm")} == {"bnp_step", "memory"}
+
+
+def test_an_interrupted_run_reports_what_it_has(tmp_path, monkeypatch, capsys):
+    def measure(comparison, *_):
+        if comparison.kernel != "vgg_step":
+            raise KeyboardInterrupt
+        raise ValueError("no luck")
+
+    monkeypatch.setattr("bench.measure.comparison.Comparison.measure", measure)
+    assert program.main(["--quick", "--out", str(tmp_path), "--suite", "vgg", "--suite", "inference"]) == 1
+    page = (tmp_path / "README.md").read_text()
+    assert "**Note:** Interrupted: only a part was measured." in page and "ValueError: no luck" in page
+    assert "Interrupted" in capsys.readouterr().out

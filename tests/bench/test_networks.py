@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.check_networks import surprises
+from bench.builds.check_networks import surprises
 from bench.networks import report
 from bench.networks.catalogue import NETWORKS, Network
 from bench.networks.trial import trial

@@ -1,4 +1,4 @@
-"""CSV columns, Markdown, goals, plots, and the replay into pytest-benchmark."""
+"""CSV columns, Markdown, goals, plots, and a run."""
 
 import csv
 import sys
@@ -6,18 +6,18 @@ import sys
 import pytest
 import torch
 
-from bench import catalogue as cat
-from bench.folding import fold
-from bench.goals import Goal, evaluate, where_we_lose
-from bench.gpu_suite import gpu
-from bench.report import REFERENCES, goals_table, markdown, number, table, write_report
-from bench.results import Ratio, Record, Results, write_csv
-from bench.session import ReplayClock, Session
-from bench.suites import Comparison, Settings, conv_norm, inference, memory, scaling, table_a1, vgg
-from bench.timing import Measurement, Plan
-from bench.workload import Workload
+from bench.measure.comparison import Comparison, Settings
+from bench.measure.environment import ROOT
+from bench.measure.results import Ratio, Record, Results, write_csv
+from bench.measure.timing import Measurement, Plan
+from bench.measure.workload import Workload
+from bench.providers import catalogue as cat
+from bench.report.page import REFERENCES, goals_table, markdown, write_report
+from bench.report.tables import number, table
+from bench.suites import run
+from bench.suites.goals import Goal, evaluate, where_we_lose
 
-SUITES = (table_a1, vgg, scaling, inference, conv_norm, fold, memory, gpu)
+SUITES = run.SUITES.values()
 ORIGIN = {"device": "a machine, 2 threads", "versions": "torch 2; threads 2", "commit": "abc1234"}
 COLUMNS = [
     *("kernel", "provider", "mode", "metric", "shape", "dtype"),
@@ -153,7 +153,7 @@ def test_report_writes_its_files_and_drops_an_old_failure_list(tmp_path):
 
 
 def test_goals_name_things_that_the_suites_measure():
-    from bench.goals import GOALS
+    from bench.suites.goals import GOALS
 
     for device_type in ("cpu", "cuda"):
         settings = Settings(torch.device(device_type))
@@ -182,34 +182,32 @@ def test_ratio_columns_have_a_place():
 
 def test_without_matplotlib_the_report_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "bench.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "bench.report.plots", raising=False)
     names = {path.name for path in write_report(results(), tmp_path)}
     assert names == {"README.md", "records.csv", "ratios.csv", "failures.csv"}
     assert "No plots" in (tmp_path / "README.md").read_text()
 
 
-def test_figures_are_on_the_disk_after_each_comparison(tmp_path):
+def test_figures_are_on_the_disk_after_each_comparison(tmp_path, monkeypatch):
     good = cat.batch_norm()
     plan = Plan(rounds=2, min_rounds=1, warmup=0, budget_s=0.0)
-    session = Session.start(Settings(), tmp_path)
-    for kernel in ("first", "second"):
-        session.measure(Comparison(kernel, Workload((4, 4, 3, 3)), (good,), plan, ()))
+
+    def measure(kernels, before=None):
+        run.run([Comparison(k, Workload((4, 4, 3, 3)), (good,), plan, ()) for k in kernels], begin(), tmp_path, before)
+
+    def begin():
+        return run.begin(Settings())
+
+    def kernels():
         with (tmp_path / "records.csv").open(newline="") as file:
-            assert kernel in {row["kernel"] for row in csv.DictReader(file)}
-    again = Session.start(Settings(), tmp_path, add=True)
-    again.measure(Comparison("third", Workload((4, 4, 3, 3)), (good,), plan, ()))
-    with (tmp_path / "records.csv").open(newline="") as file:
-        assert {row["kernel"] for row in csv.DictReader(file)} == {"first", "second", "third"}
+            return {row["kernel"] for row in csv.DictReader(file)}
 
-
-def test_replay_clock_plays_back_the_recorded_durations():
-    clock = ReplayClock()
-    play = clock.player([0.25, 0.5])
-    marks = [clock()]
-    for _ in range(3):
-        play()
-        marks.append(clock())
-    assert marks == [0.0, 0.25, 0.75, 0.75]
+    seen = []
+    monkeypatch.setattr(run.Progress, "begin", lambda *_: seen.append(kernels() if seen else set()))
+    measure(["first", "second"])
+    assert seen == [set(), {"first"}]
+    measure(["third"], Results.load(tmp_path, "cpu"))
+    assert kernels() == {"first", "second", "third"}
 
 
 def test_a_failing_provider_costs_the_others_nothing():
@@ -222,3 +220,15 @@ def test_a_failing_provider_costs_the_others_nothing():
     measured = Comparison("t", Workload((4, 4, 3, 3)), (bad, good), plan, ()).measure()
     assert measured.failures == {"broken": "ImportError: no such package"}
     assert measured.seconds("BatchNorm2d")
+
+
+FOLDER = ROOT / "bench" / "results" / "cpu-amd-epyc-2-threads"
+
+
+def test_the_committed_report_is_that_of_its_results():
+    """Every table follows from the CSV files, which do not have the notes."""
+    page = (FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
+    added = ("![", "**Note:**", "POP-Norm and BNP, and their memory,")
+    tables = [line for line in page if line and not line.startswith(added)]
+    assert tables == [line for line in markdown(Results.load(FOLDER, "cpu")).splitlines() if line]
+    assert len(tables) > 400

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bench.collectives import (
+from bench.experiments import sync_cost
+from bench.experiments.collectives import (
     ALL_REDUCES,
     NETWORKS,
     Cluster,
@@ -26,7 +27,6 @@ from bench.collectives import (
     simulate,
     whitening_seconds,
 )
-from bench.experiments import sync_cost
 from bench.experiments.sync_cost import parse_link, simulated_step
 from tests.tolerances import assert_identity
 

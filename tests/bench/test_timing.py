@@ -7,8 +7,18 @@ from collections import Counter
 import pytest
 import torch
 
-from bench import timing
-from bench.timing import CudaClock, Measurement, Plan, Quantiles, Timed, interleave, order, poison, require_alive
+from bench.measure import timing
+from bench.measure.timing import (
+    CudaClock,
+    Measurement,
+    Plan,
+    Quantiles,
+    Timed,
+    interleave,
+    order,
+    poison,
+    require_alive,
+)
 
 
 class Fake(Timed):

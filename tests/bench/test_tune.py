@@ -1,4 +1,4 @@
-"""The parts of bench/tune.py that need no GPU: candidates, choice, the table, and what it calls for each kernel."""
+"""The parts of bench/gpu/tune.py that need no GPU: candidates, choice, the table, and what it calls for each kernel."""
 
 from dataclasses import replace
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import normkernels as nk
-from bench import tune
-from bench.tune import Case, candidates, cases, fastest, write_table
+from bench.gpu import tune
+from bench.gpu.tune import Case, candidates, cases, fastest, write_table
 from normkernels.triton import configs, launch, support
 from normkernels.triton.configs import Config
 

@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import catalogue as cat
-from bench.baselines import plain_whitening
-from bench.workload import (
+from bench.measure.workload import (
     NORM_PASSES,
     TOLERANCE,
     GateError,
@@ -19,6 +17,8 @@ from bench.workload import (
     make_input,
     prepare_layer,
 )
+from bench.providers import catalogue as cat
+from bench.providers.baselines import plain_whitening
 
 SMALL = Workload((8, 16, 6, 6))
 BASELINES = [

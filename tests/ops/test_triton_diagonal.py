@@ -335,7 +335,7 @@ def test_real_sizes_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype, channel
 
 @pytest.mark.gpu
 def test_a_network_of_gradients_on_a_gpu() -> None:
-    from bench.gradients import EPS1, EPS2, exact, make_layers
+    from bench.suites.gradients import EPS1, EPS2, exact, make_layers
 
     for dtype in (torch.float32, torch.bfloat16):
         layers = make_layers(dtype, DEVICE)

@@ -18,13 +18,13 @@ import matplotlib.pyplot as plt
 import torch.distributed as dist
 from matplotlib.ticker import MaxNLocator
 
-from bench.environment import ROOT, device_name, versions
 from bench.experiments.cifar.data import cifar, digits
 from bench.experiments.cifar.deploy import Deployed, deploy
 from bench.experiments.cifar.training import NORMS, Epoch, Settings, Training, join
-from bench.plots import BLUE, DARK, MID, ORANGE, STYLE, save
-from bench.report import number, table
-from bench.results import read_csv, write_csv
+from bench.measure.environment import ROOT, device_name, versions
+from bench.measure.results import read_csv, write_csv
+from bench.report.plots import BLUE, DARK, MID, ORANGE, STYLE, save
+from bench.report.tables import number, table
 
 CHECKPOINT, CURVES, PLOT, PROGRAM, SUMMARY = "checkpoint.pt", "curves.csv", "curves.png", "folded.pt2", "summary.csv"
 COLOURS = {"batchnorm": DARK, "iternorm": BLUE, "dbn": ORANGE, "popnorm": MID}

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import normkernels as nk
 from bench.experiments.cifar.data import Images, augmented, batches, draws, share
-from bench.experiments.cifar.resnet import resnet18
+from bench.networks.resnet import resnet18
 
 # Families that convert.replace knows: on one process, and on several.
 NORMS = {

@@ -1,0 +1,1 @@
+"""Checks of what is compiled or built: Triton kernels, the CUDA extension, public networks."""

@@ -1,0 +1,437 @@
+"""Compile every Triton kernel for GPUs that are not there, and list what each takes of a multiprocessor.
+
+    python -m bench.builds.kernel_resources            # all entries of configs.json; writes docs/triton-kernels.csv
+    python -m bench.builds.kernel_resources --check    # writes nothing; exit code 1 if a kernel spills or does not fit
+    python -m bench.builds.kernel_resources --choose   # first rewrites the table: see ``choose``
+
+The launchers themselves run, on small CPU tensors, with every launch replaced by a compilation for the wanted
+architecture. So what is compiled is what they launch, with the same specialization.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bench.gpu.tune import write_table
+from bench.measure.environment import ROOT
+from normkernels.triton import configs, support
+from normkernels.triton.configs import Config, Key
+from normkernels.triton.support import Unsupported
+
+RESULT = ROOT / "docs" / "triton-kernels.csv"
+SIZES = (16, 32, 64, 128)
+# Architecture of a table entry -> shared memory, in bytes, that a program may have on all GPUs that the entry serves:
+# entries for sm_80 also serve sm_86 and sm_89, which have less of it.
+SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+REGISTERS = 65536  # registers of a multiprocessor
+IN_FLIGHT = 32 << 10  # bytes that a multiprocessor has to have requested at any time to keep up with the memory
+
+
+class Usage(NamedTuple):
+    """A kernel's resources.
+
+    spilled, shared: bytes. unordered: loads from global memory after stores to it without a barrier between.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    unordered: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One entry of the table, and a call that launches its kernels."""
+
+    kernel: str
+    size: int
+    layout: str
+    type: str
+
+    def key(self, arch: int) -> Key:
+        return self.kernel, self.size, self.layout, self.type, arch
+
+    def calls(self) -> list[Callable[[], object]]:
+        """Return a call for each size of planes, as the compiler knows less of those that are no multiple of 16."""
+        planes = SIDES[self.size] if self.kernel in FILTERS else PLANES.get(self.layout, (16,))
+        return [lambda plane=plane: CALLS[self.kernel](self, plane) for plane in planes]  # type: ignore[misc]
+
+    @property
+    def channels(self) -> int:
+        """Channels of the input: one group, or several groups of one channel."""
+        return SINGLE if self.size == 1 else self.size
+
+    def data(self, plane: int) -> Tensor:
+        dtype = torch.float32 if self.type == "float32" else torch.bfloat16
+        x = torch.zeros(3, self.channels, plane, plane, dtype=dtype)
+        return x.contiguous(memory_format=torch.channels_last) if self.layout == "channels" else x
+
+
+SINGLE = 48  # groups of one channel: several programs in either layout
+FILTERS = ("spectral_filter", "cross_spectrum")
+SPECTRA = ("kernel_spectrum", "kernel_spectrum_backward")
+SIDES = {16: (7, 32), 32: (34, 58, 64)}  # sides of a filter's planes, by the padded half
+PLANES = {"positions": (16, 14), "odd": (7,), "channels": (16,)}
+
+
+def whitening(case: Case, plane: int, affine: bool = True) -> object:
+    from normkernels.primitives.iter_norm.triton import iter_norm, iter_norm_backward
+
+    x, d = case.data(plane), case.size
+    if d == 1:
+        return diagonal(x)
+    weight = torch.ones(d) if affine else None
+    y, mean, W, S, scale = iter_norm(x, weight, weight, d, 5, 1e-5, False, False)
+    return iter_norm_backward(y, x, weight, mean, W, S, scale, 5, False, False)
+
+
+def diagonal(x: Tensor) -> object:
+    """Launch all that passes over groups of one channel, with and without what may be left out."""
+    from normkernels.primitives.pop_norm.triton import pop_norm, pop_norm_backward
+    from normkernels.primitives.whiten.triton import mix
+
+    weight = torch.ones(x.shape[1])
+    for center, scale in ((True, True), (True, False), (False, True)):
+        gamma, beta = weight if scale else None, weight if center else None
+        y, mean, var = pop_norm(x, gamma, beta, 4.0, 1e-5, center, scale)
+        pop_norm_backward(y, x, gamma, beta, mean, var, 4.0, 1e-5, center, scale)
+    mix([(x, weight)], weight.view(-1, 1, 1), weight, like=x, weight=weight)
+    return mix([(x, None), (x, weight)], weight.view(-1, 1, 1).expand(-1, 1, 2).contiguous(), weight, like=x)
+
+
+def reductions(case: Case, plane: int) -> object:
+    from normkernels.primitives.moments.triton import cross_moments, moments
+
+    x = torch.zeros(3, case.channels, 16, 16)
+    return cross_moments(x, x, moments(x, case.size, False)[0], case.size)
+
+
+def small_matrix(case: Case, plane: int) -> object:
+    from normkernels.primitives.inverse_sqrt.triton import inverse_sqrt, inverse_sqrt_backward
+
+    for d in (case.size, case.size - 3):  # where threads lie differently on the matrices in memory and on those padded
+        cov = torch.zeros(2, d, d)
+        for scaling in ("trace", "frobenius"):
+            W, S, scale = inverse_sqrt(cov, 5, 1e-5, scaling == "frobenius", False)
+            inverse_sqrt_backward(cov, W, S, scale, 5, scaling == "frobenius", False)
+        whitening(Case("newton", d, "positions", "float32"), 16)
+    whitening(Case("newton", case.size, "positions", "float32"), 16, affine=False)
+    return None
+
+
+def filtering(case: Case, plane: int) -> object:
+    """Launch the filter's kernels with windows as ConvNorm's: a crop, and a stride in one direction."""
+    from normkernels.primitives.spectral_filter.triton import cross_spectrum, spectral_filter
+
+    z = Case(case.kernel, 8, case.layout, case.type).data(plane)
+    whole, target = [0, 1, 0, 1], [1, 1, plane - 2, 0, 2, (plane + 1) // 2]
+    y = spectral_filter(z, torch.zeros(8, plane, plane), whole, target)
+    return cross_spectrum(y, z, [plane, plane], [*target[:2], *target[3:5]], whole)
+
+
+def spectra(case: Case, plane: int) -> object:
+    from normkernels.primitives.kernel_spectrum.triton import kernel_spectrum, kernel_spectrum_backward
+
+    for size, taps in ((34, 3), (64, 7)):
+        weight = torch.zeros(4, 8, taps, taps)
+        v = kernel_spectrum(weight, [size, size], 1e-8, [1, 1])
+        kernel_spectrum_backward(v, weight, 1e-8, [1, 1])
+    return None
+
+
+def all_layers(case: Case, plane: int) -> object:
+    """Launch the change of two gradients, in either layout.
+
+    Their sizes and addresses are data, of which the compiler knows nothing.
+    """
+    from normkernels.primitives.precondition.triton import precondition
+
+    dtype = torch.float32 if case.type == "float32" else torch.bfloat16
+    weights = [torch.zeros(32, 16, 3, 3, dtype=dtype), torch.zeros(32, 16, dtype=dtype)]
+    biases, statistics = [torch.zeros(32, dtype=dtype)] * 2, [torch.ones(16)] * 2
+    return precondition(weights, biases, statistics, statistics, [1, 1], [1.0, 2.0], 1e-2, 1e-4)
+
+
+CALLS: dict[str, Callable[[Case, int], object]] = {
+    "moments": whitening,
+    "cross_moments": whitening,
+    "mix": whitening,
+    "stacked_mix": whitening,
+    "merge": reductions,
+    "newton": small_matrix,
+    **dict.fromkeys(FILTERS, filtering),
+    **dict.fromkeys(SPECTRA, spectra),
+    "precondition": all_layers,
+}
+PASSES = ("moments", "cross_moments", "mix", "stacked_mix")
+
+
+def cases() -> list[Case]:
+    types = ("float32", "half")
+    over_data = [
+        *itertools.product(PASSES, (1, *SIZES), ("positions", "odd", "channels"), types),
+        *itertools.product(FILTERS, SIDES, ("positions", "channels"), types),
+        *itertools.product(("precondition",), (1,), ("",), types),
+    ]
+    elsewhere = [("merge", 1), *itertools.product(("newton", "merge"), SIZES), *itertools.product(SPECTRA, (64,))]
+    return [Case(*parts) for parts in over_data] + [Case(kernel, size, "", "float32") for kernel, size in elsewhere]
+
+
+# --- compiling ------------------------------------------------------------------------------------------------------
+
+
+class AbsentGPU:
+    """The part of a driver that Triton needs in order to compile."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # Triton keeps compiled kernels by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_entry(case: Case, arch: int, config: Config, only_first: bool = False) -> dict[str, Usage]:
+    """Return kernel's name -> the most that any of its variants takes, for all kernels that this entry configures."""
+    from triton.runtime import driver
+
+    driver.set_active(AbsentGPU(arch))
+    used: dict[str, Usage] = {}
+
+    def record(kernel: Any, grid: Any, arguments: Sequence[Any], given: Config, meta: dict[str, Any]) -> None:
+        if given is not config:
+            return
+        variants = [meta]
+        if case.size in (1, 64) and "WIDE" in meta and not only_first:  # as for more than 2^31 columns
+            variants.append(meta | {"WIDE": True})
+        for variant in variants:
+            compiled = kernel.warmup(*arguments, grid=grid, **variant, num_warps=given.warps, num_stages=given.stages)
+            usage = usage_of(compiled)
+            if case.kernel == "newton":
+                usage = usage._replace(unordered=unordered(compiled.asm["ptx"]))
+                if variant["d"] < variant["D"]:  # compiled for its order only: some of these spill 8 to 60 bytes
+                    usage = usage._replace(spilled=0)
+            name = kernel.fn.__name__
+            used[name] = Usage(*map(max, zip(used.get(name, usage), usage, strict=True)))
+
+    with configs.replaced({case.key(arch): config}), support.recording(arch, record):
+        for call in case.calls()[: 1 if only_first else None]:
+            with suppress(Unsupported):  # another kernel of the call, which this architecture leaves to plain PyTorch
+                call()
+    if not used:
+        raise LookupError(f"no launch uses the entry {case} for sm_{arch}")
+    return used
+
+
+def usage_of(compiled: Any) -> Usage:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    ptx = compiled.asm["ptx"]
+    target = re.search(r"^\.target (sm_(\d+)\w*)", ptx, re.MULTILINE)
+    assert target is not None
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        name = "ptxas-blackwell" if int(target[2]) >= 100 else "ptxas"
+        command = [str(tools / name), "-v", f"--gpu-name={target[1]}", file.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", report))
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
+    return Usage(registers, spilled, compiled.metadata.shared)
+
+
+def unordered(ptx: str) -> int:
+    """Count loads that could see what another thread has not yet stored, in the order of the program's text.
+
+    This is for kernels that pass matrices from thread to thread through global memory. Triton's interpreter, which runs
+    a program as one thread, cannot show such a mistake, and compute-sanitizer does not look for it there.
+    """
+    found, stored = 0, False
+    for line in ptx.splitlines():
+        if "st.global" in line:
+            stored = True
+        elif "bar.sync" in line or "barrier.sync" in line:
+            stored = False
+        elif stored and ("ld.global" in line or ("cp.async" in line and "global" in line)):
+            found += 1
+    return found
+
+
+# --- checking and choosing ------------------------------------------------------------------------------------------
+
+
+def complaint(usage: Usage, arch: int) -> str:
+    """Return what is wrong with a kernel, or an empty string."""
+    if usage.spilled:
+        return f"{usage.spilled} bytes spilled"
+    if usage.shared > SHARED[arch]:
+        return f"{usage.shared} bytes of shared memory, more than {SHARED[arch]}"
+    if usage.unordered:
+        return f"{usage.unordered} loads after stores without a barrier between"
+    return ""
+
+
+def entry(case: Case, arch: int) -> Config | None:
+    """Return an architecture's configuration, maybe an older one's; None where plain PyTorch serves the kernel."""
+    with suppress(Unsupported), support.recording(arch, lambda *_: None):
+        dtype = torch.float32 if case.type == "float32" else torch.float16
+        return configs.configuration(case.kernel, case.size, case.layout, dtype, arch)
+    return None
+
+
+def rows_of(task: tuple[Case, int]) -> list[dict[str, Any]]:
+    case, arch = task
+    config = entry(case, arch)
+    assert config is not None
+    described = {"entry": case.kernel, **{k: v for k, v in asdict(case).items() if k != "kernel"}, "arch": arch}
+    return [
+        {"kernel": name, **described, **asdict(config), **usage._asdict()}
+        for name, usage in sorted(compile_entry(case, arch, config).items())
+    ]
+
+
+# (block, warps, stages), the preferred first: more columns at a time mean fewer barriers per byte.
+CANDIDATES: dict[int, list[tuple[int, ...]]] = {
+    16: [(128, 4, 3), (64, 4, 3), (64, 4, 2), (32, 4, 2)],
+    32: [(128, 4, 3), (64, 4, 3), (64, 8, 3), (64, 4, 2), (32, 4, 3), (32, 4, 2)],
+    64: [(64, 4, 3), (64, 8, 3), (32, 4, 4), (32, 4, 3), (64, 8, 2), (32, 8, 3), (32, 4, 2), (16, 4, 4), (16, 4, 3),
+         (16, 4, 2)],
+    128: [(32, 8, 3), (32, 8, 2), (16, 8, 4), (16, 8, 3), (16, 8, 2), (32, 4, 2), (16, 4, 3), (16, 4, 2)],
+}  # fmt: skip
+# For GPUs with less shared memory: no pipeline, or fewer rows of the result (the fourth number) in a program.
+LAST_RESORT: dict[tuple[str, int], list[tuple[int, ...]]] = {
+    ("moments", 128): [(16, 8, 1)],
+    ("stacked_mix", 128): [(16, 8, 2, 32), (32, 8, 2, 16)],
+}
+SMALL_MATRIX: dict[int, list[tuple[int, ...]]] = {
+    size: [
+        (min(size, step), warps, stages)
+        for stages in (2, 1)
+        for step in (32, 16)
+        for warps in ((4, 8) if size < 128 else (8, 16))
+    ]
+    for size in SIZES
+}
+PRECISION = {("mix", "half"): "bf16x3", ("stacked_mix", "half"): "bf16x3", ("merge", "float32"): "ieee"}
+
+
+def candidates(case: Case) -> list[Config]:
+    if case.kernel in (*FILTERS, *SPECTRA) or case.size == 1:  # chosen by hand: spectral/DERIVATION.md, docs/triton.md
+        return [config for key, config in configs.table().items() if key[:4] == case.key(0)[:4]]
+    precision = PRECISION.get((case.kernel, case.type), "tf32x3")
+    shapes = CANDIDATES[case.size] + LAST_RESORT.get((case.kernel, case.size), [])
+    if case.kernel == "newton":
+        shapes = SMALL_MATRIX[case.size]
+    elif case.kernel == "merge":
+        shapes = [(4, 4, 1), (2, 4, 1)]
+    return [
+        Config(block, warps, stages, precision, *(int(row) for row in rows)) for block, warps, stages, *rows in shapes
+    ]
+
+
+def choose(task: tuple[Case, int]) -> tuple[Case, int, Config | None]:
+    """Choose a configuration by what is known without a GPU; bench/gpu/tune.py replaces it by what was measured on one.
+
+    It is the first candidate without spills of which two programs fit a multiprocessor, so that the barriers of one are
+    hidden behind the loads of the other, and which together keep enough bytes in flight; otherwise the first that fits
+    and does not spill.
+    """
+    case, arch = task
+    fallback = None
+    for config in candidates(case):
+        try:
+            used = compile_entry(case, arch, config, only_first=True)
+            if any(complaint(usage, arch) for usage in used.values()):
+                continue
+            used = compile_entry(case, arch, config)
+        except Exception:  # a combination that Triton does not compile
+            continue
+        if any(complaint(usage, arch) for usage in used.values()):
+            continue
+        fallback = fallback or config
+        if case.kernel not in PASSES:
+            break
+        programs = min(
+            min(SHARED[arch] // max(usage.shared, 1), REGISTERS // (usage.registers * 32 * config.warps))
+            for usage in used.values()
+        )
+        sources = 2 if case.kernel in ("cross_moments", "stacked_mix") else 1
+        bytes_each = (config.stages - 1) * config.block * case.size * sources * (4 if case.type == "float32" else 2)
+        if programs >= 2 and programs * bytes_each >= IN_FLIGHT:
+            return case, arch, config
+    return case, arch, fallback
+
+
+def in_parallel(function: Callable[[Any], Any], tasks: list[Any], what: str) -> Iterator[Any]:
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        yield from tqdm(pool.imap(function, tasks), total=len(tasks), unit=what, disable=not sys.stderr.isatty())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.builds.kernel_resources", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--choose", action="store_true", help="first choose new entries, by resources")
+    parser.add_argument("-k", metavar="KERNEL", action="append", help="only this entry; may be repeated")
+    parser.add_argument("--size", type=int, action="append", help="only entries of this size; may be repeated")
+    parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED), help="only this; may be repeated")
+    options = parser.parse_args(arguments)
+    selected = [case for case in cases() if options.k is None or case.kernel in options.k]
+    selected = [case for case in selected if options.size is None or case.size in options.size]
+    tasks = [(case, arch) for arch in options.arch or SHARED for case in selected]
+    if options.choose:
+        table = dict(configs.table())
+        for case, arch, config in in_parallel(choose, tasks, "entry"):
+            if config is None:
+                print(f"no candidate fits: {case} sm_{arch}")
+            else:
+                table[case.key(arch)] = config
+        write_table(configs.TABLE, table)
+        configs.table.cache_clear()
+    tasks = [(case, arch) for case, arch in tasks if entry(case, arch) is not None]
+    rows = [row for found in in_parallel(rows_of, tasks, "entry") for row in found]
+    failed = 0
+    for row in rows:
+        wrong = complaint(Usage(*(row[name] for name in Usage._fields)), row["arch"])
+        if wrong:
+            failed += 1
+            key = ", ".join(str(row[name]) for name in ("entry", "size", "layout", "type"))
+            print(f"sm_{row['arch']} {row['kernel']} ({key}): {wrong}")
+    print(
+        f"{len(rows)} kernels compiled for {', '.join(f'sm_{a}' for a in options.arch or SHARED)}; {failed} do not fit"
+    )
+    if not options.check:
+        with RESULT.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

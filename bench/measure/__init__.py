@@ -1,0 +1,1 @@
+"""How things are measured and kept: timing, the check before it, results, the environment."""

@@ -1,0 +1,1 @@
+"""Benchmarks of our own ops and layers with pytest-benchmark, and their comparison between commits."""

@@ -1,0 +1,1 @@
+"""Providers, the things that are compared: our layers, torch's, and baselines."""

@@ -1,0 +1,77 @@
+"""The fastest backend for each op, out of a run of the suite `gpu`, as ORDER in dispatch/choose.py should have it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+
+from bench.measure.results import Results
+
+# Comparison -> the ops whose kernels it spends its time in.
+OPS = {
+    "gpu_norm": ("moments", "cross_moments", "whiten", "stacked_mix", "iter_norm", "iter_norm_backward"),
+    "gpu_pop_norm": ("pop_norm", "pop_norm_backward"),
+    "gpu_precondition": ("precondition",),
+    "gpu_newton": ("inverse_sqrt", "inverse_sqrt_backward"),
+    "gpu_filter": ("spectral_filter", "cross_spectrum"),
+    "gpu_spectrum": ("kernel_spectrum", "kernel_spectrum_backward"),
+}
+BACKENDS = ("cuda", "triton", "eager")
+
+
+def slowness(results: Results, kernel: str) -> dict[str, float]:
+    """Return backend -> its time over the fastest one's, the geometric mean over all workloads; fastest first.
+
+    A backend without a figure somewhere has failed there and is left out.
+    """
+    times: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
+    for record in results.find(kernel):
+        for backend in BACKENDS:
+            if record.provider.endswith(f" ({backend})"):
+                times[record.provider.removesuffix(f" ({backend})"), record.mode, record.shape, record.dtype][
+                    backend
+                ] = record.p50
+    rounds = list(times.values())
+    complete = [backend for backend in BACKENDS if rounds and all(backend in found for found in rounds)]
+    means = {
+        backend: math.exp(sum(math.log(found[backend] / min(found.values())) for found in rounds) / len(rounds))
+        for backend in complete
+    }
+    return dict(sorted(means.items(), key=lambda item: item[1]))
+
+
+def order(results: Results) -> dict[str, list[str]]:
+    """Return the order as NORMKERNELS_BACKEND_ORDER takes it: nothing comes after eager, which serves everything."""
+    found: dict[str, list[str]] = {}
+    for kernel, ops in OPS.items():
+        backends = list(slowness(results, kernel))
+        if "eager" in backends:
+            found |= dict.fromkeys(ops, backends[: backends.index("eager") + 1])
+    return found
+
+
+def section(results: Results) -> list[str]:
+    """Return the lines of the report about the backends."""
+    rows = [
+        f"* {', '.join(ops)}: " + ", ".join(f"{backend} {ratio:.2f}" for backend, ratio in measured.items())
+        for kernel, ops in OPS.items()
+        if (measured := slowness(results, kernel))
+    ]
+    if not rows:
+        return []
+    text = json.dumps(order(results), indent=1)
+    return [
+        "## Backends",
+        "",
+        "Time over that of the fastest backend, the geometric mean over all shapes and types:",
+        "",
+        *rows,
+        "",
+        "As a file, for NORMKERNELS_BACKEND_ORDER:",
+        "",
+        "```json",
+        text,
+        "```",
+        "",
+    ]
