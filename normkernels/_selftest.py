@@ -50,7 +50,7 @@ def compare(op: Op, arguments: Sequence[Any]) -> tuple[float, float]:
     expected = op.reference(*exact(arguments))
     tolerance = op.tolerance(*arguments)
     result = op.raw(*arguments)
-    changed = (value for value, (type, _) in zip(arguments, op.arguments, strict=True) if "!" in type)
+    changed = (value for value, changes in zip(arguments, op.changes, strict=True) if changes)
     got = [*flat(result), *(tensor for value in changed for tensor in flat(value))]
     return max(_error(g, e) for g, e in zip(got, expected, strict=True) if e is not None and e.numel()), tolerance
 

@@ -18,7 +18,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +28,8 @@ from torch import Tensor
 import normkernels
 from bench.measure.timing import clock_for, describe
 from bench.measure.workload import TOLERANCE, compare
-from bench.suites.gradients import EPS1, EPS2, make_layers
 from normkernels import _warnings
+from normkernels.dispatch.record import OPS, Op
 from normkernels.triton import configs, support
 from normkernels.triton.configs import Config, Key
 
@@ -38,7 +38,7 @@ LIMITS = {"block": (1, 256), "warps": (1, 16), "stages": (1, 4)}
 ELEMENTWISE = 2048  # columns of a tile of single channels, which is multiplied by nothing, at most
 POSITIONS, CHANNELS = 128 * 32 * 32, 256  # activations of 128 MiB in float32, more than a cache holds
 
-Call = Callable[[], Tensor | tuple[Tensor, ...]]
+Call = Callable[[], tuple[Tensor, ...]]
 
 
 class Case(NamedTuple):
@@ -60,121 +60,63 @@ class Case(NamedTuple):
         return x.contiguous(memory_format=torch.channels_last) if self.layout == "channels" else x
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """A kernel's tuning; call: the op that launches it, on data made for a case.
-
-    least: smallest block; tensor cores want tiles of 16. within: a block is no larger than the tile.
-    """
-
-    call: Callable[[Case, torch.device], Call]
-    least: int = 1
-    within: bool = False
-
-
-raw = torch.ops.normkernels
-
-
-def moments(case: Case, device: torch.device) -> Call:
-    x = case.activations(device)
-    return lambda: raw.moments(x, case.size, False)
-
-
-def cross_moments(case: Case, device: torch.device) -> Call:
-    x, y = case.activations(device), case.activations(device)
-    mean = raw.moments(x, case.size, False)[0]
-    return lambda: raw.cross_moments(y, x, mean, case.size)
-
-
-def merge(case: Case, device: torch.device) -> Call:
-    x = case.activations(device)[:8]  # little to read, the same number of parts
-    return lambda: raw.moments(x, case.size, False)
-
-
-def mix(case: Case, device: torch.device) -> Call:
-    x = case.activations(device)
-    mean, _, cov = raw.moments(x, case.size, False)
-    W = raw.inverse_sqrt(cov, 5, 1e-5, False, False)[0]
-    return lambda: raw.whiten(x, mean, W, None, None)
-
-
-def stacked_mix(case: Case, device: torch.device) -> Call:
-    x, dy = case.activations(device), case.activations(device)
-    weight = torch.ones(CHANNELS, device=device)
-    if case.size == 1:
-        options = 4.0, 1e-5, True, True
-        _, *statistics = raw.pop_norm(x, weight, weight, *options)
-        return lambda: raw.pop_norm_backward(dy, x, weight, weight, *statistics, *options)
-    mean = raw.moments(x, case.size, False)[0]
-    matrix = torch.randn(CHANNELS // case.size, case.size, 2 * case.size, device=device)
-    return lambda: raw.stacked_mix(dy, x, mean, mean, matrix, mean)
-
-
-def newton(case: Case, device: torch.device) -> Call:
-    z = torch.randn(4, case.size, 2 * case.size, device=device)
-    cov, grad = z @ z.mT / z.shape[2], torch.randn(4, case.size, case.size, device=device)
-
-    def call() -> tuple[Tensor, ...]:
-        W, saved_matrix, scale = raw.inverse_sqrt(cov, 5, 1e-5, False, False)
-        return W, raw.inverse_sqrt_backward(grad, W, saved_matrix, scale, 5, False, False)
-
-    return call
-
-
-def spectral_filter(case: Case, device: torch.device) -> Call:
-    n = 2 * case.size - 2
-    z, v = case.activations(device, n), torch.rand(CHANNELS, n, n, device=device)
-    return lambda: raw.spectral_filter(z, v, [0, 1, 0, 1], [0, 1, n, 0, 1, n])
-
-
-def cross_spectrum(case: Case, device: torch.device) -> Call:
-    n = 2 * case.size - 2
-    y, z = case.activations(device, n), case.activations(device, n)
-    return lambda: raw.cross_spectrum(y, z, [n, n], [0, 1, 0, 1], [0, 1, 0, 1])
-
-
-def kernel_spectrum(case: Case, device: torch.device) -> Call:
-    weight = torch.randn(CHANNELS, CHANNELS, 3, 3, device=device)
-    return lambda: raw.kernel_spectrum(weight, [34, 34], 1e-8, [1, 1])
-
-
-def kernel_spectrum_backward(case: Case, device: torch.device) -> Call:
-    weight, grad = torch.randn(CHANNELS, CHANNELS, 3, 3, device=device), torch.randn(CHANNELS, 34, 34, device=device)
-    return lambda: raw.kernel_spectrum_backward(grad, weight, 1e-8, [1, 1])
-
-
-def precondition(case: Case, device: torch.device) -> Call:
-    layers = make_layers(case.dtype, device)
-    originals = [gradient.clone() for gradient in layers.gradients()]
-
-    def call() -> tuple[Tensor, ...]:
-        torch._foreach_copy_(layers.gradients(), originals)
-        normkernels.ops.precondition(*layers, EPS1, EPS2)
-        return tuple(gradient.clone() for gradient in layers.gradients()[-2:])
-
-    return call
-
-
-KERNELS = {
-    "moments": Tuned(moments, least=16),
-    "cross_moments": Tuned(cross_moments, least=16),
-    "mix": Tuned(mix, least=16),
-    "stacked_mix": Tuned(stacked_mix, least=16),
-    "merge": Tuned(merge, within=True),
-    "newton": Tuned(newton, least=16, within=True),
-    "spectral_filter": Tuned(spectral_filter),
-    "cross_spectrum": Tuned(cross_spectrum),
-    "kernel_spectrum": Tuned(kernel_spectrum),
-    "kernel_spectrum_backward": Tuned(kernel_spectrum_backward),
-    "precondition": Tuned(precondition),
+# Kernels on the planes of a filter -> size in the table, for some the padded half of a side -> sides.
+HALVES, WHOLE = {16: (7, 32), 32: (34, 58, 64)}, {64: (34, 64)}
+PLANES = {
+    "spectral_filter": HALVES,
+    "cross_spectrum": HALVES,
+    "kernel_spectrum": WHOLE,
+    "kernel_spectrum_backward": WHOLE,
 }
+
+
+def launching(kernel: str) -> list[Op]:
+    """Return the ops that launch a kernel."""
+    return [op for op in OPS.values() if kernel in op.kernels]
+
+
+# Kernel -> its smallest block, where that is not 1: tensor cores want tiles of 16.
+LEAST = dict.fromkeys(("moments", "cross_moments", "mix", "stacked_mix", "newton"), 16)
+WITHIN = ("merge", "newton")  # kernels whose block is no larger than the tile
+
+
+def call_of(case: Case, device: torch.device) -> Call:
+    """Return a call of the ops that launch the kernel and as few others as possible, on data made for the case."""
+    on_planes = case.kernel in PLANES
+    x = (
+        case.activations(device, 2 * case.size - 2 if case.size <= 32 else 34)
+        if on_planes
+        else case.activations(device)
+    )
+    if case.kernel == "merge":
+        x = x[:8]  # little to read, the same number of parts
+    ops = launching(case.kernel)
+    fewest = min(len(op.kernels) for op in ops)
+    given = [
+        (op, next(iter(op.samples(x, CHANNELS if on_planes else case.size)))) for op in ops if len(op.kernels) == fewest
+    ]
+
+    def call() -> tuple[Tensor, ...]:
+        results: list[Tensor] = []
+        for op, arguments in given:
+            fresh = [copied(value) if changed else value for value, changed in zip(arguments, op.changes, strict=True)]
+            result = op.raw(*fresh)
+            results += [result] if isinstance(result, Tensor) else result
+            results += [tensor for value, changed in zip(fresh, op.changes, strict=True) if changed for tensor in value]
+        return tuple(results)
+
+    return call
+
+
+def copied(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [tensor.clone() for tensor in tensors]
 
 
 def cases(rows: Iterable[Key], kernels: Iterable[str], sizes: Iterable[int]) -> list[Case]:
     """Return the rows to tune, one for all architectures; no kernel or no size means all of them."""
     wanted = dict.fromkeys(Case(*key[:4]) for key in rows)
-    kernels, sizes = tuple(kernels) or KERNELS, tuple(sizes)
-    return [case for case in wanted if case.kernel in kernels and (not sizes or case.size in sizes)]
+    kernels, sizes = tuple(kernels), tuple(sizes)
+    return [c for c in wanted if (not kernels or c.kernel in kernels) and (not sizes or c.size in sizes)]
 
 
 def candidates(case: Case, base: Config) -> list[Config]:
@@ -182,9 +124,8 @@ def candidates(case: Case, base: Config) -> list[Config]:
 
     Block and warps are halved and doubled, stages are one less and one more.
     """
-    tuned = KERNELS[case.kernel]
-    most = ELEMENTWISE if case.size == 1 else case.size if tuned.within else LIMITS["block"][1]
-    limits = LIMITS | {"block": (tuned.least, most)}
+    most = ELEMENTWISE if case.size == 1 else case.size if case.kernel in WITHIN else LIMITS["block"][1]
+    limits = LIMITS | {"block": (LEAST.get(case.kernel, 1), most)}
 
     def near(name: str) -> list[int]:
         value, (least, most) = getattr(base, name), limits[name]
@@ -210,18 +151,14 @@ def fastest(options: Iterable[Config], seconds: Callable[[Config], float]) -> tu
     return min(times, key=lambda option: times[option]), times
 
 
-def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
-
-
 def measurer(case: Case, arch: int, device: torch.device) -> Callable[[Config], float]:
     """Return a function that measures the seconds of a configuration.
 
     They are the median of some calls, after the result has passed.
     """
     with normkernels.use_backend("eager"):
-        call = KERNELS[case.kernel].call(case, device)
-        expected = as_tuple(call())
+        call = call_of(case, device)
+        expected = call()
     clock = clock_for(device)
 
     def seconds(config: Config) -> float:
@@ -231,7 +168,7 @@ def measurer(case: Case, arch: int, device: torch.device) -> Callable[[Config], 
             normkernels.use_backend("triton"),
             configs.replaced({(*case, arch): config}),
         ):
-            for got, exact in zip(as_tuple(call()), expected, strict=True):
+            for got, exact in zip(call(), expected, strict=True):
                 compare(case.kernel, "a result", got, exact.double(), TOLERANCE[case.dtype])
             times = [clock.time(lambda: void(call())) for _ in range(WARMUP + ROUNDS)]
         return statistics.median(times[WARMUP:])
@@ -256,7 +193,13 @@ def write_table(path: Path, table: Mapping[Key, Config]) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.tune", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="table to write (JSON)")
-    parser.add_argument("--kernel", action="append", choices=KERNELS, default=[], help="only this (default: all)")
+    parser.add_argument(
+        "--kernel",
+        action="append",
+        choices=sorted({key[0] for key in configs.table()}),
+        default=[],
+        help="only this (default: all)",
+    )
     parser.add_argument("--size", action="append", type=int, default=[], help="only tiles of this size (default: all)")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():

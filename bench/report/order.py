@@ -7,17 +7,19 @@ import math
 from collections import defaultdict
 
 from bench.measure.results import Results
+from normkernels.dispatch.choose import BACKENDS
+from normkernels.dispatch.record import OPS as RECORDS
 
-# Comparison -> the ops whose kernels it spends its time in.
-OPS = {
-    "gpu_norm": ("moments", "cross_moments", "whiten", "stacked_mix", "iter_norm", "iter_norm_backward"),
-    "gpu_pop_norm": ("pop_norm", "pop_norm_backward"),
+# Comparison -> the primitives whose kernels it spends its time in.
+PRIMITIVES = {
+    "gpu_norm": ("moments", "whiten", "iter_norm"),
+    "gpu_pop_norm": ("pop_norm",),
     "gpu_precondition": ("precondition",),
-    "gpu_newton": ("inverse_sqrt", "inverse_sqrt_backward"),
-    "gpu_filter": ("spectral_filter", "cross_spectrum"),
-    "gpu_spectrum": ("kernel_spectrum", "kernel_spectrum_backward"),
+    "gpu_newton": ("inverse_sqrt",),
+    "gpu_filter": ("spectral_filter",),
+    "gpu_spectrum": ("kernel_spectrum",),
 }
-BACKENDS = ("cuda", "triton", "eager")
+OPS = {name: tuple(op.name for op in RECORDS.values() if op.primitive in PRIMITIVES[name]) for name in PRIMITIVES}
 
 
 def slowness(results: Results, kernel: str) -> dict[str, float]:

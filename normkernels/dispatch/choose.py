@@ -92,7 +92,7 @@ def _refusal(backend: str, op: str, request: Request) -> str:
     try:
         support.check_supported(request.data, group_size=request.group_size, plane=request.plane)
         if request.group_size is not None:
-            launch.check_entries(OPS[op].passes, request.data, request.group_size)
+            launch.check_entries(OPS[op].kernels, request.data, request.group_size)
     except Unsupported as unsupported:
         return str(unsupported)
     return ""

@@ -46,7 +46,7 @@ def define(op: Op) -> Op:
         if op.autograd is not None:
             op.autograd.vmap = staticmethod(vmap.rule(op.channels, op.autograd.apply))  # type: ignore[method-assign]
     OPS[op.name], IMPLEMENTATIONS[op.name] = op, {"eager": exact}
-    if op.triton:
+    if op.kernels:
         kernels = launch.implementation(op.triton_module, op.name)
         IMPLEMENTATIONS[op.name]["triton"] = fallback.from_triton(op.name, kernels, exact)
     NEXT.define(op.schema)

@@ -46,8 +46,8 @@ class Op:
     channels: for torch.vmap, the dimension of channels or groups of each tensor taken and of each returned; None where
         an op has no rule.
     onnx: what torch.onnx.export traces in place of the op; None for an op that an export may not hold.
-    triton: whether triton.py, beside the module of ``eager``, has a function of the op's name.
-    passes: the Triton kernels whose configurations depend on the layout and type of the activations.
+    kernels: the Triton kernels that it launches, as the table of configurations names them. With any, triton.py beside
+        the module of ``eager`` has a function of the op's name.
 
     Raises ValueError, with the op's name and the part, where a part is missing or contradicts another.
     """
@@ -62,8 +62,7 @@ class Op:
     autograd: type[torch.autograd.Function] | None = None
     channels: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     onnx: Function | None = None
-    triton: bool = False
-    passes: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z_]\w*\(.*\) -> .+", self.schema):
@@ -79,18 +78,15 @@ class Op:
             self._refuse("samples", "a function of activations and a group size", self.samples)
         if self.autograd is not None:
             self._check_arguments("autograd", self.autograd.forward)
-        changed = any("!" in type for type, _ in arguments)
-        if changed and (self.autograd is not None or self.channels is not None):
+        if any(self.changes) and (self.autograd is not None or self.channels is not None):
             self._refuse("schema", "no changed arguments in an op with autograd or channels", self.schema)
         if self.channels is not None:
             tensors = sum(type.startswith("Tensor") for type, _ in arguments)
             if tuple(map(len, self.channels)) != (tensors, len(results)):
                 expected = f"dimensions of {tensors} tensors taken and {len(results)} returned"
                 self._refuse("channels", expected, self.channels)
-        if self.triton and importlib.util.find_spec(self.triton_module) is None:
-            self._refuse("triton", self.triton_module, "no such module")
-        if self.passes and not self.triton:
-            self._refuse("passes", "none without triton", self.passes)
+        if self.kernels and importlib.util.find_spec(self.triton_module) is None:
+            self._refuse("kernels", f"none without {self.triton_module}", self.kernels)
 
     @functools.cached_property
     def name(self) -> str:
@@ -103,6 +99,11 @@ class Op:
         return [(type, name) for type, _, name in (each.rpartition(" ") for each in inside.split(", "))]
 
     @property
+    def changes(self) -> list[bool]:
+        """Whether the op changes each of its arguments."""
+        return ["!" in type for type, _ in self.arguments]
+
+    @property
     def results(self) -> list[str]:
         """The types of the results."""
         return self.schema.rpartition(" -> ")[2].strip("()").split(", ")
@@ -111,6 +112,11 @@ class Op:
     def raw(self) -> Any:
         """The op in PyTorch's dispatcher."""
         return getattr(torch.ops.normkernels, self.name).default
+
+    @property
+    def primitive(self) -> str:
+        """The folder of the op."""
+        return self.eager.__module__.split(".")[-2]
 
     @property
     def triton_module(self) -> str:

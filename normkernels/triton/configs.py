@@ -100,6 +100,12 @@ def _entry(kernel: str, size: int, layout: str, dtype: torch.dtype, arch: int, s
     return config
 
 
+@functools.cache
+def passes_over_data() -> frozenset[str]:
+    """Return the kernels whose configurations depend on the layout of the data."""
+    return frozenset(kernel for kernel, _, layout, _, _ in read_table(TABLE) if layout)
+
+
 def padded(size: int) -> int:
     """Return the side of a tile: a power of two, at least 16, the smallest that tensor cores multiply."""
     return max(16, 1 << (size - 1).bit_length())

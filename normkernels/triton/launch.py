@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from normkernels.eager.layouts import as_image
-from normkernels.triton.configs import Config, configuration, tile_size
+from normkernels.triton.configs import Config, configuration, passes_over_data, tile_size
 from normkernels.triton.support import Unsupported, architecture, first_line, interpreted, properties, recorder
 
 # --- activations as the kernels see them ----------------------------------------------------------------------------
@@ -100,10 +100,10 @@ def split(total: int, groups: int, block: int, device: torch.device, waves: int 
 
 
 def check_entries(kernels: Sequence[str], tensor: Tensor, group_size: int) -> None:
-    """Raise Unsupported where the table has no configuration of one of these passes over data like this."""
+    """Raise Unsupported where the table has no entry for one of these kernels that pass over data like this."""
     if tensor.dim() >= 2:
         layout = columns(tensor).layout
-        for kernel in kernels:
+        for kernel in passes_over_data() & {*kernels}:
             configuration(kernel, tile_size(group_size), layout, tensor.dtype, architecture(tensor.device))
 
 

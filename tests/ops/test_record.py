@@ -166,7 +166,7 @@ ONE_ARGUMENT = r"expected a function of x, weight, got \(x.*"
         ("samples", None, "toy: samples: expected a function of activations and a group size, got None"),
         ("channels", ((1,), (1,)), r"toy: channels: expected dimensions of 2 tensors taken and 1 returned, got"),
         ("onnx", lambda x: x, f"toy: onnx: {ONE_ARGUMENT}"),
-        ("passes", ("mix",), r"toy: passes: expected none without triton, got \('mix',\)"),
+        ("kernels", ("mix",), r"toy: kernels: expected none without tests\.ops\.triton, got \('mix',\)"),
     ],
 )
 def test_a_wrong_part_is_named(part: str, value: Any, message: str) -> None:
@@ -179,12 +179,6 @@ def test_a_missing_part_is_named(part: str) -> None:
     parts = {field.name: getattr(TOY, field.name) for field in fields(TOY) if field.name != part}
     with pytest.raises(TypeError, match=rf"missing 1 required keyword-only argument: '{part}'"):
         Op(**parts)
-
-
-def test_kernels_that_are_not_there_are_named() -> None:
-    """The Triton module is looked for at import, and imported at the first launch only."""
-    with pytest.raises(ValueError, match=r"toy: triton: expected tests\.ops\.triton, got no such module"):
-        replace(TOY, triton=True)
 
 
 # --- one place for each op's name -----------------------------------------------------------------------------------

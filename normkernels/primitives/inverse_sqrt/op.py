@@ -117,7 +117,7 @@ INVERSE_SQRT = define(
         schema="inverse_sqrt(Tensor cov, int num_iterations, float eps, bool frobenius, bool eigh) "
         "-> (Tensor, Tensor, Tensor)",
         eager=eager.inverse_sqrt,
-        triton=True,
+        kernels=("newton",),
         fake=_fake,
         autograd=_InverseSqrt,
         channels=((0,), (0, 0, 0)),
@@ -132,7 +132,7 @@ INVERSE_SQRT_BACKWARD = define(
         schema="inverse_sqrt_backward(Tensor grad, Tensor W, Tensor saved_matrix, Tensor saved_scale, "
         "int num_iterations, bool frobenius, bool eigh) -> Tensor",
         eager=eager.inverse_sqrt_backward,
-        triton=True,
+        kernels=("newton",),
         fake=_backward_fake,
         channels=((0, 0, 0, 0), (0,)),
         request=lambda grad, *_: Request(grad, grad.shape[1]),

@@ -106,7 +106,7 @@ KERNEL_SPECTRUM = define(
     Op(
         schema="kernel_spectrum(Tensor weight, SymInt[] size, float eps, SymInt[] dilation) -> Tensor",
         eager=eager.kernel_spectrum,
-        triton=True,
+        kernels=("kernel_spectrum",),
         fake=_kernel_spectrum_fake,
         autograd=_KernelSpectrum,
         channels=((0,), (0,)),
@@ -121,7 +121,7 @@ KERNEL_SPECTRUM_BACKWARD = define(
     Op(
         schema="kernel_spectrum_backward(Tensor grad, Tensor weight, float eps, SymInt[] dilation) -> Tensor",
         eager=eager.kernel_spectrum_backward,
-        triton=True,
+        kernels=("kernel_spectrum_backward",),
         fake=_kernel_spectrum_backward_fake,
         channels=((0, 0), (0,)),
         request=lambda grad, weight, eps, dilation: Request(weight),

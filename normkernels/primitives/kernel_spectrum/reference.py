@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,12 +36,17 @@ def tolerance(device: torch.device) -> float:
 
 
 def samples(x: Tensor, group_size: int) -> Iterator[tuple[Any, ...]]:
-    """Yield kernels of 3 x 2 taps on planes as large as x's, which hold them."""
-    channels = x.shape[1]
-    weight = torch.linspace(-3, 3, channels * 12, dtype=x.dtype, device=x.device).sin().view(channels, 2, 3, 2)
+    """Yield kernels of group_size inputs for each of x's channels: 3 x 2 taps, dilated ones, and 7 x 7 if these fit."""
     h, w = (1, 1, *x.shape[2:])[-2:]
-    yield weight, [max(h, 3), max(w, 2)], 1e-3, [1, 1]
-    yield weight, [max(h, 3), max(w, 3)], 1e-3, [1, 2]
+    for taps, size, dilation in (
+        ((3, 2), [max(h, 3), max(w, 2)], [1, 1]),
+        ((3, 2), [max(h, 3), max(w, 3)], [1, 2]),
+        ((7, 7), [h, w], [1, 1]),
+    ):
+        if taps[0] <= size[0] and taps[1] <= size[1]:
+            shape = (x.shape[1], group_size, *taps)
+            weight = torch.linspace(-3, 3, math.prod(shape), dtype=x.dtype, device=x.device).sin().view(shape)
+            yield weight, size, 1e-3, dilation
 
 
 def backward_samples(x: Tensor, group_size: int) -> Iterator[tuple[Any, ...]]:

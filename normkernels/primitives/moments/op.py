@@ -132,8 +132,7 @@ MOMENTS = define(
     Op(
         schema="moments(Tensor x, int group_size, bool exact) -> (Tensor, Tensor, Tensor)",
         eager=eager.moments,
-        triton=True,
-        passes=("moments",),
+        kernels=("moments", "merge"),
         fake=_moments_fake,
         autograd=_Moments,
         channels=((1,), (0, 0, 0)),
@@ -147,8 +146,7 @@ CROSS_MOMENTS = define(
     Op(
         schema="cross_moments(Tensor y, Tensor x, Tensor mean, int group_size) -> (Tensor, Tensor)",
         eager=eager.cross_moments,
-        triton=True,
-        passes=("cross_moments",),
+        kernels=("cross_moments", "merge"),
         fake=_cross_moments_fake,
         autograd=_CrossMoments,
         channels=((1, 1, 0), (0, 0)),

@@ -132,8 +132,7 @@ POP_NORM = define(
         schema="pop_norm(Tensor x, Tensor? weight, Tensor? bias, float kappa, float eps, bool center, bool scale) "
         "-> (Tensor, Tensor, Tensor)",
         eager=eager.pop_norm,
-        triton=True,
-        passes=("moments", "mix"),
+        kernels=("moments", "mix"),
         fake=_fake,
         autograd=_PopNorm,
         channels=((1, 0, 0), (1, 0, 0)),
@@ -149,8 +148,7 @@ POP_NORM_BACKWARD = define(
         schema="pop_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
         "float kappa, float eps, bool center, bool scale) -> (Tensor, Tensor, Tensor)",
         eager=eager.pop_norm_backward,
-        triton=True,
-        passes=("cross_moments", "stacked_mix"),
+        kernels=("cross_moments", "stacked_mix"),
         fake=_backward_fake,
         channels=((1, 1, 0, 0, 0, 0), (1, 0, 0)),
         request=lambda grad, x, *_: Request(x, 1),

@@ -106,7 +106,7 @@ PRECONDITION = define(
         schema="precondition(Tensor(a!)[] weight_grads, Tensor(b!)[] bias_grads, Tensor[] means, Tensor[] variances, "
         "int[] groups, float[] q2, float eps1, float eps2) -> Tensor",
         eager=eager.precondition,
-        triton=True,
+        kernels=("precondition",),
         fake=_fake,
         request=lambda weight_grads, *_: Request(weight_grads[0]),
         reference=reference.precondition,

@@ -151,7 +151,7 @@ SPECTRAL_FILTER = define(
     Op(
         schema="spectral_filter(Tensor z, Tensor v, SymInt[] source, SymInt[] target) -> Tensor",
         eager=eager.spectral_filter,
-        triton=True,
+        kernels=("spectral_filter",),
         fake=_spectral_filter_fake,
         autograd=_SpectralFilter,
         channels=((1, 0), (1,)),
@@ -166,7 +166,7 @@ CROSS_SPECTRUM = define(
     Op(
         schema="cross_spectrum(Tensor y, Tensor z, SymInt[] size, SymInt[] of_y, SymInt[] of_z) -> Tensor",
         eager=eager.cross_spectrum,
-        triton=True,
+        kernels=("cross_spectrum",),
         fake=_cross_spectrum_fake,
         autograd=_CrossSpectrum,
         channels=((1, 1), (0,)),

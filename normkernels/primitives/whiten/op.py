@@ -87,8 +87,7 @@ WHITEN = define(
     Op(
         schema="whiten(Tensor x, Tensor mean, Tensor W, Tensor? weight, Tensor? bias) -> Tensor",
         eager=eager.whiten,
-        triton=True,
-        passes=("mix",),
+        kernels=("mix",),
         fake=_whiten_fake,
         autograd=_Whiten,
         channels=((1, 0, 0, 0, 0), (1,)),
@@ -106,8 +105,7 @@ STACKED_MIX = define(
         schema="stacked_mix(Tensor grad, Tensor x, Tensor grad_mean, Tensor mean, Tensor matrix, Tensor constant) "
         "-> Tensor",
         eager=eager.stacked_mix,
-        triton=True,
-        passes=("stacked_mix",),
+        kernels=("stacked_mix",),
         fake=_stacked_mix_fake,
         channels=((1, 1, 0, 0, 0, 0), (1,)),
         request=lambda grad, x, grad_mean, mean, matrix, constant: Request(x, matrix.shape[1]),
