@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normkernels.analysis import accuracy, adversarial, bim, gaussian_noise, simba
-from tests import tolerances
+from tests.tolerances import IDENTITY, assert_identity
+from tests.tolerances.analysis import assert_bim, sampling
 
 D = torch.float64
 X, Y = torch.rand(4, 2, 3, 3), torch.zeros(4, dtype=torch.int64)
@@ -57,7 +58,7 @@ def test_bim_of_a_linear_model(targeted: bool) -> None:
     way = torch.where((y == 0) ^ targeted, 1.0, -1.0)[:, None] * w.sign()
     for num_steps in (1, 2, 3, 9):
         got = bim(Linear(w), x, y, eps=0.1, step_size=0.04, num_steps=num_steps, targeted=targeted)
-        tolerances.assert_identity(got, (x + min(0.04 * num_steps, 0.1) * way).clamp(0, 1))
+        assert_identity(got, (x + min(0.04 * num_steps, 0.1) * way).clamp(0, 1))
 
 
 def test_bim_takes_the_gradient_where_it_is() -> None:
@@ -66,7 +67,7 @@ def test_bim_takes_the_gradient_where_it_is() -> None:
     x, y = torch.tensor([[0.53], [0.43]], dtype=D), torch.tensor([1, 1])
     for num_steps, expected in ((1, [0.49, 0.47]), (2, [0.53, 0.51]), (3, [0.49, 0.47])):
         got = bim(peak, x, y, eps=0.5, step_size=0.04, num_steps=num_steps, targeted=True)
-        tolerances.assert_identity(got[:, 0], torch.tensor(expected, dtype=D))
+        assert_identity(got[:, 0], torch.tensor(expected, dtype=D))
 
 
 @pytest.mark.parametrize("targeted", [False, True])
@@ -89,7 +90,7 @@ def test_agrees_with_adversarial_robustness_toolbox(targeted: bool, bounds: tupl
         classifier, eps=0.1, eps_step=0.04, max_iter=5, targeted=targeted, batch_size=12, verbose=False
     )
     expected = attack.generate(x.numpy(), np.eye(3, dtype=np.float32)[y])
-    tolerances.assert_bim(got, torch.from_numpy(expected), steps=5)
+    assert_bim(got, torch.from_numpy(expected), steps=5)
     assert (got - x).abs().amax() > 0.09
 
 
@@ -98,7 +99,7 @@ def test_bim_raises_the_loss_within_its_budget() -> None:
     got = bim(net, x, y, **BIM)
     assert F.cross_entropy(net(got), y) > F.cross_entropy(net(x), y)
     assert got.min() >= 0 and got.max() <= 1 and not got.requires_grad
-    assert (got - x).abs().max() <= 0.1 * (1 + tolerances.IDENTITY)
+    assert (got - x).abs().max() <= 0.1 * (1 + IDENTITY)
     towards = bim(net, x, y, **BIM, targeted=True)
     assert F.cross_entropy(net(towards), y) < F.cross_entropy(net(x), y)
     assert torch.equal(bim(net, x, y, **{**BIM, "eps": 0}), x)
@@ -260,7 +261,7 @@ def test_bim_of_other_losses_takes_what_they_take() -> None:
     """The loss may take one logit a sample, and signs for classes."""
     x, sign = torch.rand(4, 3, dtype=D), torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=D)
     got = bim(lambda x: x.sum(1), x, sign, **BIM, loss=lambda score, sign: F.softplus(-sign * score))
-    tolerances.assert_identity(got, (x - 0.1 * sign[:, None]).clamp(0, 1))
+    assert_identity(got, (x - 0.1 * sign[:, None]).clamp(0, 1))
 
 
 # SimBA
@@ -274,7 +275,7 @@ def test_simba_of_a_linear_model_that_does_not_give_way(targeted: bool) -> None:
     b = 10.0 if targeted else -10.0
     got = simba(Linear(w, b), x, y, eps=0.1, max_queries=100, targeted=targeted)
     way = (-w if targeted else w).sign()
-    tolerances.assert_identity(got.x, x + 0.1 * way)
+    assert_identity(got.x, x + 0.1 * way)
     assert not got.succeeded.any()
     assert got.queries.tolist() == [int(1 + 10 + (way < 0).sum())] * 6
 
@@ -298,7 +299,7 @@ def test_simba_against_algorithm_1() -> None:
             (index,) = (seen[i] != current).flatten().nonzero().flatten().tolist() or [None]
             q = torch.zeros(40, dtype=D)
             q[index] = 1
-            tolerances.assert_identity(seen[i], (current + alpha * q.view_as(x)).clamp(0, 1))
+            assert_identity(seen[i], (current + alpha * q.view_as(x)).clamp(0, 1))
             candidate, i = seen[i], i + 1
             value = net(candidate).softmax(1)[0, y]
             if value < p:
@@ -324,7 +325,7 @@ def test_simba_within_its_budget(basis: str) -> None:
     assert got.x.min() >= 0 and got.x.max() <= 1 and not got.x.requires_grad
     steps = (got.queries - 1).clamp(max=40).double()
     if basis == "pixel":  # with other directions, clipping leaves them not orthogonal
-        assert ((got.x - x).flatten(1).norm(dim=1) <= 0.2 * steps.sqrt() * (1 + tolerances.IDENTITY)).all()
+        assert ((got.x - x).flatten(1).norm(dim=1) <= 0.2 * steps.sqrt() * (1 + IDENTITY)).all()
     assert simba(net, x, y, **{**SIMBA, "max_queries": 1}).queries.eq(1).all()
     assert simba(net, x, y, **{**SIMBA, "max_queries": 2}).queries.max() == 2
 
@@ -353,8 +354,8 @@ def test_cosine_basis(frequencies: int | None) -> None:
     assert q.shape == (math.prod(sizes), 2, 4, 5)
     coefficients = torch.from_numpy(scipy.fft.dctn(q.numpy(), axes=(2, 3), norm="ortho"))
     kept = coefficients[:, :, : sizes[1], : sizes[2]].flatten(1)
-    tolerances.assert_identity(kept, torch.eye(len(q), dtype=D))
-    tolerances.assert_identity(q.flatten(1) @ q.flatten(1).mT, torch.eye(len(q), dtype=D))
+    assert_identity(kept, torch.eye(len(q), dtype=D))
+    assert_identity(q.flatten(1) @ q.flatten(1).mT, torch.eye(len(q), dtype=D))
 
 
 def test_low_frequencies_only() -> None:
@@ -364,7 +365,7 @@ def test_low_frequencies_only() -> None:
     coefficients = torch.from_numpy(scipy.fft.dctn((got.x - x).numpy(), axes=(2, 3), norm="ortho"))
     assert coefficients[:, :, :2, :2].abs().max() > 0.04
     coefficients[:, :, :2, :2] = 0
-    tolerances.assert_identity(1 + coefficients, torch.ones_like(coefficients))
+    assert_identity(1 + coefficients, torch.ones_like(coefficients))
 
 
 # Noise and accuracy
@@ -374,8 +375,8 @@ def test_gaussian_noise() -> None:
     """The noise has mean 0 and the standard deviation asked for, which itself has the deviation std / sqrt(2 n)."""
     x = torch.full((100_000,), 0.5)
     noise = gaussian_noise(x, 0.1, None) - x
-    assert abs(noise.mean()) < tolerances.sampling(0.1, 100_000)
-    assert abs(noise.std() - 0.1) < tolerances.sampling(0.1, 200_000)
+    assert abs(noise.mean()) < sampling(0.1, 100_000)
+    assert abs(noise.std() - 0.1) < sampling(0.1, 200_000)
     clipped = gaussian_noise(x, 0.5, (0.25, 0.75))
     assert clipped.min() == 0.25 and clipped.max() == 0.75
     one, two, other = (gaussian_noise(x, 0.1, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))

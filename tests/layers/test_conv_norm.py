@@ -27,7 +27,8 @@ from tests.layers.conv_norm_checks import (
 from tests.oracles import convnorm
 from tests.oracles.convnorm import Config
 from tests.oracles.run import incoming_gradient
-from tests.tolerances import conv_norm_floors, largest, unit
+from tests.tolerances import largest, unit
+from tests.tolerances.spectral import conv_norm_floors
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
 

@@ -13,7 +13,9 @@ from torch.autograd import gradcheck, gradgradcheck
 import normkernels as nk
 from tests.oracles import inputs, popnorm
 from tests.oracles.run import incoming_gradient
-from tests.tolerances import assert_agree, assert_within, largest, mean_floor, pop_norm_floors
+from tests.tolerances import assert_agree, assert_within, largest
+from tests.tolerances.moments import mean_floor
+from tests.tolerances.pop_norm import pop_norm_floors
 
 RANKS = {
     "NC": (nk.POPNorm1d, nn.BatchNorm1d, inputs.SHAPE_2D),

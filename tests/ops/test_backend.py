@@ -21,7 +21,7 @@ from normkernels.dispatch import choose, compiled, define, fallback, record
 from normkernels.triton import support
 from tests.oracles import inputs
 from tests.oracles.run import Config, incoming_gradient, oracle, plain_path, run
-from tests.tolerances import assert_iter_norm
+from tests.tolerances.whitening import assert_iter_norm
 
 OPS = define.ops()
 MISSING = [name for name in choose.BACKENDS if not choose.availability(name)[0]]

@@ -27,14 +27,9 @@ from tests.ops.test_spectral_kernels import values
 from tests.oracles import inputs
 from tests.oracles import run as place
 from tests.oracles.run import Config, back, incoming_gradient, leaf, moved, oracle, plain_path, run
-from tests.tolerances import (
-    assert_agree,
-    assert_iter_norm,
-    assert_within,
-    exactly_centered,
-    largest,
-    precondition_floors,
-)
+from tests.tolerances import assert_agree, assert_within, largest
+from tests.tolerances.bnp import precondition_floors
+from tests.tolerances.whitening import assert_iter_norm, exactly_centered
 
 pytestmark = pytest.mark.usefixtures("backend")
 ANYWHERE = pytest.mark.parametrize("backend", backends.CUDA, indirect=True)

@@ -14,7 +14,8 @@ from normkernels.primitives.moments import eager as moments
 from tests.backends import CUDA, TRITON
 from tests.oracles import inputs, iternorm
 from tests.oracles.run import back, incoming_gradient, leaf, moved
-from tests.tolerances import LARGER_THAN_FLOAT64, SCALED_GRADIENT, SCALED_W, SCALED_Y, assert_within_remainder
+from tests.tolerances.moments import assert_within_remainder
+from tests.tolerances.whitening import LARGER_THAN_FLOAT64, SCALED_GRADIENT, SCALED_W, SCALED_Y
 
 pytestmark = [
     pytest.mark.usefixtures("backend"),

@@ -32,7 +32,9 @@ from normkernels.triton import configs, launch, support
 from tests.backends import TRITON
 from tests.oracles import inputs, iternorm
 from tests.oracles.run import Config, incoming_gradient, oracle, run
-from tests.tolerances import assert_within, cov_floor, exactly_centered, largest, mean_floor
+from tests.tolerances import assert_within, largest
+from tests.tolerances.moments import cov_floor, mean_floor
+from tests.tolerances.whitening import exactly_centered
 
 pytest.importorskip("triton")
 
@@ -618,7 +620,7 @@ SHAPES = {"56x56": (32, 64, 56, 56), "7x7": (64, 128, 7, 7), "wide": (16, 128, 2
 def test_real_sizes_on_a_gpu(shape: str, dtype: torch.dtype, channels_last: bool) -> None:
     """There are many parts for each group, full tiles and several waves of programs; two runs agree bit by bit."""
     from tests.oracles.run import oracle, plain_path
-    from tests.tolerances import assert_iter_norm
+    from tests.tolerances.whitening import assert_iter_norm
 
     d = 128 if shape == "wide" else 32 if shape == "2d" else 64
     x = inputs.gaussian(SHAPES[shape], dtype=dtype, group_size=d, mean=3.0)

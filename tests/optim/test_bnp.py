@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from normkernels.optim import BNP
 from tests.oracles import bnp as oracle
 from tests.oracles import inputs
-from tests.tolerances import assert_agree, merged_floors, precondition_floors
+from tests.tolerances import assert_agree
+from tests.tolerances.bnp import merged_floors, precondition_floors
 
 # A layer, its input without the batch dimension, and r s of its output.
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
