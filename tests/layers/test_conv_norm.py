@@ -260,7 +260,7 @@ def test_spectral_zero_and_zero_filter(dtype: torch.dtype, detach: bool) -> None
         check(layer, x, config)
 
 
-# Where the peers fail: PEERS.md, ConvNorm.
+# Inputs and options at which the published implementation of ConvNorm (the peer) is wrong or fails.
 
 
 @AXES
