@@ -32,8 +32,8 @@ from tests.tolerances.bnp import precondition_floors
 from tests.tolerances.whitening import assert_iter_norm, exactly_centered
 
 pytestmark = pytest.mark.usefixtures("backend")
-ANYWHERE = pytest.mark.parametrize("backend", backends.CUDA, indirect=True)
-SIMT = pytest.mark.parametrize("backend", [backends.SIMT], indirect=True)
+ANYWHERE = backends.only(*backends.CUDA)
+SIMT = backends.only("simt")
 
 SERVED = ("moments", "cross_moments", "inverse_sqrt", "inverse_sqrt_backward", "whiten", "stacked_mix", "iter_norm",
           "iter_norm_backward", "spectral_filter", "pop_norm", "pop_norm_backward", "precondition")  # fmt: skip

@@ -21,7 +21,7 @@ from tests.tolerances import unit
 
 pytestmark = [
     pytest.mark.usefixtures("backend"),
-    pytest.mark.parametrize("backend", [backends.CUDA_ON_GPU], indirect=True),
+    backends.only("cuda-cuda"),
 ]
 
 

@@ -18,7 +18,7 @@ from tests.tolerances.spectral import filter_floor, filter_spectrum_floor
 
 pytestmark = [
     pytest.mark.usefixtures("backend"),
-    pytest.mark.parametrize("backend", [*backends.TRITON, *backends.CUDA], indirect=True),
+    backends.only(*backends.KERNELS),
 ]
 
 DTYPES = pytest.mark.parametrize(

@@ -29,7 +29,7 @@ import normkernels as nk
 from normkernels import _warnings
 from normkernels.dispatch import choose, define
 from normkernels.triton import configs, launch, support
-from tests.backends import TRITON
+from tests import backends
 from tests.oracles import inputs, iternorm
 from tests.oracles.run import Config, incoming_gradient, oracle, run
 from tests.tolerances import assert_within, largest
@@ -359,7 +359,7 @@ def test_fewer_columns_than_a_tile(samples: int, group_size: int) -> None:
     assert ((cov.double() - cov_ref).abs() <= cov_floor(x, cov_ref)).all()
 
 
-@pytest.mark.parametrize("backend", TRITON, indirect=True)
+@backends.only(*backends.TRITON)
 def test_large_means_cost_nothing(backend: str) -> None:
     """The rounding of the mean is taken out of y and of the gradients again; plain PyTorch: test_precision."""
     config = Config(eps=1e-3)
