@@ -16,6 +16,7 @@ TRITON = ("triton", "triton-cuda")
 CUDA = ("cuda-cuda", "simt")
 KERNELS = (*TRITON, *CUDA)
 ALL = ("eager", *KERNELS)
+SLOW = ("triton", "simt")  # kernels in a simulation
 NONE = "none"  # stands for the backends of a test that can run with none here
 
 # The kernels leave float64, and the second derivatives' products in it, to another backend, and say so.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from tests import backends
+from tests.pairwise import pairwise
 
 # Triton's kernels are tested everywhere: without a GPU its interpreter runs them. Triton reads this on import.
 if not torch.cuda.is_available():
@@ -58,6 +60,20 @@ def is_of_the_other_run(item: pytest.Item) -> bool:
 
 
 LEFT_OUT = (has_no_backend, lacks_a_gpu, has_float64_for_kernels, is_of_the_other_run)
+
+
+def repeats_pairs(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Return the cases of tests marked ``pairwise`` that slow backends leave out: others have all pairs of values."""
+    tests = defaultdict(list)
+    for item in items:
+        if marked(item, "pairwise") and parameters(item).get("backend") in backends.SLOW:
+            tests[item.parent, item.originalname, parameters(item)["backend"]].append(item)
+    found: set[pytest.Item] = set()
+    for cases in tests.values():
+        # Values need not be hashable; those of two cases are the same object where they are the same parameter.
+        values = [{name: id(value) for name, value in parameters(case).items() if name != "backend"} for case in cases]
+        found |= set(cases) - {cases[i] for i in pairwise(values)}
+    return found
 
 
 def marked(item: pytest.Item, name: str) -> bool:
@@ -122,6 +138,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if torch.cuda.is_available() and item.path.name.startswith("test_triton"):
             item.add_marker(pytest.mark.gpu)
     leave_out(config, items, [any(rule(item) for rule in LEFT_OUT) for item in items])
+    repeated = repeats_pairs(items)
+    leave_out(config, items, [item in repeated for item in items])
     yield
     part, parts = map(int, config.getoption("--part").split("/"))
     leave_out(config, items, [i % parts != part - 1 for i in range(len(items))])

@@ -16,6 +16,7 @@ from tests.tolerances.whitening import assert_iter_norm, relative_error_of_w
 # The kernels leave float64 and the second derivatives' small products to plain PyTorch, and say so once.
 pytestmark = [
     pytest.mark.usefixtures("backend"),
+    pytest.mark.pairwise,
     pytest.mark.filterwarnings("ignore:.*plain PyTorch instead of the Triton kernels"),
 ]
 

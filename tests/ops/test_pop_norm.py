@@ -19,6 +19,7 @@ from tests.tolerances.pop_norm import dbeta_error, pop_norm_floors
 # The kernels leave float64 and second derivatives to plain PyTorch, and say so once.
 pytestmark = [
     pytest.mark.usefixtures("backend"),
+    pytest.mark.pairwise,
     pytest.mark.filterwarnings("ignore:.*plain PyTorch instead of the Triton kernels"),
 ]
 
