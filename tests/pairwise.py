@@ -20,11 +20,11 @@ def pairwise(cases: Sequence[Mapping[str, Hashable]]) -> list[int]:
     pairs = [set(combinations(sorted(case.items()), min(2, len(case)))) for case in cases]
     times = dict.fromkeys(set().union(*pairs), 0)
     chosen = []
+
+    def rank(i: int) -> tuple[int, int]:
+        return sum(not times[pair] for pair in pairs[i]), -sum(times[pair] for pair in pairs[i])
+
     while not all(times.values()):
-
-        def rank(i: int) -> tuple[int, int]:
-            return sum(not times[pair] for pair in pairs[i]), -sum(times[pair] for pair in pairs[i])
-
         best = max(range(len(cases)), key=rank)
         chosen.append(best)
         for pair in pairs[best]:
