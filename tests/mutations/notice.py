@@ -37,7 +37,7 @@ EAGER = {
 LAYERS = {
     "layers._base": ("tests/layers/test_whitening.py", "tests/layers/test_conventions.py"),
     "layers.whitening": ("tests/layers/test_whitening.py", "tests/layers/test_conventions.py"),
-    "layers.pop_norm": ("tests/layers/test_pop_norm.py",),
+    "layers.pop_norm": ("tests/layers/test_pop_norm.py", "tests/layers/test_pop_norm_inputs.py"),
     "layers.conv_norm": ("tests/layers", "-k", "conv_norm"),
     "layers.sync": ("tests/layers/test_sync.py",),
 }

@@ -1,4 +1,4 @@
-"""What BNP refuses, and the layers that it leaves out."""
+"""BNP refuses bad arguments and layers that it cannot handle, and leaves out the layers that it is told to skip."""
 
 from __future__ import annotations
 
