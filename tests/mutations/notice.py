@@ -68,15 +68,15 @@ TRITON = {
         "triton and (many_parts or 64_bit or single or factors or few or (every_layout and float32))",
     ),
     "primitives.moments.triton": (
-        *("tests/ops/test_moments.py", "tests/ops/test_triton.py"),
+        *("tests/ops/test_moments.py", "tests/ops/test_triton_launches.py"),
         *("-k", "triton and (float32 and every_layout or ragged or group_sizes or one_sample or few)"),
     ),
     "primitives.inverse_sqrt.triton": (
-        *("tests/ops/test_inverse_sqrt.py", "tests/ops/test_spectra.py", "tests/ops/test_triton.py", "-k"),
+        *("tests/ops/test_inverse_sqrt.py", "tests/ops/test_spectra.py", "tests/ops/test_triton_launches.py", "-k"),
         "triton and (float32 and (iterations or scales or defaults) or leaves_many or wide_group)",
     ),
     "primitives.iter_norm.triton": (
-        *("tests/ops/test_iter_norm.py", "tests/ops/test_triton.py"),
+        *("tests/ops/test_iter_norm.py", "tests/ops/test_triton_launches.py"),
         *("-k", "triton and float32 and (group_sizes or iterations) or cost_nothing"),
     ),
     "primitives.whiten.triton": (

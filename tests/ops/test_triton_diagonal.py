@@ -15,13 +15,12 @@ import normkernels as nk
 from normkernels import _warnings
 from normkernels.dispatch import choose
 from normkernels.triton import diagonal, launch, support
+from tests.ops.triton_calls import DEVICE, ON_GPU, Launches, gaussian, note_launches
 from tests.oracles import inputs
 from tests.oracles.run import incoming_gradient
 from tests.tolerances import assert_agree
 
 pytest.importorskip("triton")
-
-from tests.ops.test_triton import DEVICE, ON_GPU, Launches, gaussian, note_launches
 
 pytestmark = pytest.mark.skipif(
     not choose.availability("triton")[0], reason="neither a GPU nor TRITON_INTERPRET=1"
