@@ -70,9 +70,24 @@ def repeats_pairs(items: list[pytest.Item]) -> set[pytest.Item]:
             tests[item.parent, item.originalname, parameters(item)["backend"]].append(item)
     found: set[pytest.Item] = set()
     for cases in tests.values():
-        # Values need not be hashable; those of two cases are the same object where they are the same parameter.
-        values = [{name: id(value) for name, value in parameters(case).items() if name != "backend"} for case in cases]
-        found |= set(cases) - {cases[i] for i in pairwise(values)}
+        found |= set(cases) - {cases[i] for i in pairwise([values(case) for case in cases])}
+    return found
+
+
+def values(item: pytest.Item) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Return what stands for the values of a case's parameters; those that one mark gives together are one value.
+
+    They need not be hashable, and those of two cases are the same object where they are the same parameter.
+    """
+    together: dict[str, tuple[str, ...]] = {}
+    for mark in item.iter_markers("parametrize"):
+        names = tuple(mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0])
+        together |= dict.fromkeys(names, names)
+    found: dict[tuple[str, ...], tuple[int, ...]] = {}
+    for name, value in parameters(item).items():
+        if name != "backend":
+            key = together.get(name, (name,))
+            found[key] = (*found.get(key, ()), id(value))
     return found
 
 
