@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from tests import backends
+from tests.pairwise import pairwise
 
 # Triton's kernels are tested everywhere: without a GPU its interpreter runs them. Triton reads this on import.
 if not torch.cuda.is_available():
@@ -33,11 +35,60 @@ if importlib.util.find_spec("hypothesis") is not None:
     settings.load_profile("normkernels")
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETED:
+if os.environ.get("TRITON_INTERPRET") == "1":
     from tests.interpreter import behave_as_gpus_do
 
     behave_as_gpus_do()
+
+
+def has_no_backend(item: pytest.Item) -> bool:
+    return parameters(item).get("backend") == backends.NONE
+
+
+def lacks_a_gpu(item: pytest.Item) -> bool:
+    return marked(item, "gpu") and not torch.cuda.is_available()
+
+
+def has_float64_for_kernels(item: pytest.Item) -> bool:
+    """Return whether kernels would be asked for float64, which eager serves: that is tested with eager."""
+    return parameters(item).get("backend") in backends.KERNELS and torch.float64 in parameters(item).values()
+
+
+def is_of_the_other_run(item: pytest.Item) -> bool:
+    """Return whether a test belongs to the runs with --simt and this is none, or the other way round."""
+    return marked(item, "simt") != simulated(item.config)
+
+
+LEFT_OUT = (has_no_backend, lacks_a_gpu, has_float64_for_kernels, is_of_the_other_run)
+
+
+def repeats_pairs(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Return the cases of tests marked ``pairwise`` that slow backends leave out: others have all pairs of values."""
+    tests = defaultdict(list)
+    for item in items:
+        if marked(item, "pairwise") and parameters(item).get("backend") in backends.SLOW:
+            tests[item.parent, item.originalname, parameters(item)["backend"]].append(item)
+    found: set[pytest.Item] = set()
+    for cases in tests.values():
+        found |= set(cases) - {cases[i] for i in pairwise([values(case) for case in cases])}
+    return found
+
+
+def values(item: pytest.Item) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Return what stands for the values of a case's parameters; those that one mark gives together are one value.
+
+    They need not be hashable, and those of two cases are the same object where they are the same parameter.
+    """
+    together: dict[str, tuple[str, ...]] = {}
+    for mark in item.iter_markers("parametrize"):
+        names = tuple(mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0])
+        together |= dict.fromkeys(names, names)
+    found: dict[tuple[str, ...], tuple[int, ...]] = {}
+    for name, value in parameters(item).items():
+        if name != "backend":
+            key = together.get(name, (name,))
+            found[key] = (*found.get(key, ()), id(value))
+    return found
 
 
 def marked(item: pytest.Item, name: str) -> bool:
@@ -48,48 +99,8 @@ def parameters(item: pytest.Item) -> dict[str, object]:
     return getattr(getattr(item, "callspec", None), "params", {})
 
 
-def backend_of(item: pytest.Item) -> str:
-    """Return the parameter of the fixture ``backend``, or "" for a test without it."""
-    return str(parameters(item).get("backend", ""))
-
-
-def lacks_a_gpu(item: pytest.Item) -> bool:
-    return marked(item, "gpu") and not torch.cuda.is_available()
-
-
-def lacks_the_interpreter(item: pytest.Item) -> bool:
-    """Return whether Triton's kernels would have to run on a CPU without the interpreter, or too long with it."""
-    return backend_of(item) == "triton" and (not INTERPRETED or marked(item, "large"))
-
-
-def has_float64_for_kernels(item: pytest.Item) -> bool:
-    """Return whether kernels would be asked for float64, which eager serves: that is tested with eager."""
-    kernels = backend_of(item).startswith(("triton", "simt", "cuda"))
-    return kernels and torch.float64 in parameters(item).values()
-
-
-def has_tiles_for_kernels(item: pytest.Item) -> bool:
-    """Return whether another backend would run with tiles that only eager has."""
-    return backend_of(item) not in ("", "eager") and "tiny_tiles" in getattr(item, "fixturenames", ())
-
-
-def stays_on_the_cpu(item: pytest.Item) -> bool:
-    return backend_of(item).endswith("-cuda") and marked(item, "on_cpu")
-
-
-def is_of_the_other_run(item: pytest.Item) -> bool:
-    """Return whether a test belongs to the runs with --simt and this is none, or the other way round."""
-    return marked(item, "simt") != (item.config.getoption("--simt") != "off")
-
-
-LEFT_OUT = (
-    lacks_a_gpu,
-    lacks_the_interpreter,
-    has_float64_for_kernels,
-    has_tiles_for_kernels,
-    stays_on_the_cpu,
-    is_of_the_other_run,
-)
+def simulated(config: pytest.Config) -> bool:
+    return config.getoption("--simt") != "off"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -122,19 +133,41 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from None
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests of the Triton backend as gpu where there is one; deselect what cannot run or is in another part."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make a test that uses the fixture ``backend`` once for each backend that it can run with here."""
+    if "backend" in metafunc.fixturenames and not any(
+        mark.args[0] == "backend" for mark in metafunc.definition.iter_markers("parametrize")
+    ):
+        found = backends.parameters(metafunc.definition, metafunc.fixturenames, simulated(metafunc.config))
+        metafunc.parametrize("backend", found, indirect=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """Mark tests of the Triton backend as gpu where there is one; leave out what cannot run or is in another part.
+
+    Parts are of what -m and -k have chosen, so that each has as much to run.
+    """
     for item in items:
         if torch.cuda.is_available() and item.path.name.startswith("test_triton"):
             item.add_marker(pytest.mark.gpu)
+    leave_out(config, items, [any(rule(item) for rule in LEFT_OUT) for item in items])
+    repeated = repeats_pairs(items)
+    leave_out(config, items, [item in repeated for item in items])
+    yield
     part, parts = map(int, config.getoption("--part").split("/"))
-    left_out = {item for i, item in enumerate(items) if any(rule(item) for rule in LEFT_OUT) or i % parts != part - 1}
+    leave_out(config, items, [i % parts != part - 1 for i in range(len(items))])
+
+
+def leave_out(config: pytest.Config, items: list[pytest.Item], chosen: list[bool]) -> None:
+    left_out = [item for item, leave in zip(items, chosen, strict=True) if leave]
     if left_out:
-        config.hook.pytest_deselected(items=list(left_out))
-        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item, leave in zip(items, chosen, strict=True) if not leave]
 
 
-@pytest.fixture(params=backends.ALL)
+@pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Run a test once for every backend, on a CPU (Triton's kernels interpreted, CUDA's as C++) and on a GPU."""
     from normkernels import use_backend

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 import normkernels as nk
 from tests.oracles import inputs
 from tests.oracles.run import Config, incoming_gradient, oracle, plain_path, run
-from tests.tolerances import SAVED_FOR_BACKWARD, assert_agree, assert_iter_norm
+from tests.tolerances import assert_agree
+from tests.tolerances.whitening import SAVED_FOR_BACKWARD, assert_iter_norm
 
 BOTH = pytest.mark.parametrize("layer_type", [nk.IterNorm2d, nk.DBN2d], ids=["IterNorm2d", "DBN2d"])
 
 
 def check(config: Config, x: Tensor, *, stable: bool = False) -> None:
-    """Check output and gradients of iter_norm by the rule of tolerances.py."""
+    """Check output and gradients of iter_norm by the rule of tests/tolerances."""
     dy = incoming_gradient(x)
     got = run(nk.ops.iter_norm, config, x, dy)
     assert_iter_norm(got, oracle(config, x, dy, stable=stable), plain_path(config, x, dy), x, dy, None, config)

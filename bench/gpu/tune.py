@@ -61,7 +61,8 @@ class Case(NamedTuple):
 
 
 # Kernels on the planes of a filter -> size in the table, for some the padded half of a side -> sides.
-HALVES, WHOLE = {16: (7, 32), 32: (34, 58, 64)}, {64: (34, 64)}
+HALVES: dict[int, tuple[int, ...]] = {16: (7, 32), 32: (34, 58, 64)}
+WHOLE: dict[int, tuple[int, ...]] = {64: (34, 64)}
 PLANES = {
     "spectral_filter": HALVES,
     "cross_spectrum": HALVES,

@@ -1,51 +1,20 @@
-"""Attacks on models whose best perturbation is known, and against an independent implementation."""
+"""Attacks: BIM on models whose best perturbation is known and against an independent implementation, and noise."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
 import numpy as np
 import pytest
-import scipy.fft
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normkernels.analysis import accuracy, adversarial, bim, gaussian_noise, simba
-from tests import tolerances
-
-D = torch.float64
-X, Y = torch.rand(4, 2, 3, 3), torch.zeros(4, dtype=torch.int64)
-MODEL = nn.Sequential(nn.Flatten(), nn.Linear(18, 3))
-BIM: dict[str, Any] = {"eps": 0.1, "step_size": 0.04, "num_steps": 5}
-SIMBA: dict[str, Any] = {"eps": 0.2, "max_queries": 60}
-
-
-class Linear(nn.Module):
-    """Logits (0, w . x + b): the way to class 1 is along w, to class 0 against it."""
-
-    def __init__(self, w: Tensor, b: float = 0.0) -> None:
-        super().__init__()
-        self.w, self.b = nn.Parameter(w), b
-
-    def forward(self, x: Tensor) -> Tensor:
-        score = x.flatten(1) @ self.w + self.b
-        return torch.stack([torch.zeros_like(score), score], 1)
-
-
-def network(dtype: torch.dtype = D) -> nn.Sequential:
-    net = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(4 * 20, 3)
-    )
-    net(torch.rand(32, 2, 4, 5))  # statistics
-    return net.to(dtype)
-
-
-def images(n: int = 6, dtype: torch.dtype = D) -> tuple[Tensor, Tensor]:
-    return torch.rand(n, 2, 4, 5, dtype=dtype), torch.randint(3, (n,))
-
+from normkernels.analysis import accuracy, bim, gaussian_noise, simba
+from tests.analysis.attacked import BIM, MODEL, SIMBA, D, Linear, X, Y, images, network
+from tests.tolerances import IDENTITY, assert_identity
+from tests.tolerances.analysis import assert_bim, sampling
 
 # BIM
 
@@ -57,7 +26,7 @@ def test_bim_of_a_linear_model(targeted: bool) -> None:
     way = torch.where((y == 0) ^ targeted, 1.0, -1.0)[:, None] * w.sign()
     for num_steps in (1, 2, 3, 9):
         got = bim(Linear(w), x, y, eps=0.1, step_size=0.04, num_steps=num_steps, targeted=targeted)
-        tolerances.assert_identity(got, (x + min(0.04 * num_steps, 0.1) * way).clamp(0, 1))
+        assert_identity(got, (x + min(0.04 * num_steps, 0.1) * way).clamp(0, 1))
 
 
 def test_bim_takes_the_gradient_where_it_is() -> None:
@@ -66,7 +35,7 @@ def test_bim_takes_the_gradient_where_it_is() -> None:
     x, y = torch.tensor([[0.53], [0.43]], dtype=D), torch.tensor([1, 1])
     for num_steps, expected in ((1, [0.49, 0.47]), (2, [0.53, 0.51]), (3, [0.49, 0.47])):
         got = bim(peak, x, y, eps=0.5, step_size=0.04, num_steps=num_steps, targeted=True)
-        tolerances.assert_identity(got[:, 0], torch.tensor(expected, dtype=D))
+        assert_identity(got[:, 0], torch.tensor(expected, dtype=D))
 
 
 @pytest.mark.parametrize("targeted", [False, True])
@@ -89,7 +58,7 @@ def test_agrees_with_adversarial_robustness_toolbox(targeted: bool, bounds: tupl
         classifier, eps=0.1, eps_step=0.04, max_iter=5, targeted=targeted, batch_size=12, verbose=False
     )
     expected = attack.generate(x.numpy(), np.eye(3, dtype=np.float32)[y])
-    tolerances.assert_bim(got, torch.from_numpy(expected), steps=5)
+    assert_bim(got, torch.from_numpy(expected), steps=5)
     assert (got - x).abs().amax() > 0.09
 
 
@@ -98,7 +67,7 @@ def test_bim_raises_the_loss_within_its_budget() -> None:
     got = bim(net, x, y, **BIM)
     assert F.cross_entropy(net(got), y) > F.cross_entropy(net(x), y)
     assert got.min() >= 0 and got.max() <= 1 and not got.requires_grad
-    assert (got - x).abs().max() <= 0.1 * (1 + tolerances.IDENTITY)
+    assert (got - x).abs().max() <= 0.1 * (1 + IDENTITY)
     towards = bim(net, x, y, **BIM, targeted=True)
     assert F.cross_entropy(net(towards), y) < F.cross_entropy(net(x), y)
     assert torch.equal(bim(net, x, y, **{**BIM, "eps": 0}), x)
@@ -260,111 +229,7 @@ def test_bim_of_other_losses_takes_what_they_take() -> None:
     """The loss may take one logit a sample, and signs for classes."""
     x, sign = torch.rand(4, 3, dtype=D), torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=D)
     got = bim(lambda x: x.sum(1), x, sign, **BIM, loss=lambda score, sign: F.softplus(-sign * score))
-    tolerances.assert_identity(got, (x - 0.1 * sign[:, None]).clamp(0, 1))
-
-
-# SimBA
-
-
-@pytest.mark.parametrize("targeted", [False, True])
-def test_simba_of_a_linear_model_that_does_not_give_way(targeted: bool) -> None:
-    """For every entry +eps or -eps helps, so all entries are changed by eps; +eps is asked first."""
-    w, x = torch.randn(10, dtype=D), torch.rand(6, 10, dtype=D) * 0.4 + 0.3
-    y = torch.zeros(6, dtype=torch.int64)
-    b = 10.0 if targeted else -10.0
-    got = simba(Linear(w, b), x, y, eps=0.1, max_queries=100, targeted=targeted)
-    way = (-w if targeted else w).sign()
-    tolerances.assert_identity(got.x, x + 0.1 * way)
-    assert not got.succeeded.any()
-    assert got.queries.tolist() == [int(1 + 10 + (way < 0).sum())] * 6
-
-
-def test_simba_against_algorithm_1() -> None:
-    """The model sees, query by query, what Algorithm 1 asks with the directions that were tried."""
-    net, (x, y) = network().eval(), images(1)
-    y = net(x).argmax(1)
-    seen: list[Tensor] = []
-
-    def model(x: Tensor) -> Tensor:
-        seen.append(x.clone())
-        return net(x)
-
-    got = simba(model, x, y, eps=0.3, max_queries=50)
-    assert len(seen) == got.queries.item()
-    current, p, tried, i = x, net(x).softmax(1)[0, y], set(), 1
-    while i < len(seen):
-        assert (net(current).argmax(1) == y).all()
-        for alpha in (0.3, -0.3):
-            (index,) = (seen[i] != current).flatten().nonzero().flatten().tolist() or [None]
-            q = torch.zeros(40, dtype=D)
-            q[index] = 1
-            tolerances.assert_identity(seen[i], (current + alpha * q.view_as(x)).clamp(0, 1))
-            candidate, i = seen[i], i + 1
-            value = net(candidate).softmax(1)[0, y]
-            if value < p:
-                current, p = candidate, value
-                break
-            if i == len(seen):
-                break
-        assert index not in tried
-        tried.add(index)
-    assert torch.equal(current, got.x) and got.succeeded.item() == (net(current).argmax(1) != y).item()
-
-
-@pytest.mark.parametrize("basis", ["pixel", "dct"])
-def test_simba_within_its_budget(basis: str) -> None:
-    net, (x, _) = network(), images(40)
-    y = net.eval()(x).argmax(1)
-    y[0] = (y[0] + 1) % 3
-    got = simba(net, x, y, **SIMBA, basis=basis)
-    prediction = net(got.x).argmax(1)
-    assert torch.equal(got.succeeded, prediction != y) and got.succeeded.sum() > 10
-    assert got.queries[0] == 1 and torch.equal(got.x[0], x[0]) and got.succeeded[0]
-    assert got.queries.dtype == torch.int64 and got.queries.max() <= 60
-    assert got.x.min() >= 0 and got.x.max() <= 1 and not got.x.requires_grad
-    steps = (got.queries - 1).clamp(max=40).double()
-    if basis == "pixel":  # with other directions, clipping leaves them not orthogonal
-        assert ((got.x - x).flatten(1).norm(dim=1) <= 0.2 * steps.sqrt() * (1 + tolerances.IDENTITY)).all()
-    assert simba(net, x, y, **{**SIMBA, "max_queries": 1}).queries.eq(1).all()
-    assert simba(net, x, y, **{**SIMBA, "max_queries": 2}).queries.max() == 2
-
-
-def test_simba_gives_the_same_from_the_same_seed() -> None:
-    net, (x, y) = network(), images(8)
-
-    def run(seed: int, **options: Any) -> Any:
-        return simba(net, x, y, **SIMBA, generator=torch.Generator().manual_seed(seed), **options)
-
-    first = run(0)
-    for again in (run(0), run(0, batch_size=3)):
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first.x, run(1).x)
-    orders = [set(map(tuple, (s - o).nonzero().tolist())) for s, o in zip(first.x, x, strict=True) if (s != o).any()]
-    assert len(orders) > 2 and any(a != b for a, b in itertools.pairwise(orders))
-
-
-@pytest.mark.parametrize("frequencies", [None, 3])
-def test_cosine_basis(frequencies: int | None) -> None:
-    """The directions agree with scipy's orthonormal DCT-II: (c, u, v) has one coefficient, and it is 1."""
-    x = torch.zeros(1, 2, 4, 5, dtype=D)
-    directions = adversarial._Directions(x, "dct", frequencies)
-    q = directions(torch.arange(directions.count))
-    sizes = (2, frequencies or 4, frequencies or 5)
-    assert q.shape == (math.prod(sizes), 2, 4, 5)
-    coefficients = torch.from_numpy(scipy.fft.dctn(q.numpy(), axes=(2, 3), norm="ortho"))
-    kept = coefficients[:, :, : sizes[1], : sizes[2]].flatten(1)
-    tolerances.assert_identity(kept, torch.eye(len(q), dtype=D))
-    tolerances.assert_identity(q.flatten(1) @ q.flatten(1).mT, torch.eye(len(q), dtype=D))
-
-
-def test_low_frequencies_only() -> None:
-    net, (x, y) = network(), images()
-    x = x * 0.2 + 0.4  # no clipping, which makes high frequencies
-    got = simba(net, x, y, eps=0.05, max_queries=30, basis="dct", frequencies=2)
-    coefficients = torch.from_numpy(scipy.fft.dctn((got.x - x).numpy(), axes=(2, 3), norm="ortho"))
-    assert coefficients[:, :, :2, :2].abs().max() > 0.04
-    coefficients[:, :, :2, :2] = 0
-    tolerances.assert_identity(1 + coefficients, torch.ones_like(coefficients))
+    assert_identity(got, (x - 0.1 * sign[:, None]).clamp(0, 1))
 
 
 # Noise and accuracy
@@ -374,8 +239,8 @@ def test_gaussian_noise() -> None:
     """The noise has mean 0 and the standard deviation asked for, which itself has the deviation std / sqrt(2 n)."""
     x = torch.full((100_000,), 0.5)
     noise = gaussian_noise(x, 0.1, None) - x
-    assert abs(noise.mean()) < tolerances.sampling(0.1, 100_000)
-    assert abs(noise.std() - 0.1) < tolerances.sampling(0.1, 200_000)
+    assert abs(noise.mean()) < sampling(0.1, 100_000)
+    assert abs(noise.std() - 0.1) < sampling(0.1, 200_000)
     clipped = gaussian_noise(x, 0.5, (0.25, 0.75))
     assert clipped.min() == 0.25 and clipped.max() == 0.75
     one, two, other = (gaussian_noise(x, 0.1, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
@@ -399,77 +264,3 @@ def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
     accuracy(net, x, y, 1, progress=True)
     shown = capsys.readouterr().err
     assert "BIM" in shown and "3/3" in shown and "2/2" in shown and "6/6" in shown
-
-
-BOTH = [
-    ({"x": X.tolist()}, TypeError, "x: expected a torch.Tensor, got list"),
-    ({"x": X.long()}, TypeError, "x: expected float16"),
-    ({"x": X[0, 0, 0]}, ValueError, r"x: expected a non-empty shape \(N, \*\), got \(3,\)"),
-    ({"x": X[:0], "y": Y[:0]}, ValueError, "x: expected a non-empty shape"),
-    ({"x": X + 1}, ValueError, r"x: expected values within the bounds \(0.0, 1.0\), got 1"),
-    ({"x": X * math.nan}, ValueError, "x: expected values within the bounds"),
-    ({"y": 0}, TypeError, "y: expected a torch.Tensor, got int"),
-    ({"y": Y[1:]}, ValueError, r"y: expected as many as the 4 samples, got shape \(3,\)"),
-    ({"bounds": (1.0, 0.0)}, ValueError, "bounds: expected two finite numbers, the lower one first"),
-    ({"bounds": None}, TypeError, "bounds: expected two numbers, got None"),
-    ({"bounds": (0.0, 0.5, 1.0)}, TypeError, "bounds: expected two numbers"),
-    ({"bounds": (-math.inf, 1.0)}, ValueError, "bounds: expected two finite numbers"),
-    ({"bounds": (0.0, math.inf)}, ValueError, "bounds: expected a finite number"),
-    ({"eps": -0.1}, ValueError, r"eps: expected a finite number within \[0, 1\], got -0.1"),
-    ({"eps": 1.5}, ValueError, r"eps: expected a finite number within \[0, 1\], got 1.5"),
-    ({"eps": math.nan}, ValueError, "eps: expected a finite number"),
-    ({"eps": "0.1"}, TypeError, "eps: expected a number"),
-    ({"targeted": "no"}, TypeError, "targeted: expected True or False"),
-    ({"batch_size": 0}, ValueError, "batch_size: expected at least 1, got 0"),
-]
-
-
-@pytest.mark.parametrize(
-    ("bad", "error", "message"),
-    [
-        *BOTH,
-        ({"step_size": 0}, ValueError, "step_size: expected more than 0, got 0"),
-        ({"step_size": -0.1}, ValueError, "step_size: expected a finite number at least 0"),
-        ({"num_steps": 0}, ValueError, "num_steps: expected at least 1, got 0"),
-        ({"num_steps": 1.0}, TypeError, "num_steps: expected an int"),
-        ({"loss": lambda logits, y: None}, TypeError, "loss: expected a torch.Tensor, got NoneType"),
-        ({"loss": "l2"}, TypeError, "loss: expected a function or a module, got str"),
-        ({"y": torch.ones(4, 2)}, ValueError, r"y: expected probabilities of shape \(4, 3\), got \(4, 2\)"),
-    ],
-)
-def test_bad_input_of_bim(bad: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        bim(**{"model": MODEL, "x": X, "y": Y, **BIM, **bad})
-
-
-@pytest.mark.parametrize(
-    ("bad", "error", "message"),
-    [
-        *BOTH,
-        ({"eps": 0}, ValueError, "eps: expected more than 0, got 0"),
-        ({"max_queries": 0}, ValueError, "max_queries: expected at least 1, got 0"),
-        ({"basis": "fourier"}, ValueError, "basis: expected one of pixel, dct, got 'fourier'"),
-        ({"frequencies": 2}, ValueError, "frequencies: expected None with basis='pixel', got 2"),
-        ({"basis": "dct", "frequencies": 4}, ValueError, "frequencies: expected at most the 3 of the shortest axis"),
-        (
-            {"basis": "dct", "x": X[:, 0, 0]},
-            ValueError,
-            r"x: expected shape \(N, C, \*\) with basis='dct', got \(4, 3\)",
-        ),
-    ],
-)
-def test_bad_input_of_simba(bad: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        simba(**{"model": MODEL, "x": X, "y": Y, **SIMBA, **bad})
-
-
-def test_bad_input_of_noise_and_accuracy() -> None:
-    for arguments, error, message in (
-        ((X.long(), 0.1), TypeError, "x: expected float16"),
-        ((X, -0.1), ValueError, "std: expected a finite number at least 0, got -0.1"),
-        ((X, 0.1, (1.0, 1.0)), ValueError, "bounds: expected two finite numbers"),
-    ):
-        with pytest.raises(error, match=message):
-            gaussian_noise(*arguments)
-    with pytest.raises(ValueError, match="x: expected a non-empty shape"):
-        accuracy(MODEL, X[:0], Y[:0])

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from normkernels import DBN1d, IterNorm1d
 from normkernels.analysis import covariance_condition, hessian_condition
-from tests import tolerances
 from tests.oracles import measures
+from tests.tolerances import assert_identity
+from tests.tolerances.analysis import condition_error, covariance_condition_error
 
 D = torch.float64
 
@@ -31,10 +32,10 @@ def samples(n: int, values: list[float], mean: float = 0.0) -> Tensor:
 def test_known_spectra() -> None:
     x = torch.stack([samples(20, [5.0, 2.0, 0.5]), samples(20, [1.0, 1.0, 1.0]), samples(20, [7.0, 3.0, 1.0], 2.0)])
     expected = torch.tensor([100.0, 1.0, 49.0], dtype=D)
-    tolerances.assert_identity(covariance_condition(x), expected)
-    tolerances.assert_identity(covariance_condition(x.view(3, 1, 20, 3)), expected[:, None])
-    tolerances.assert_identity(covariance_condition(x[2] * 1e-200), 49.0)
-    tolerances.assert_identity(covariance_condition(torch.randn(5, 1, dtype=D)), 1.0)
+    assert_identity(covariance_condition(x), expected)
+    assert_identity(covariance_condition(x.view(3, 1, 20, 3)), expected[:, None])
+    assert_identity(covariance_condition(x[2] * 1e-200), 49.0)
+    assert_identity(covariance_condition(torch.randn(5, 1, dtype=D)), 1.0)
 
 
 def test_beyond_what_a_covariance_matrix_resolves() -> None:
@@ -44,7 +45,7 @@ def test_beyond_what_a_covariance_matrix_resolves() -> None:
     """
     values = [1.0, 1e-10]
     got = covariance_condition(samples(20, values))
-    assert abs(got / 1e20 - 1) <= tolerances.covariance_condition_error(values, 20)
+    assert abs(got / 1e20 - 1) <= covariance_condition_error(values, 20)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_a_large_mean_is_no_rank_deficiency() -> None:
     """float32 samples are exact in float64: a mean of 1e4 costs four of sixteen digits."""
     values = [3.0, 2.0, 1.0]
     x = samples(50, values, 1e4)
-    assert abs(covariance_condition(x) / 9 - 1) <= tolerances.covariance_condition_error(values, 50, 1e4)
+    assert abs(covariance_condition(x) / 9 - 1) <= covariance_condition_error(values, 50, 1e4)
     assert covariance_condition(x.float()) < math.inf
 
 
@@ -98,7 +99,7 @@ def test_of_whitened_samples() -> None:
             nn.Identity(),
         )
     ]
-    tolerances.assert_identity(values[0], 1.0)
+    assert_identity(values[0], 1.0)
     assert all(a < b for a, b in itertools.pairwise(values))
 
 
@@ -154,13 +155,13 @@ def check(
     if bias:
         P[0, 1:] = -mean / sigma[1:]
     assert_condition(got.preconditioned, plain, P, measures.condition(G, rank), rank, len(H), dtype)
-    tolerances.assert_identity(got.scaling, sigma.max() / sigma.min())
+    assert_identity(got.scaling, sigma.max() / sigma.min())
 
 
 def assert_condition(
     got: float, H: Tensor, P: Tensor, expected: float, rank: int, terms: int, dtype: torch.dtype
 ) -> None:
-    error = tolerances.condition_error(H, P, rank, terms, dtype)
+    error = condition_error(H, P, rank, terms, dtype)
     assert error < 0.1, "no digits left to compare"
     assert abs(got / expected - 1) <= error
 
@@ -261,10 +262,10 @@ def test_hidden_layers(norm: Callable[[], nn.Module]) -> None:
     H = torch.autograd.functional.hessian(of, w)
     rank = 5 if isinstance(net[1], nn.Identity) else 4  # no bias before a normalization
     got = hessian_condition(lambda: F.cross_entropy(net(x), y), net[0], 2, mean=x.mean(0), variance=x.var(0))
-    tolerances.assert_identity(got.plain, measures.condition(H, rank))
+    assert_identity(got.plain, measures.condition(H, rank))
     P = torch.diag(torch.cat([torch.ones(1, dtype=D), x.var(0).rsqrt()]))
     P[0, 1:] = -x.mean(0) / x.std(0)
-    tolerances.assert_identity(got.preconditioned, measures.condition(P.mT @ H @ P, rank))
+    assert_identity(got.preconditioned, measures.condition(P.mT @ H @ P, rank))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -288,7 +289,7 @@ def test_columns_that_are_scaled_are_not_small() -> None:
     got = hessian_condition(lambda: layer(h).square().mean(), layer, mean=h.mean(0), variance=h.var(0))
     G = measures.preconditioned(h, torch.full((30,), 2 / 30, dtype=D), h.mean(0), h.var(0))
     assert got.preconditioned is not None and got.plain < 10
-    tolerances.assert_identity(got.preconditioned, measures.condition(G, 4))
+    assert_identity(got.preconditioned, measures.condition(G, 4))
 
 
 @pytest.mark.parametrize("power", [1, 0])
@@ -307,7 +308,7 @@ def test_bias_that_the_loss_does_not_use() -> None:
         hessian_condition(lambda: F.linear(x, layer.weight).square().sum(), layer),
         hessian_condition(lambda: without(x).square().sum(), without),
     )
-    tolerances.assert_identity(got.plain, expected.plain)
+    assert_identity(got.plain, expected.plain)
 
 
 def test_parametrized_weight() -> None:

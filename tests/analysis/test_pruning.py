@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normkernels import DBN2d, IterNorm1d
 from normkernels.analysis import pruning_candidates
-from tests import tolerances
+from tests.tolerances import assert_identity
 
 
 def layer(make: Any, gamma: list[float], beta: list[float], **options: Any) -> nn.Module:
@@ -44,7 +44,7 @@ def test_distance_is_that_of_the_outputs() -> None:
     norm = layer(nn.BatchNorm1d, [1.0, 1.3], [0.2, -0.2], eps=1e-30, dtype=torch.float64)
     y = norm(torch.randn(50, 1, dtype=torch.float64).expand(50, 2))
     (found,) = pruning_candidates(norm, similar_within=1)
-    tolerances.assert_identity(found.value, (y[:, 0] - y[:, 1]).square().mean().sqrt())
+    assert_identity(found.value, (y[:, 0] - y[:, 1]).square().mean().sqrt())
 
 
 def test_equal_channels_and_both_criteria() -> None:

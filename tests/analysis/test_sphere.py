@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from normkernels import IterNorm2d
 from normkernels.analysis import decompose, scale_invariance_gap
-from tests import tolerances
+from tests.tolerances import assert_identity, rounding
+from tests.tolerances.analysis import INVARIANCE_GAP
 
 D = torch.float64
 
@@ -27,15 +28,15 @@ def test_lemma_1(shape: tuple[int, ...], dim: int) -> None:
     gamma, beta, direction = decompose(v, dim)
     rest = [n for i, n in enumerate(shape) if i != dim % len(shape)]
     assert list(gamma.shape) == list(beta.shape) == rest and direction.shape == v.shape
-    tolerances.assert_identity(beta, v.mean(dim))
-    tolerances.assert_identity(gamma, v.std(dim, correction=0))
-    tolerances.assert_identity(direction, (v - v.mean(dim, keepdim=True)) / v.std(dim, correction=0, keepdim=True))
+    assert_identity(beta, v.mean(dim))
+    assert_identity(gamma, v.std(dim, correction=0))
+    assert_identity(direction, (v - v.mean(dim, keepdim=True)) / v.std(dim, correction=0, keepdim=True))
     n = shape[dim]
-    tolerances.assert_identity(direction.norm(dim=dim), torch.full(rest, n**0.5, dtype=D))
-    tolerances.assert_identity(1 + direction.sum(dim), torch.ones(rest))
-    tolerances.assert_identity(gamma.unsqueeze(dim) * direction + beta.unsqueeze(dim), v)
-    tolerances.assert_identity(v.square().sum(dim), n * (gamma**2 + beta**2))
-    tolerances.assert_identity(decompose(2.5 * v + 7, dim).direction, direction)
+    assert_identity(direction.norm(dim=dim), torch.full(rest, n**0.5, dtype=D))
+    assert_identity(1 + direction.sum(dim), torch.ones(rest))
+    assert_identity(gamma.unsqueeze(dim) * direction + beta.unsqueeze(dim), v)
+    assert_identity(v.square().sum(dim), n * (gamma**2 + beta**2))
+    assert_identity(decompose(2.5 * v + 7, dim).direction, direction)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -67,7 +68,7 @@ def test_any_size(dtype: torch.dtype) -> None:
 def test_half_types_are_computed_in_float32(dtype: torch.dtype) -> None:
     v = (torch.randn(3, 1000) * 1000).to(dtype)  # their squares overflow in float16
     for got, exact in zip(decompose(v), decompose(v.double()), strict=True):
-        assert (got.double() - exact).abs().max() <= tolerances.rounding(exact, dtype)
+        assert (got.double() - exact).abs().max() <= rounding(exact, dtype)
 
 
 def test_is_differentiable() -> None:
@@ -129,7 +130,7 @@ def test_weights_before_a_normalization_are_orthogonal_to_their_gradient(norm: A
     net, (x, y) = network(norm()), batch()
     gaps = scale_invariance_gap(net, F.cross_entropy(net(x), y))
     assert set(gaps) == {name for name, _ in net.named_parameters()}
-    assert gaps["0.weight"] <= tolerances.INVARIANCE_GAP < 1e-3 < gaps["4.weight"]
+    assert gaps["0.weight"] <= INVARIANCE_GAP < 1e-3 < gaps["4.weight"]
 
 
 def test_rows_before_batch_normalization() -> None:
@@ -138,7 +139,7 @@ def test_rows_before_batch_normalization() -> None:
         net, (x, y) = network(norm), batch()
         gaps = scale_invariance_gap(net, F.cross_entropy(net(x), y), per_row=True)
         assert {name: tuple(gap.shape) for name, gap in gaps.items()} == {"0.weight": (6,), "4.weight": (3,)}
-        assert (gaps["0.weight"].max() <= tolerances.INVARIANCE_GAP) == invariant
+        assert (gaps["0.weight"].max() <= INVARIANCE_GAP) == invariant
         assert gaps["4.weight"].min() > 1e-4
 
 
@@ -156,7 +157,7 @@ def test_is_the_cosine() -> None:
     for scale, size in itertools.product((1.0, 1e-200, 1e200), repeat=2):
         layer.weight.data = torch.tensor([[3.0, 0.0, 4.0]], dtype=D) * size
         gap = scale_invariance_gap(layer, lambda: (layer.weight * a * scale).sum())  # noqa: B023
-        tolerances.assert_identity(gap["weight"], 11 / 15)
+        assert_identity(gap["weight"], 11 / 15)
 
 
 def test_zero_is_zero() -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from normkernels import DBN1d, IterNorm1d
 from normkernels.analysis import snd, stochasticity
-from tests import tolerances
 from tests.oracles import measures
+from tests.tolerances import IDENTITY, assert_identity, rounding
+from tests.tolerances.analysis import snd_sampling
 
 D = torch.float64
 
@@ -64,7 +65,7 @@ def test_eq_10(samples: int, batch_size: int, passes: int) -> None:
             remaining -= batch_size
     assert [len(of_sample) for of_sample in outputs] == [num_draws] * samples
     assert len({str([members for members, _ in batches]) for batches in draws}) > 1
-    tolerances.assert_identity(got, measures.snd(outputs))
+    assert_identity(got, measures.snd(outputs))
 
 
 def test_two_outputs_of_every_sample(passes: int) -> None:
@@ -77,16 +78,16 @@ def test_two_outputs_of_every_sample(passes: int) -> None:
     data = torch.randn(3, 1, dtype=D)
     expected = sum(abs(data[j] - data[k]).item() / 4 for j, k in ((0, 1), (0, 2), (1, 2))) / 3
     got = snd(lambda x: x - x.mean(0), data, 2, num_draws).item()
-    assert 1 - tolerances.snd_sampling(num_draws) <= got / expected <= 1 + tolerances.IDENTITY
+    assert 1 - snd_sampling(num_draws) <= got / expected <= 1 + IDENTITY
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm(5, dtype=D), nn.BatchNorm1d(5, dtype=D).eval(), torch.tanh])
 def test_is_zero_where_samples_do_not_depend_on_each_other(norm: Callable[[Tensor], Tensor]) -> None:
-    tolerances.assert_identity(1 + snd(norm, torch.randn(20, 5, dtype=D), 8, 3), 1.0)
+    assert_identity(1 + snd(norm, torch.randn(20, 5, dtype=D), 8, 3), 1.0)
 
 
 def test_full_batch_has_no_disturbance() -> None:
-    tolerances.assert_identity(1 + snd(batch_norm, torch.randn(20, 5, dtype=D), 20, 3), 1.0)
+    assert_identity(1 + snd(batch_norm, torch.randn(20, 5, dtype=D), 20, 3), 1.0)
 
 
 def test_grows_with_whitening_and_shrinks_with_the_batch() -> None:
@@ -157,7 +158,7 @@ def test_types(dtype: torch.dtype) -> None:
         for norm, x in ((lambda x: batch_norm(x.double()).to(dtype), data), (batch_norm, data.double()))
     )
     assert got.dtype == (D if dtype == D else torch.float32) and got.shape == ()
-    assert abs(got.double() - exact) <= tolerances.rounding(4 * 8**0.5, dtype)
+    assert abs(got.double() - exact) <= rounding(4 * 8**0.5, dtype)
 
 
 def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from normkernels.analysis import Tracker, batch_norm_gaps, weight_norms
-from tests import tolerances
+from tests.tolerances import assert_identity
 
 D = torch.float64
 
@@ -24,8 +24,8 @@ def test_weight_norms() -> None:
     net["tied"].weight = net["head"].weight
     norms = weight_norms(net)
     assert set(norms) == {"conv.weight", "head.weight"} and all(type(norm) is float for norm in norms.values())
-    tolerances.assert_identity(norms["conv.weight"], net["conv"].weight.detach().double().square().sum().sqrt())
-    tolerances.assert_identity(norms["head.weight"], 4 * net["head"].weight[0, 0].item())
+    assert_identity(norms["conv.weight"], net["conv"].weight.detach().double().square().sum().sqrt())
+    assert_identity(norms["head.weight"], 4 * net["head"].weight[0, 0].item())
     assert weight_norms(nn.ReLU()) == {}
 
 
@@ -36,7 +36,7 @@ def test_norms_grow_under_gradient_descent() -> None:
     F.cross_entropy(net(x), y).backward()
     before, gradient = weight_norms(net)["0.weight"], net[0].weight.grad.norm().item()
     torch.optim.SGD(net.parameters(), lr=2.0).step()
-    tolerances.assert_identity(weight_norms(net)["0.weight"] ** 2, before**2 + 4 * gradient**2)
+    assert_identity(weight_norms(net)["0.weight"] ** 2, before**2 + 4 * gradient**2)
 
 
 def test_batch_norm_gaps() -> None:

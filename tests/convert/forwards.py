@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normkernels as nk
-from tests.tolerances import assert_folded_network
+from tests.tolerances.folding import assert_folded_network
 
 Use = Callable[[Any, Tensor, Tensor], Any]
 

@@ -24,7 +24,8 @@ from tests.convert.foldable import (
     state,
     trained,
 )
-from tests.tolerances import assert_agree, assert_folded, assert_folded_network
+from tests.tolerances import assert_agree
+from tests.tolerances.folding import assert_folded, assert_folded_network
 
 
 def check(layer: Any, norm: Any) -> Any:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from normkernels.convert import fold
 from tests.convert.foldable import CHANNELS, NORMS, Graph, bn, conv, data, images, make, pair, resnet, trained
-from tests.tolerances import assert_agree, assert_folded, assert_folded_network
+from tests.tolerances import assert_agree
+from tests.tolerances.folding import assert_folded, assert_folded_network
 
 RANKS = ["BatchNorm", "SyncBatchNorm", "IterNorm", "DBN", "POPNorm"]
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import normkernels as nk
 from normkernels.convert import fold
 from tests.convert.foldable import bn, conv, data, images, make, rank_of, same_state, state, trained
-from tests.tolerances import assert_agree, assert_folded_network
+from tests.tolerances import assert_agree
+from tests.tolerances.folding import assert_folded_network
 
 GROUPED = ["append", "widen"]
 CONVOLUTIONS = [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]

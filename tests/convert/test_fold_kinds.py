@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normkernels.convert import fold
 from tests.convert.foldable import CHANNELS, bn, conv, data, filled, hooked, make, refused, trained
-from tests.tolerances import assert_folded, assert_folded_network
+from tests.tolerances.folding import assert_folded, assert_folded_network
 
 
 class Simple(nn.Conv3d):

@@ -34,7 +34,8 @@ from tests.convert.foldable import (
     state,
     trained,
 )
-from tests.tolerances import assert_agree, assert_folded_network
+from tests.tolerances import assert_agree
+from tests.tolerances.folding import assert_folded_network
 
 
 @pytest.mark.parametrize("norm", RESNETS)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import normkernels as nk
 from normkernels.convert import fold
 from tests.convert.foldable import ITERNORM, Graph, bn, conv, data, hooked, make, pair, same_state, state, trained
-from tests.tolerances import assert_folded_network
+from tests.tolerances.folding import assert_folded_network
 
 
 class Untraceable(nn.Module):

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from normkernels.convert import fold
 from tests.convert.foldable import ITERNORM, Graph, bn, conv, data, trained
-from tests.tolerances import assert_folded_network
+from tests.tolerances.folding import assert_folded_network
 
 
 class Network(nn.Module):

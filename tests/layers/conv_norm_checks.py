@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import normkernels as nk
 from tests.oracles import convnorm, inputs
 from tests.oracles.convnorm import Config
-from tests.tolerances import assert_conv_norm, assert_within, conv_norm_floors, largest
+from tests.tolerances import assert_within, largest
+from tests.tolerances.spectral import assert_conv_norm, conv_norm_floors
 
 LAYERS: dict[int, Any] = {1: nk.ConvNorm1d, 2: nk.ConvNorm2d}
 CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d}
@@ -73,7 +74,7 @@ def result(layer: nn.Module, x: Tensor, dy: Tensor) -> list[Any]:
 
 
 def check(layer: Any, x: Tensor, config: Config) -> None:
-    """Check y and every gradient by the rule of tolerances.py; config: what the layer was asked for."""
+    """Check y and every gradient by the rule of tests/tolerances; config: what the layer was asked for."""
     given = parameters(layer)
     exact: Any = [None if t is None else t.double() for t in given]
     shape = convnorm.conv_norm(x.double(), config, *exact).shape

@@ -27,7 +27,8 @@ from tests.layers.conv_norm_checks import (
 from tests.oracles import convnorm
 from tests.oracles.convnorm import Config
 from tests.oracles.run import incoming_gradient
-from tests.tolerances import conv_norm_floors, largest, unit
+from tests.tolerances import largest, unit
+from tests.tolerances.spectral import conv_norm_floors
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
 
@@ -259,7 +260,7 @@ def test_spectral_zero_and_zero_filter(dtype: torch.dtype, detach: bool) -> None
         check(layer, x, config)
 
 
-# Where the peers fail: PEERS.md, ConvNorm.
+# Inputs and options at which the published implementation of ConvNorm (the peer) is wrong or fails.
 
 
 @AXES

@@ -28,7 +28,8 @@ from tests.layers.conv_norm_checks import (
 )
 from tests.oracles.convnorm import Config
 from tests.oracles.run import incoming_gradient
-from tests.tolerances import inverse_root_error, largest
+from tests.tolerances import largest
+from tests.tolerances.spectral import inverse_root_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
 

@@ -32,7 +32,8 @@ from tests.layers.conv_norm_checks import (
 from tests.oracles import convnorm
 from tests.oracles.convnorm import Config
 from tests.oracles.run import incoming_gradient
-from tests.tolerances import assert_conv_norm, assert_within, conv_norm_floors, largest
+from tests.tolerances import assert_within, largest
+from tests.tolerances.spectral import assert_conv_norm, conv_norm_floors
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
 

@@ -81,7 +81,7 @@ def test_names_shapes_and_initial_values(layer_type: type) -> None:
 
 @pytest.mark.parametrize("d", [1, 2, 3])
 def test_positional_arguments(d: int) -> None:
-    """Arguments are as in DESIGN.md section 6, in BatchNorm's order behind the whitening's own."""
+    """num_features and the whitening's own options come first, then eps, momentum and the rest in BatchNorm's order."""
     iter_norm = getattr(nk, f"IterNorm{d}d")(
         12, 6, 3, 1e-4, 0.2, False, False, "cpu", torch.float64, scaling="frobenius"
     )

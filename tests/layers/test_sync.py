@@ -16,15 +16,8 @@ import normkernels as nk
 from normkernels.primitives.iter_norm.sync import sync_iter_norm
 from tests.layers.sync_ranks import Problem, counted_collectives, run_on_ranks, step, training_steps
 from tests.oracles.run import Result, oracle, plain_path
-from tests.tolerances import (
-    SCALED_Y,
-    SYNCHRONIZED,
-    assert_agree,
-    assert_iter_norm,
-    assert_within,
-    exactly_centered,
-    largest,
-)
+from tests.tolerances import assert_agree, assert_within, largest
+from tests.tolerances.whitening import SCALED_Y, SYNCHRONIZED, assert_iter_norm, exactly_centered
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import normkernels as nk
 from tests.oracles import inputs, iternorm
 from tests.oracles.run import Config, Result, incoming_gradient, oracle, plain_path
-from tests.tolerances import assert_agree, assert_iter_norm, assert_within, floors, largest, whiten_floors
+from tests.tolerances import assert_agree, assert_within, largest
+from tests.tolerances.whitening import assert_iter_norm, floors, whiten_floors
 
 # Layers for each rank that they take, and an input of that rank.
 RANKS = {

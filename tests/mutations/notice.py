@@ -37,15 +37,15 @@ EAGER = {
 LAYERS = {
     "layers._base": ("tests/layers/test_whitening.py", "tests/layers/test_conventions.py"),
     "layers.whitening": ("tests/layers/test_whitening.py", "tests/layers/test_conventions.py"),
-    "layers.pop_norm": ("tests/layers/test_pop_norm.py",),
+    "layers.pop_norm": ("tests/layers/test_pop_norm.py", "tests/layers/test_pop_norm_inputs.py"),
     "layers.conv_norm": ("tests/layers", "-k", "conv_norm"),
     "layers.sync": ("tests/layers/test_sync.py",),
 }
 OPTIM = {
-    "optim._batch": ("tests/optim/test_bnp.py", "tests/optim/test_bnp_distributed.py"),
-    "optim._running": ("tests/optim/test_bnp.py", "tests/optim/test_bnp_distributed.py"),
-    "optim._layers": ("tests/optim/test_bnp.py", "tests/optim/test_bnp_training.py", "-k", "not compiled"),
-    "optim.bnp": ("tests/optim/test_bnp.py", "tests/optim/test_bnp_training.py", "-k", "not compiled"),
+    "optim._batch": ("tests/optim", "-k", "test_bnp.py or gathering or distributed"),
+    "optim._running": ("tests/optim", "-k", "test_bnp.py or gathering or distributed"),
+    "optim._layers": ("tests/optim", "-k", "not compiled and not distributed"),
+    "optim.bnp": ("tests/optim", "-k", "not compiled and not distributed"),
 }
 WEIGHTS_AND_CONVERSION = {
     "convert._affine": ("tests/convert/test_fold.py", "tests/convert/test_fold_pop_norm.py"),
@@ -68,15 +68,15 @@ TRITON = {
         "triton and (many_parts or 64_bit or single or factors or few or (every_layout and float32))",
     ),
     "primitives.moments.triton": (
-        *("tests/ops/test_moments.py", "tests/ops/test_triton.py"),
+        *("tests/ops/test_moments.py", "tests/ops/test_triton_launches.py"),
         *("-k", "triton and (float32 and every_layout or ragged or group_sizes or one_sample or few)"),
     ),
     "primitives.inverse_sqrt.triton": (
-        *("tests/ops/test_inverse_sqrt.py", "tests/ops/test_spectra.py", "tests/ops/test_triton.py", "-k"),
+        *("tests/ops/test_inverse_sqrt.py", "tests/ops/test_spectra.py", "tests/ops/test_triton_launches.py", "-k"),
         "triton and (float32 and (iterations or scales or defaults) or leaves_many or wide_group)",
     ),
     "primitives.iter_norm.triton": (
-        *("tests/ops/test_iter_norm.py", "tests/ops/test_triton.py"),
+        *("tests/ops/test_iter_norm.py", "tests/ops/test_triton_launches.py"),
         *("-k", "triton and float32 and (group_sizes or iterations) or cost_nothing"),
     ),
     "primitives.whiten.triton": (

@@ -12,7 +12,7 @@ import normkernels as nk
 from normkernels.dispatch import choose, record
 from tests import backends
 from tests.ops import test_iter_norm, test_moments, test_pop_norm, test_precondition
-from tests.ops.test_cuda import SERVED, TYPES, equal, given, name, on_device, raw, step
+from tests.ops.cuda_calls import SERVED, TYPES, equal, given, name, on_device, raw, step
 from tests.ops.test_spectral_kernels import check as check_filter
 from tests.ops.test_spectral_kernels import values
 from tests.oracles import inputs
@@ -21,7 +21,7 @@ from tests.tolerances import unit
 
 pytestmark = [
     pytest.mark.usefixtures("backend"),
-    pytest.mark.parametrize("backend", [backends.CUDA_ON_GPU], indirect=True),
+    backends.only("cuda-cuda"),
 ]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import normkernels as nk
 from normkernels import _warnings
-from tests.ops.test_cuda import ANYWHERE, SERVED, SIMT, equal, filtered, given, raw, step
+from tests.ops.cuda_calls import ANYWHERE, SERVED, SIMT, equal, filtered, given, raw, step
 from tests.ops.test_spectral_kernels import values
 from tests.oracles import inputs
 from tests.oracles.run import incoming_gradient, leaf, moved

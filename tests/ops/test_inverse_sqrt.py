@@ -10,7 +10,8 @@ from torch.autograd import gradcheck, gradgradcheck
 import normkernels as nk
 from tests.oracles import dbn, highprec, inputs, iternorm, plain
 from tests.oracles.run import STABLE, Config, back, leaf, moved
-from tests.tolerances import assert_within, dcov_floor, row_sum, w_floor
+from tests.tolerances import assert_within, row_sum
+from tests.tolerances.whitening import dcov_floor, w_floor
 
 # The kernels leave float64 and the second derivatives' small products to plain PyTorch, and say so once.
 pytestmark = [
@@ -28,7 +29,7 @@ def sym(a: Tensor) -> Tensor:
 
 
 def check(cov: Tensor, config: Config, dtype: torch.dtype) -> None:
-    """Check W and sym dL/dcov for cov (G, d, d), by the rule of tolerances.py."""
+    """Check W and sym dL/dcov for cov (G, d, d), by the rule of tests/tolerances."""
     cov = cov.to(dtype)
     grad = torch.randn(cov.shape, dtype=torch.float64, generator=inputs.generator(3)).to(dtype)
     options = (config.num_iterations, config.eps, config.scaling)

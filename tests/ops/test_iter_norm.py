@@ -11,11 +11,12 @@ from torch import Tensor
 import normkernels as nk
 from tests.oracles import inputs
 from tests.oracles.run import Config, incoming_gradient, oracle, plain_path, run
-from tests.tolerances import assert_iter_norm, relative_error_of_w
+from tests.tolerances.whitening import assert_iter_norm, relative_error_of_w
 
 # The kernels leave float64 and the second derivatives' small products to plain PyTorch, and say so once.
 pytestmark = [
     pytest.mark.usefixtures("backend"),
+    pytest.mark.pairwise,
     pytest.mark.filterwarnings("ignore:.*plain PyTorch instead of the Triton kernels"),
 ]
 
@@ -43,7 +44,7 @@ def affine(channels: int, dtype: torch.dtype, seed: int = 5) -> tuple[Tensor, Te
 
 def check(x: Tensor, config: Config, *, stable: bool = False, dy: Tensor | None = None,
           weight_dtype: torch.dtype | None = None) -> None:  # fmt: skip
-    """Compare the package, the plain path and the oracle on x, by the rule of tolerances.py."""
+    """Compare the package, the plain path and the oracle on x, by the rule of tests/tolerances."""
     dy = incoming_gradient(x) if dy is None else dy
     weight, bias = affine(x.shape[1], weight_dtype or x.dtype)
     got = run(nk.ops.iter_norm, config, x, dy, weight, bias)

@@ -12,7 +12,8 @@ from torch.autograd import gradcheck, gradgradcheck
 import normkernels as nk
 from tests.oracles import inputs, iternorm
 from tests.oracles.run import back, incoming_gradient, leaf, moved
-from tests.tolerances import SAVED_FOR_BACKWARD, assert_agree, largest_stretch
+from tests.tolerances import assert_agree
+from tests.tolerances.whitening import SAVED_FOR_BACKWARD, largest_stretch
 
 # The kernels leave float64 and the second derivatives' small products to plain PyTorch, and say so once.
 pytestmark = [

@@ -13,15 +13,8 @@ import normkernels as nk
 from tests.oracles import convnorm, inputs
 from tests.oracles.plain import stat_dtype
 from tests.oracles.run import leaf
-from tests.tolerances import (
-    assert_within,
-    largest,
-    peak_power,
-    spectrum_floor,
-    spectrum_gradient_floor,
-    spectrum_terms,
-    unit,
-)
+from tests.tolerances import assert_within, largest, unit
+from tests.tolerances.spectral import peak_power, spectrum_floor, spectrum_gradient_floor, spectrum_terms
 
 # torch's own tracing code touches deprecated parts of torch.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")

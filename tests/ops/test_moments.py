@@ -11,7 +11,8 @@ import normkernels as nk
 from tests.oracles import inputs, iternorm
 from tests.oracles.plain import stat_dtype
 from tests.oracles.run import back, incoming_gradient, leaf, moved
-from tests.tolerances import assert_within, cov_floor, cross_floor, largest, mean_floor, moments_gradient_floor
+from tests.tolerances import assert_within, largest
+from tests.tolerances.moments import cov_floor, cross_floor, mean_floor, moments_gradient_floor
 
 # The kernels leave float64 and the second derivatives' small products to plain PyTorch, and say so once.
 pytestmark = [
@@ -27,7 +28,7 @@ def name(value: object) -> str | None:
 
 
 def check(x: Tensor, group_size: int = 8) -> None:
-    """Check values and gradient of moments, by the rule of tolerances.py."""
+    """Check values and gradient of moments, by the rule of tests/tolerances."""
     g = inputs.generator(2)
     d = min(group_size, x.shape[1])
     dmean = torch.randn(x.shape[1], dtype=torch.float64, generator=g).to(stat_dtype(x.dtype))

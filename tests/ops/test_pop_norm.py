@@ -12,11 +12,14 @@ from torch.autograd import gradcheck, gradgradcheck
 import normkernels as nk
 from tests.oracles import inputs, popnorm
 from tests.oracles.run import back, incoming_gradient, leaf, moved
-from tests.tolerances import assert_within, dbeta_error, largest, mean_floor, pop_norm_floors
+from tests.tolerances import assert_within, largest
+from tests.tolerances.moments import mean_floor
+from tests.tolerances.pop_norm import dbeta_error, pop_norm_floors
 
 # The kernels leave float64 and second derivatives to plain PyTorch, and say so once.
 pytestmark = [
     pytest.mark.usefixtures("backend"),
+    pytest.mark.pairwise,
     pytest.mark.filterwarnings("ignore:.*plain PyTorch instead of the Triton kernels"),
 ]
 

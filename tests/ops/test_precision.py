@@ -15,7 +15,8 @@ import normkernels as nk
 from normkernels.dispatch import record
 from tests.oracles import inputs
 from tests.oracles.run import Config, incoming_gradient, oracle, plain_path, run
-from tests.tolerances import assert_iter_norm, assert_within, exactly_centered, largest
+from tests.tolerances import assert_within, largest
+from tests.tolerances.whitening import assert_iter_norm, exactly_centered
 
 OPTIONS = {
     "newton-trace": {"num_iterations": 5, "scaling": "trace"},

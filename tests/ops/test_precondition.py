@@ -13,7 +13,8 @@ from torch import Tensor
 import normkernels as nk
 from tests.oracles import inputs
 from tests.oracles.run import back, moved
-from tests.tolerances import largest, precondition_floors
+from tests.tolerances import largest
+from tests.tolerances.bnp import precondition_floors
 
 # The kernels leave float64 to plain PyTorch, and say so once.
 pytestmark = [

@@ -11,10 +11,11 @@ from torch import Tensor
 import normkernels as nk
 from normkernels.primitives.inverse_sqrt import eager
 from normkernels.primitives.moments import eager as moments
-from tests.backends import CUDA, TRITON
+from tests import backends
 from tests.oracles import inputs, iternorm
 from tests.oracles.run import back, incoming_gradient, leaf, moved
-from tests.tolerances import LARGER_THAN_FLOAT64, SCALED_GRADIENT, SCALED_W, SCALED_Y, assert_within_remainder
+from tests.tolerances.moments import assert_within_remainder
+from tests.tolerances.whitening import LARGER_THAN_FLOAT64, SCALED_GRADIENT, SCALED_W, SCALED_Y
 
 pytestmark = [
     pytest.mark.usefixtures("backend"),
@@ -23,7 +24,7 @@ pytestmark = [
 
 
 # The interpreter takes minutes for what these run; the two tests of Triton's kernels below are shorter.
-QUICK = pytest.mark.parametrize("backend", ["eager", *CUDA], indirect=True)
+QUICK = backends.only("eager", *backends.CUDA)
 
 
 def step(x: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,7 +83,7 @@ def test_channels_of_unlike_scale(d: int, layout: str, scales: str) -> None:
     assert (channels[1].abs().amax(1) <= SCALED_GRADIENT * channels[0].abs().amax(1)).all()
 
 
-@pytest.mark.parametrize("backend", TRITON, indirect=True)
+@backends.only(*backends.TRITON)
 def test_triton_leaves_the_exact_covariance_to_plain_pytorch() -> None:
     test_channels_of_unlike_scale(16, "images", "shuffled")
 
@@ -159,7 +160,7 @@ def test_many_iterations_converge(case: str, eps: float, scaling: str, backend: 
             )
 
 
-@pytest.mark.parametrize("backend", TRITON, indirect=True)
+@backends.only(*backends.TRITON)
 @pytest.mark.parametrize("case", ["fewer-samples-than-channels", "equal-channels-of-unlike-scale"])
 def test_triton_leaves_many_iterations_to_plain_pytorch(case: str) -> None:
     """Both directions are right at a number of iterations that overflows or loses all digits without a stop."""
@@ -177,7 +178,7 @@ def test_a_small_channel_stops_nothing() -> None:
     torch.testing.assert_close(W[0].diagonal(), variances.rsqrt(), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["eager"], indirect=True)
+@backends.only("eager")
 @pytest.mark.parametrize("scaling", ["trace", "frobenius"])
 def test_nothing_stops_before_its_time(scaling: str) -> None:
     """A regular covariance has all its iterations, and converges to the root."""

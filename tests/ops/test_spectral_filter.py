@@ -16,7 +16,8 @@ from normkernels.primitives.spectral_filter.eager import by_products
 from tests.oracles import convnorm, inputs
 from tests.oracles.plain import stat_dtype
 from tests.oracles.run import incoming_gradient, leaf
-from tests.tolerances import assert_within, filter_floor, filter_spectrum_floor, largest
+from tests.tolerances import assert_within, largest
+from tests.tolerances.spectral import filter_floor, filter_spectrum_floor
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
 

@@ -13,11 +13,12 @@ from tests import backends
 from tests.oracles import convnorm, inputs
 from tests.oracles.plain import stat_dtype
 from tests.oracles.run import back, incoming_gradient, moved
-from tests.tolerances import assert_within, filter_floor, filter_spectrum_floor, largest
+from tests.tolerances import assert_within, largest
+from tests.tolerances.spectral import filter_floor, filter_spectrum_floor
 
 pytestmark = [
     pytest.mark.usefixtures("backend"),
-    pytest.mark.parametrize("backend", [*backends.TRITON, *backends.CUDA], indirect=True),
+    backends.only(*backends.KERNELS),
 ]
 
 DTYPES = pytest.mark.parametrize(

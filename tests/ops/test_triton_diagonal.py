@@ -15,13 +15,12 @@ import normkernels as nk
 from normkernels import _warnings
 from normkernels.dispatch import choose
 from normkernels.triton import diagonal, launch, support
+from tests.ops.triton_calls import DEVICE, ON_GPU, Launches, gaussian, note_launches
 from tests.oracles import inputs
 from tests.oracles.run import incoming_gradient
 from tests.tolerances import assert_agree
 
 pytest.importorskip("triton")
-
-from tests.ops.test_triton import DEVICE, ON_GPU, Launches, gaussian, note_launches
 
 pytestmark = pytest.mark.skipif(
     not choose.availability("triton")[0], reason="neither a GPU nor TRITON_INTERPRET=1"
@@ -302,16 +301,6 @@ def test_an_entry_is_divided_exactly() -> None:
         entry = np.concatenate([whole, whole[1:] - 1, np.arange(1000), [LONGEST_ROW - 1]]).astype(np.uint64)
         entry = entry[entry < LONGEST_ROW]
         assert np.array_equal((2 * entry * np.uint64(multiplier)) >> np.uint64(32 + shift), entry // np.uint64(period))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
-def test_opcheck_of_precondition() -> None:
-    layers = Layers(SHAPES)
-    with nk.use_backend("triton"):
-        torch.library.opcheck(
-            torch.ops.normkernels.precondition.default,
-            (layers.weights, layers.biases, layers.means, layers.variances, layers.groups, layers.q2, 1e-2, 1e-4),
-        )
 
 
 # --- GPUs -----------------------------------------------------------------------------------------------------------

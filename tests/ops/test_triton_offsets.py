@@ -19,9 +19,9 @@ import triton.language as tl
 
 from normkernels.triton.tiles import bounds, count_of
 from tests.ops.test_spectral_kernels import values as planes
-from tests.ops.test_triton import DEVICE, ON_GPU, gaussian
-from tests.ops.test_triton import step as whitened
 from tests.ops.test_triton_diagonal import step as pop_norm
+from tests.ops.triton_calls import DEVICE, ON_GPU, gaussian
+from tests.ops.triton_calls import step as whitened
 
 pytestmark = pytest.mark.skipif(
     not choose.availability("triton")[0], reason="neither a GPU nor TRITON_INTERPRET=1"

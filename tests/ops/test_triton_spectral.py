@@ -12,7 +12,8 @@ import normkernels as nk
 from normkernels.triton.support import Unsupported
 from tests.ops.test_spectral_kernels import DTYPES, values
 from tests.oracles import convnorm, inputs
-from tests.tolerances import assert_within, largest, spectrum_floor, spectrum_gradient_floor
+from tests.tolerances import assert_within, largest
+from tests.tolerances.spectral import spectrum_floor, spectrum_gradient_floor
 
 pytest.importorskip("triton")
 

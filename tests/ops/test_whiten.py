@@ -14,7 +14,8 @@ from normkernels.primitives.whiten.eager import SMALL_MEAN
 from tests.oracles import inputs, iternorm, plain
 from tests.oracles.plain import stat_dtype
 from tests.oracles.run import back, incoming_gradient, leaf, moved
-from tests.tolerances import assert_within, largest, whiten_floors
+from tests.tolerances import assert_within, largest
+from tests.tolerances.whitening import whiten_floors
 
 # The kernels leave float64 and the second derivatives' small products to plain PyTorch, and say so once.
 pytestmark = [
