@@ -42,6 +42,8 @@ class Op:
         arguments are those of the op.
     samples: takes activations (N, C, *) and a group size, and yields arguments: the usual ones first, then others such
         that every option occurs. It may call other ops.
+    flops: the floating-point operations of a call, those that grow fastest with the sizes; it takes shapes in place of
+        tensors.
     autograd: the gradient, as a Function with setup_context; None where there is none.
     channels: for torch.vmap, the dimension of channels or groups of each tensor taken and of each returned; None where
         an op has no rule.
@@ -59,6 +61,7 @@ class Op:
     reference: Function
     tolerance: Function
     samples: Callable[[Tensor, int], Iterable[tuple[Any, ...]]]
+    flops: Function
     autograd: type[torch.autograd.Function] | None = None
     channels: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     onnx: Function | None = None

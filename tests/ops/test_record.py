@@ -6,6 +6,7 @@ The toy is CONTRIBUTING's recipe for adding an op, as code.
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -71,6 +72,7 @@ TOY = Op(
     reference=reference,
     tolerance=lambda x, weight: 2.0**-24,  # one product, rounded once
     samples=samples,
+    flops=lambda x, weight: math.prod(x),
 )
 
 
@@ -163,6 +165,7 @@ ONE_ARGUMENT = r"expected a function of x, weight, got \(x.*"
         ("request", lambda x: Request(x), f"toy: request: {ONE_ARGUMENT}"),
         ("reference", lambda x: x, f"toy: reference: {ONE_ARGUMENT}"),
         ("tolerance", 1e-5, "toy: tolerance: expected a function of x, weight, got 1e-05"),
+        ("flops", lambda x: 1, f"toy: flops: {ONE_ARGUMENT}"),
         ("samples", None, "toy: samples: expected a function of activations and a group size, got None"),
         ("channels", ((1,), (1,)), r"toy: channels: expected dimensions of 2 tensors taken and 1 returned, got"),
         ("onnx", lambda x: x, f"toy: onnx: {ONE_ARGUMENT}"),
@@ -174,7 +177,7 @@ def test_a_wrong_part_is_named(part: str, value: Any, message: str) -> None:
         replace(TOY, **{part: value})
 
 
-@pytest.mark.parametrize("part", ["schema", "eager", "fake", "request", "reference", "tolerance", "samples"])
+@pytest.mark.parametrize("part", ["schema", "eager", "fake", "request", "reference", "tolerance", "samples", "flops"])
 def test_a_missing_part_is_named(part: str) -> None:
     parts = {field.name: getattr(TOY, field.name) for field in fields(TOY) if field.name != part}
     with pytest.raises(TypeError, match=rf"missing 1 required keyword-only argument: '{part}'"):

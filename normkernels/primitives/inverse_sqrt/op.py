@@ -112,6 +112,18 @@ def _backward_fake(grad: Tensor, *_: Any) -> Tensor:
     return grad.new_empty(grad.shape)
 
 
+def flops(cov: tuple[int, ...], num_iterations: int, eps: float, frobenius: bool, eigh: bool) -> int:
+    """Return the FLOPs of 3 (T - 1) products, or of a symmetric eigendecomposition (9 d^3) and a product."""
+    groups, d, _ = cov
+    return groups * d**3 * (11 if eigh else 6 * max(num_iterations - 1, 0))
+
+
+def backward_flops(W: tuple[int, ...], num_iterations: int, frobenius: bool, eigh: bool) -> int:
+    """Return the FLOPs of 7 (T - 1) products, or of four."""
+    groups, d, _ = W
+    return groups * d**3 * (8 if eigh else 14 * max(num_iterations - 1, 0))
+
+
 INVERSE_SQRT = define(
     Op(
         schema="inverse_sqrt(Tensor cov, int num_iterations, float eps, bool frobenius, bool eigh) "
@@ -125,6 +137,7 @@ INVERSE_SQRT = define(
         reference=reference.inverse_sqrt,
         tolerance=reference.tolerance,
         samples=reference.samples,
+        flops=flops,
     )
 )
 INVERSE_SQRT_BACKWARD = define(
@@ -139,5 +152,6 @@ INVERSE_SQRT_BACKWARD = define(
         reference=reference.inverse_sqrt_backward,
         tolerance=reference.backward_tolerance,
         samples=reference.backward_samples,
+        flops=lambda grad, W, saved_matrix, saved_scale, *options: backward_flops(W, *options),
     )
 )

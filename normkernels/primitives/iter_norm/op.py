@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from normkernels.dispatch.autograd import call, gradients, in_types
 from normkernels.dispatch.define import define
 from normkernels.dispatch.record import Op, Request
 from normkernels.eager.layouts import empty_output
-from normkernels.primitives.inverse_sqrt.op import inverse_sqrt, scale_length
+from normkernels.primitives.inverse_sqrt.op import backward_flops, flops, inverse_sqrt, scale_length
 from normkernels.primitives.iter_norm import eager, reference
 from normkernels.primitives.moments.op import moments
 from normkernels.primitives.whiten.op import whiten
@@ -125,6 +126,15 @@ def _backward_fake(
     return empty_output(x), torch.empty_like(mean), torch.empty_like(mean)
 
 
+def _flops(x: tuple[int, ...], weight: Any, bias: Any, group_size: int, *options: Any) -> int:
+    small = (x[1] // group_size, group_size, group_size)
+    return 4 * group_size * math.prod(x) + flops(small, *options)
+
+
+def _backward_flops(grad: Any, x: tuple[int, ...], weight: Any, mean: Any, W: tuple[int, ...], *rest: Any) -> int:
+    return 6 * W[1] * math.prod(x) + backward_flops(W, *rest[2:])
+
+
 ITER_NORM = define(
     Op(
         schema="iter_norm(Tensor x, Tensor? weight, Tensor? bias, int group_size, int num_iterations, float eps, "
@@ -139,6 +149,7 @@ ITER_NORM = define(
         reference=reference.iter_norm,
         tolerance=reference.tolerance,
         samples=reference.samples,
+        flops=_flops,
     )
 )
 ITER_NORM_BACKWARD = define(
@@ -153,5 +164,6 @@ ITER_NORM_BACKWARD = define(
         reference=reference.iter_norm_backward,
         tolerance=reference.backward_tolerance,
         samples=reference.backward_samples,
+        flops=_backward_flops,
     )
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,6 +103,12 @@ def _kernel_spectrum_backward_fake(grad: Tensor, weight: Tensor, eps: float, dil
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
+def transform_flops(size: Sequence[int]) -> int:
+    """Return the FLOPs of a real plane's Fourier transform, 2.5 n log2 n by convention, and of a product with it."""
+    n = math.prod(size)
+    return round(2.5 * n * math.log2(n)) + 4 * n
+
+
 KERNEL_SPECTRUM = define(
     Op(
         schema="kernel_spectrum(Tensor weight, SymInt[] size, float eps, SymInt[] dilation) -> Tensor",
@@ -115,6 +122,7 @@ KERNEL_SPECTRUM = define(
         reference=reference.kernel_spectrum,
         tolerance=lambda weight, *_: reference.tolerance(weight.device),
         samples=reference.samples,
+        flops=lambda weight, size, eps, dilation: weight[0] * weight[1] * transform_flops(size),
     )
 )
 KERNEL_SPECTRUM_BACKWARD = define(
@@ -128,5 +136,6 @@ KERNEL_SPECTRUM_BACKWARD = define(
         reference=reference.kernel_spectrum_backward,
         tolerance=lambda grad, *_: 8 * reference.tolerance(grad.device),
         samples=reference.backward_samples,
+        flops=lambda grad, weight, eps, dilation: 2 * weight[0] * weight[1] * transform_flops(grad[1:]),
     )
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -140,6 +141,7 @@ MOMENTS = define(
         reference=reference.moments,
         tolerance=lambda x, *_: reference.tolerance(x),
         samples=reference.moments_samples,
+        flops=lambda x, group_size, exact: 2 * group_size * math.prod(x),
     )
 )
 CROSS_MOMENTS = define(
@@ -154,5 +156,6 @@ CROSS_MOMENTS = define(
         reference=reference.cross_moments,
         tolerance=lambda y, *_: reference.tolerance(y),
         samples=reference.cross_moments_samples,
+        flops=lambda y, x, mean, group_size: 2 * group_size * math.prod(x),
     )
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -141,6 +142,7 @@ POP_NORM = define(
         reference=reference.pop_norm,
         tolerance=lambda x, *_: reference.tolerance(x),
         samples=reference.samples,
+        flops=lambda x, *_: 4 * math.prod(x),
     )
 )
 POP_NORM_BACKWARD = define(
@@ -155,5 +157,6 @@ POP_NORM_BACKWARD = define(
         reference=reference.pop_norm_backward,
         tolerance=lambda grad, *_: 2 * reference.tolerance(grad),
         samples=reference.backward_samples,
+        flops=lambda grad, x, *_: 6 * math.prod(x),
     )
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,5 +113,6 @@ PRECONDITION = define(
         reference=reference.precondition,
         tolerance=reference.tolerance,
         samples=reference.samples,
+        flops=lambda weight_grads, *_: 6 * sum(map(math.prod, weight_grads)),
     )
 )

@@ -14,6 +14,7 @@ from normkernels.dispatch.autograd import call
 from normkernels.dispatch.define import define
 from normkernels.dispatch.record import Op, Request
 from normkernels.eager.layouts import channels_innermost, empty_output, in_layout_of
+from normkernels.primitives.kernel_spectrum.op import transform_flops
 from normkernels.primitives.spectral_filter import eager, onnx, reference
 
 
@@ -160,6 +161,7 @@ SPECTRAL_FILTER = define(
         reference=reference.spectral_filter,
         tolerance=reference.tolerance,
         samples=reference.samples,
+        flops=lambda z, v, source, target: 2 * z[0] * z[1] * transform_flops(v[1:]),
     )
 )
 CROSS_SPECTRUM = define(
@@ -174,5 +176,6 @@ CROSS_SPECTRUM = define(
         reference=reference.cross_spectrum,
         tolerance=lambda y, z, size, *_: reference.transform_error(size),
         samples=reference.cross_samples,
+        flops=lambda y, z, size, of_y, of_z: 2 * z[0] * z[1] * transform_flops(size),
     )
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ WHITEN = define(
         reference=reference.whiten,
         tolerance=reference.whiten_tolerance,
         samples=reference.whiten_samples,
+        flops=lambda x, mean, W, weight, bias: 2 * W[1] * math.prod(x),
     )
 )
 # matrix [grad - grad_mean; x - mean] + constant with matrix (G, d, 2 d): the last pass of every whitening backward, for
@@ -112,5 +114,6 @@ STACKED_MIX = define(
         reference=reference.stacked_mix,
         tolerance=reference.stacked_mix_tolerance,
         samples=reference.stacked_mix_samples,
+        flops=lambda grad, x, grad_mean, mean, matrix, constant: 4 * matrix[1] * math.prod(x),
     )
 )
