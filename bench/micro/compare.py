@@ -152,7 +152,7 @@ def report(
         interval = f"{number(ratio.median)} [{number(ratio.low)}, {number(ratio.high)}]" if ratio else "-"
         verdict = ratio.verdict(threshold) if ratio else "new"
         rows.append([name.partition("::")[2], before, f"{1e3 * median(n[name] for n in new):.4g}", interval, verdict])
-    return table(["benchmark", "base, ms", "new, ms", f"new / base [{CONFIDENCE:.0%} or more]", ""], rows)
+    return table(["benchmark", "base, ms", "new, ms", f"new / base [{CONFIDENCE:.0%} or more]", "verdict"], rows)
 
 
 def compare(root: Path, options: argparse.Namespace) -> int:
