@@ -74,13 +74,6 @@ static int64_t check_square(const char* op, const char* name, const Tensor& t) {
 std::tuple<Tensor, Tensor, Tensor> inverse_sqrt(const Tensor& matrix, int64_t iterations, double eps, bool frobenius,
                                                 bool eigh) {
   const int64_t d = check_square("inverse_sqrt", "cov", matrix);
-  auto reason = not_served("inverse_sqrt", matrix, d);
-  if (!reason && eigh) reason = "";
-  if (!reason && matrix.scalar_type() != ScalarType::Float)
-    reason = std::string("expected float32, got ") + name_of(matrix.scalar_type());
-  if (reason) {
-    return next<Tensor, Tensor, Tensor>("inverse_sqrt", *reason, matrix, iterations, eps, frobenius, eigh);
-  }
   const OnDevice on("inverse_sqrt", matrix);
   const Tensor cov = packed(matrix);
   const int64_t groups = cov.size(0);
@@ -97,14 +90,6 @@ Tensor inverse_sqrt_backward(const Tensor& gradient, const Tensor& root, const T
                              const Tensor& saved_scale, int64_t iterations, bool frobenius, bool eigh) {
   const char* op = "inverse_sqrt_backward";
   const int64_t d = check_square(op, "grad", gradient), groups = gradient.size(0);
-  auto reason = not_served(op, gradient, d);
-  if (!reason && eigh) reason = "";
-  if (!reason && gradient.scalar_type() != ScalarType::Float)
-    reason = std::string("expected float32, got ") + name_of(gradient.scalar_type());
-  if (reason) {
-    return std::get<0>(
-        next<Tensor>(op, *reason, gradient, root, saved_matrix, saved_scale, iterations, frobenius, eigh));
-  }
   check_like(op, "W", root, {groups, d, d}, ScalarType::Float, gradient);
   check_like(op, "saved_matrix", saved_matrix, {groups, d, d}, ScalarType::Float, gradient);
   check_like(op, "saved_scale", saved_scale, {groups, 1}, ScalarType::Float, gradient);
@@ -118,9 +103,10 @@ Tensor inverse_sqrt_backward(const Tensor& gradient, const Tensor& root, const T
   return grad_cov;
 }
 
-}  // namespace nk
+// The last argument is eigh: a library has the eigendecomposition.
+NORMKERNELS_OP(inverse_sqrt, {.half_types = false}, .data = a.tensor(0), .group_size = a.size(0, 1),
+               .left = a.boolean(4))
+NORMKERNELS_OP(inverse_sqrt_backward, {.half_types = false}, .data = a.tensor(0), .group_size = a.size(0, 1),
+               .left = a.boolean(6))
 
-NORMKERNELS_IMPL(library) {
-  library.impl("inverse_sqrt", TORCH_BOX(&nk::inverse_sqrt));
-  library.impl("inverse_sqrt_backward", TORCH_BOX(&nk::inverse_sqrt_backward));
-}
+}  // namespace nk

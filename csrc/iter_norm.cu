@@ -125,12 +125,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> iter_norm(const Tensor& data,
                                                              int64_t iterations, double eps, bool frobenius,
                                                              bool eigh) {
   check_data("iter_norm", "x", data, d);
-  auto reason = not_served("iter_norm", data, d);
-  if (!reason && eigh) reason = "";  // the eigendecomposition is the library's
-  if (reason) {
-    return next<Tensor, Tensor, Tensor, Tensor, Tensor>("iter_norm", *reason, data, weight, bias, d, iterations, eps,
-                                                        frobenius, eigh);
-  }
   const OnDevice on("iter_norm", data);
   const Tensor x = collapsible(data);
   const auto gamma = packed(weight), beta = packed(bias);
@@ -163,12 +157,6 @@ std::tuple<Tensor, Tensor, Tensor> iter_norm_backward(const Tensor& gradient, co
                   text(shape_of(root)));
   const int64_t groups = root.size(0), d = root.size(1), channels = groups * d;
   check_data(op, "x", data, d);
-  auto reason = not_served(op, data, d);
-  if (!reason && eigh) reason = "";
-  if (reason) {
-    return next<Tensor, Tensor, Tensor>(op, *reason, gradient, data, weight, center, root, saved_matrix, saved_scale,
-                                        iterations, frobenius, eigh);
-  }
   check_like(op, "grad", gradient, shape_of(data), data.scalar_type(), data);
   check_like(op, "mean", center, {data.size(1)}, ScalarType::Float, data);
   check_like(op, "W", root, {data.size(1) / d, d, d}, ScalarType::Float, data);
@@ -196,9 +184,8 @@ std::tuple<Tensor, Tensor, Tensor> iter_norm_backward(const Tensor& gradient, co
   return {dx, grad_weight, grad_bias};
 }
 
-}  // namespace nk
+// The last argument is eigh: a library has the eigendecomposition.
+NORMKERNELS_OP(iter_norm, {}, .data = a.tensor(0), .group_size = a.integer(3), .left = a.boolean(7))
+NORMKERNELS_OP(iter_norm_backward, {}, .data = a.tensor(1), .group_size = a.size(4, 1), .left = a.boolean(9))
 
-NORMKERNELS_IMPL(library) {
-  library.impl("iter_norm", TORCH_BOX(&nk::iter_norm));
-  library.impl("iter_norm_backward", TORCH_BOX(&nk::iter_norm_backward));
-}
+}  // namespace nk

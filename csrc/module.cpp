@@ -61,8 +61,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled CUDA kernels of normkernels: what was built, and what it would launch.";
   m.attr("build") = build();
   m.def("architectures", &architectures, "Return them as nvcc calls them: sm_80 for machine code, compute_80 for PTX.");
-  m.def("refusal", &nk::refusal, py::arg("op"), py::arg("dtype"), py::arg("group_size"), py::arg("plane"),
-        py::arg("architecture"), R"(Return why the kernels do not serve a call, "" if they do.
+  m.def("compiled_for", &nk::compiled_for, py::arg("architecture"),
+        "Return whether there is code for GPUs of this architecture: 90 for sm_90.");
+  m.def("refusal",
+        py::overload_cast<const std::string&, const std::string&, int64_t, const std::vector<int64_t>&, int>(
+            &nk::refusal),
+        py::arg("op"), py::arg("dtype"), py::arg("group_size"), py::arg("plane"), py::arg("architecture"),
+        R"(Return why the kernels do not serve a call, "" if they do.
 
 group_size 0 and plane [] are unknown, and left out of the answer. architecture: 90 for sm_90.)");
   m.def("launch_plan", &launch_plan, py::arg("op"), py::arg("shape"), py::arg("dtype"), py::arg("group_size"),
@@ -70,5 +75,4 @@ group_size 0 and plane [] are unknown, and left out of the answer. architecture:
         R"(Return the launches of an op: kernel, grid, threads, and bytes of shared memory and to move.
 
 Raises ValueError for a call that refusal() refuses.)");
-  m.def("set_error", &nk::set_error, py::arg("text"), "Keep the error text of Python code that C++ called.");
 }

@@ -103,9 +103,6 @@ void launch_channel_sums(const Run& run, const Columns& y, const Columns& x, int
 
 std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& data, int64_t d, bool exact) {
   check_data("moments", "x", data, d);
-  auto reason = not_served("moments", data, d);
-  if (!reason && exact) reason = "";  // it is for an eigendecomposition, which comes from a library
-  if (reason) return next<Tensor, Tensor, Tensor>("moments", *reason, data, d, exact);
   const OnDevice on("moments", data);
   const Tensor x = collapsible(data);
   const int element = int(x.element_size());
@@ -130,9 +127,6 @@ std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& data, int64_t d, bool e
 
 std::tuple<Tensor, Tensor> cross_moments(const Tensor& left, const Tensor& data, const Tensor& mean, int64_t d) {
   check_data("cross_moments", "x", data, d);
-  if (const auto reason = not_served("cross_moments", data, d)) {
-    return next<Tensor, Tensor>("cross_moments", *reason, left, data, mean, d);
-  }
   check_like("cross_moments", "y", left, shape_of(data), data.scalar_type(), data);
   check_like("cross_moments", "mean", mean, {data.size(1)}, ScalarType::Float, data);
   const OnDevice on("cross_moments", data);
@@ -156,9 +150,8 @@ std::tuple<Tensor, Tensor> cross_moments(const Tensor& left, const Tensor& data,
   return {cross, sum};
 }
 
-}  // namespace nk
+// moments is exact for an eigendecomposition, which comes from a library.
+NORMKERNELS_OP(moments, {}, .data = a.tensor(0), .group_size = a.integer(1), .left = a.boolean(2))
+NORMKERNELS_OP(cross_moments, {}, .data = a.tensor(1), .group_size = a.integer(3))
 
-NORMKERNELS_IMPL(library) {
-  library.impl("moments", TORCH_BOX(&nk::moments));
-  library.impl("cross_moments", TORCH_BOX(&nk::cross_moments));
-}
+}  // namespace nk

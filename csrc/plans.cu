@@ -18,8 +18,6 @@
 
 namespace nk {
 
-constexpr int LARGEST_GROUP = 128, LARGEST_PLANE = 64;
-
 #define NORMKERNELS_TEXT_(name) #name
 #define NORMKERNELS_TEXT(name) NORMKERNELS_TEXT_(name)
 
@@ -35,9 +33,9 @@ int compiled_ptx() {
   return NORMKERNELS_PTX;
 }
 
-// Returns whether a GPU is served. Machine code serves its own generation from its minor version on, except for 8.7,
-// which needs its own; PTX serves everything newer.
-static bool compiled_for(int architecture) {
+// Machine code serves its own generation from its minor version on, except for 8.7, which needs its own; PTX serves
+// everything newer.
+bool compiled_for(int architecture) {
   static const std::vector<int> all = compiled_architectures();
   for (int known : all) {
     if (known == architecture) return true;
@@ -46,30 +44,47 @@ static bool compiled_for(int architecture) {
   return compiled_ptx() != 0 && compiled_ptx() <= architecture;
 }
 
+std::map<std::string, Limits>& limits_of_ops() {
+  static std::map<std::string, Limits> all;  // in a function: it must be there before the first op is registered
+  return all;
+}
+
+template <class... Parts>
+static std::string sentence(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+std::string refusal(const Limits& limits, const std::string& dtype, int64_t group_size,
+                    const std::vector<int64_t>& plane, int architecture) {
+  if (!compiled_for(architecture)) {
+    std::string known;
+    for (int each : compiled_architectures()) known += sentence("sm_", each, ", ");
+    return sentence("expected a GPU that the extension was compiled for (", known,
+                    compiled_ptx() ? "newer ones by PTX" : "no PTX", "), got sm_", architecture);
+  }
+  const bool half = dtype == "float16" || dtype == "bfloat16";
+  if (dtype != "float32" && !half) return sentence("expected float32 or a half type, got ", dtype);
+  if (half && !limits.half_types) return sentence("expected float32, got ", dtype);
+  if (group_size > limits.largest_group) {
+    return sentence("expected groups of at most ", limits.largest_group, " channels, got ", group_size);
+  }
+  if (group_size > 0 && group_size < limits.smallest_group) {
+    return sentence("expected groups of at least ", limits.smallest_group, " channels, got ", group_size);
+  }
+  if (plane.size() == 2 && std::max(plane[0], plane[1]) > limits.largest_plane) {
+    return sentence("expected planes of at most ", limits.largest_plane, " x ", limits.largest_plane, ", got ",
+                    plane[0], " x ", plane[1]);
+  }
+  return "";
+}
+
 std::string refusal(const std::string& op, const std::string& dtype, int64_t group_size,
                     const std::vector<int64_t>& plane, int architecture) {
-  static const std::vector<std::string> ops = {
-      "moments",  "cross_moments",     "inverse_sqrt",       "inverse_sqrt_backward",
-      "whiten",   "iter_norm",         "iter_norm_backward", "spectral_filter",
-      "pop_norm", "pop_norm_backward", "precondition",       "stacked_mix"};
-  std::ostringstream reason;
-  if (std::find(ops.begin(), ops.end(), op) == ops.end()) {
-    reason << "expected an op with CUDA kernels, got " << op;
-  } else if (!compiled_for(architecture)) {
-    reason << "expected a GPU that the extension was compiled for (";
-    for (int known : compiled_architectures()) reason << "sm_" << known << ", ";
-    reason << (compiled_ptx() ? "newer ones by PTX" : "no PTX") << "), got sm_" << architecture;
-  } else if (dtype != "float32" && dtype != "float16" && dtype != "bfloat16") {
-    reason << "expected float32 or a half type, got " << dtype;
-  } else if (group_size > LARGEST_GROUP) {
-    reason << "expected groups of at most " << LARGEST_GROUP << " channels, got " << group_size;
-  } else if (op == "stacked_mix" && group_size == 1) {
-    reason << "expected groups of more than one channel, got 1";  // scale_kernel has no shift for its second source
-  } else if (plane.size() == 2 && std::max(plane[0], plane[1]) > LARGEST_PLANE) {
-    reason << "expected planes of at most " << LARGEST_PLANE << " x " << LARGEST_PLANE << ", got " << plane[0] << " x "
-           << plane[1];
-  }
-  return reason.str();
+  const auto found = limits_of_ops().find(op);
+  if (found == limits_of_ops().end()) return "expected an op with CUDA kernels, got " + op;
+  return refusal(found->second, dtype, group_size, plane, architecture);
 }
 
 // --- launch plans --------------------------------------------------------------------------------------------------
@@ -160,20 +175,6 @@ std::vector<KernelPlan> launch_plan(const std::string& op, const std::vector<int
     launch_mix(run, x, nullptr, &x, nullptr, x, element, {}, {}, {}, groups, d);
   }
   return plans;
-}
-
-// --- errors of Python ----------------------------------------------------------------------------------------------
-
-static thread_local std::string pending_error;
-
-void set_error(std::string text) {
-  pending_error = std::move(text);
-}
-
-std::string take_error(const char* op) {
-  std::string text = std::move(pending_error);
-  pending_error.clear();
-  return text.empty() ? std::string(op) + ": the next backend raised an error" : text;
 }
 
 // --- devices -------------------------------------------------------------------------------------------------------

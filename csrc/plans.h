@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -31,9 +32,24 @@ struct KernelPlan {
 std::vector<KernelPlan> launch_plan(const std::string& op, const std::vector<int64_t>& shape, const std::string& dtype,
                                     int64_t group_size, const std::vector<int64_t>& plane, const Device& device);
 
+// What the kernels of an op serve, beside what is the same for all ops. It stands where the op is registered.
+struct Limits {
+  bool half_types = true;
+  int64_t smallest_group = 1, largest_group = 128;  // channels whitened together
+  int64_t largest_plane = 0;                        // positions along a side, of ops with a plane
+};
+
+// The ops with kernels, by name.
+std::map<std::string, Limits>& limits_of_ops();
+
 // Returns why the kernels do not serve a call, "" if they do. group_size 0 and plane {} are left out of the answer.
+std::string refusal(const Limits& limits, const std::string& dtype, int64_t group_size,
+                    const std::vector<int64_t>& plane, int architecture);
 std::string refusal(const std::string& op, const std::string& dtype, int64_t group_size,
                     const std::vector<int64_t>& plane, int architecture);
+
+// Returns whether there is code for GPUs of this architecture.
+bool compiled_for(int architecture);
 
 // The architectures with machine code, ascending: 80, 86... It runs on GPUs of the same major version from the minor
 // on.
@@ -41,13 +57,6 @@ std::vector<int> compiled_architectures();
 
 // The architecture whose PTX is there for the driver to compile, on this one and all later ones; 0 if there is none.
 int compiled_ptx();
-
-// Keeps the message of an exception in this thread's Python implementation for the C++ code that called it: the stable
-// ABI only says that there was one.
-void set_error(std::string text);
-
-// The text of the error that the next backend raised for `op`.
-std::string take_error(const char* op);
 
 // Returns the GPU with this index; it is asked once.
 Device device_of(int index);

@@ -89,9 +89,6 @@ std::tuple<Tensor, Tensor, Tensor> pop_norm(const Tensor& data, const std::optio
                                             bool scale) {
   const char* op = "pop_norm";
   check_data(op, "x", data, 1);
-  if (const auto reason = not_served(op, data, 1)) {
-    return next<Tensor, Tensor, Tensor>(op, *reason, data, weight, bias, kappa, eps, center, scale);
-  }
   const OnDevice on(op, data);
   const Tensor x = collapsible(data);
   const auto gamma = packed(weight), beta = packed(bias);
@@ -117,10 +114,6 @@ std::tuple<Tensor, Tensor, Tensor> pop_norm_backward(const Tensor& gradient, con
                                                      bool scale) {
   const char* op = "pop_norm_backward";
   check_data(op, "x", data, 1);
-  if (const auto reason = not_served(op, data, 1)) {
-    return next<Tensor, Tensor, Tensor>(op, *reason, gradient, data, weight, bias, mean, var, kappa, eps, center,
-                                        scale);
-  }
   check_like(op, "grad", gradient, shape_of(data), data.scalar_type(), data);
   check_like(op, "mean", mean, {data.size(1)}, ScalarType::Float, data);
   check_like(op, "var", var, {data.size(1)}, ScalarType::Float, data);
@@ -150,9 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> pop_norm_backward(const Tensor& gradient, con
   return {dx, grad_weight, grad_bias};
 }
 
-}  // namespace nk
+NORMKERNELS_OP(pop_norm, {}, .data = a.tensor(0))
+NORMKERNELS_OP(pop_norm_backward, {}, .data = a.tensor(1))
 
-NORMKERNELS_IMPL(library) {
-  library.impl("pop_norm", TORCH_BOX(&nk::pop_norm));
-  library.impl("pop_norm_backward", TORCH_BOX(&nk::pop_norm_backward));
-}
+}  // namespace nk

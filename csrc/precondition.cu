@@ -164,9 +164,6 @@ Tensor precondition(const std::vector<Tensor>& weights, const std::vector<Tensor
   };
   check_size("bias_grads", biases.size()), check_size("means", means.size());
   check_size("variances", variances.size()), check_size("groups", groups.size()), check_size("q2", q2.size());
-  if (const auto reason = not_served(op, weights[0], 1)) {
-    return std::get<0>(next<Tensor>(op, *reason, weights, biases, means, variances, groups, q2, eps1, eps2));
-  }
   for (size_t i = 0; i < count; ++i) {
     check_layer(op, weights[i], biases[i], means[i], variances[i], groups[i], q2[i], weights[0]);
   }
@@ -209,8 +206,6 @@ Tensor precondition(const std::vector<Tensor>& weights, const std::vector<Tensor
   return left;
 }
 
-}  // namespace nk
+NORMKERNELS_OP(precondition, {}, .data = a.list(0).tensor(0))
 
-NORMKERNELS_IMPL(library) {
-  library.impl("precondition", TORCH_BOX(&nk::precondition));
-}
+}  // namespace nk

@@ -265,9 +265,6 @@ Tensor spectral_filter(const Tensor& z, const Tensor& v, const std::vector<int64
   STD_TORCH_CHECK(source.size() == 4, op, ": source: expected 4 numbers, got ", source.size());
   STD_TORCH_CHECK(target.size() == 6, op, ": target: expected 6 numbers, got ", target.size());
   const int64_t H = v.size(1), W = v.size(2);
-  auto reason = not_served(op, z, 0, {H, W});
-  if (!reason && (v.numel() == 0 || target[2] == 0 || target[5] == 0)) reason = "";
-  if (reason) return std::get<0>(next<Tensor>(op, *reason, z, v, source, target));
   check_like(op, "v", v, {z.size(1), H, W}, ScalarType::Float, z);
   const auto window = [](int64_t start, int64_t step, int64_t count) {
     const auto small = [](int64_t value) { return int(std::clamp<int64_t>(value, INT32_MIN, INT32_MAX)); };
@@ -285,8 +282,8 @@ Tensor spectral_filter(const Tensor& z, const Tensor& v, const std::vector<int64
   return y;
 }
 
-}  // namespace nk
+// Where the filter or the target window is empty, there is nothing to do.
+NORMKERNELS_OP(spectral_filter, {.largest_plane = 64}, .data = a.tensor(0), .plane = {a.size(1, 1), a.size(1, 2)},
+               .left = a.is_empty(1) || a.list(3).integer(2, -1) == 0 || a.list(3).integer(5, -1) == 0)
 
-NORMKERNELS_IMPL(library) {
-  library.impl("spectral_filter", TORCH_BOX(&nk::spectral_filter));
-}
+}  // namespace nk

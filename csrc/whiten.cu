@@ -237,9 +237,6 @@ Tensor whiten(const Tensor& data, const Tensor& mean, const Tensor& W, const std
                   text(shape_of(W)));
   const int64_t groups = W.size(0), d = W.size(1);
   check_data("whiten", "x", data, d);
-  if (const auto reason = not_served("whiten", data, d)) {
-    return std::get<0>(next<Tensor>("whiten", *reason, data, mean, W, weight, bias));
-  }
   check_like("whiten", "W", W, {data.size(1) / d, d, d}, ScalarType::Float, data);
   check_like("whiten", "mean", mean, {data.size(1)}, ScalarType::Float, data);
   const OnDevice on("whiten", data);
@@ -266,11 +263,6 @@ Tensor stacked_mix(const Tensor& gradient, const Tensor& data, const Tensor& gra
                   ": matrix: expected shape (G, d, 2 d), got ", text(shape_of(matrix)));
   const int64_t groups = matrix.size(0), d = matrix.size(1);
   check_data(op, "x", data, d);
-  auto reason = not_served(op, data, d);
-  if (d == 1) reason = "";  // silently: Triton's is as good
-  if (reason) {
-    return std::get<0>(next<Tensor>(op, *reason, gradient, data, gradient_mean, mean, matrix, constant));
-  }
   check_like(op, "grad", gradient, shape_of(data), data.scalar_type(), data);
   check_like(op, "grad_mean", gradient_mean, {data.size(1)}, ScalarType::Float, data);
   check_like(op, "mean", mean, {data.size(1)}, ScalarType::Float, data);
@@ -286,9 +278,8 @@ Tensor stacked_mix(const Tensor& gradient, const Tensor& data, const Tensor& gra
   return y;
 }
 
-}  // namespace nk
+NORMKERNELS_OP(whiten, {}, .data = a.tensor(0), .group_size = a.size(2, 1))
+// scale_kernel, for groups of one channel, has no shift for its second source.
+NORMKERNELS_OP(stacked_mix, {.smallest_group = 2}, .data = a.tensor(1), .group_size = a.size(4, 1))
 
-NORMKERNELS_IMPL(library) {
-  library.impl("whiten", TORCH_BOX(&nk::whiten));
-  library.impl("stacked_mix", TORCH_BOX(&nk::stacked_mix));
-}
+}  // namespace nk

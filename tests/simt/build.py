@@ -6,6 +6,7 @@ that went into them in their names, under build/simt: what is there is right, an
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,7 +65,7 @@ def build(*, sanitize: bool = False) -> Path:
     libraries = Path(torch.__file__).parent / "lib"
     return link(
         "normkernels",
-        sorted(CSRC.glob("*.cu")),
+        [*sorted(CSRC.glob("*.cu")), CSRC / "op.cpp", HERE / "exports.cpp"],
         (*TORCH_FLAGS, *(f"-isystem{path}" for path in include_paths())),
         (*(str(libraries / name) for name in TORCH_LIBRARIES), f"-Wl,-rpath,{libraries}"),
         sanitize=sanitize,
@@ -88,7 +90,7 @@ def link(
     with open(folder / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         objects = {
-            source: folder / f"{name}-{source.stem}.{_hash([common, source])}.o"
+            source: folder / f"{name}-{source.name}.{_hash([common, source])}.o"
             for source in (*sources, HERE / "simt.cpp")
         }
         library = folder / f"lib{name}.{_hash([*link_flags, *(one.name for one in objects.values())])}.so"
@@ -175,6 +177,15 @@ def install(library: Path) -> None:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", "CPU"):
             record._IMPLEMENTATIONS[op]["cuda"] = getattr(getattr(torch.ops, NAMESPACE), op).default
     compiled.availability = lambda: (True, "CUDA kernels compiled for the CPU")
+    functions = ctypes.CDLL(str(library))
+    functions.refusal.restype = ctypes.c_char_p
+    functions.refusal.argtypes = [ctypes.c_char_p] * 2 + [ctypes.c_int64] * 3
+
+    def refusal(op: str, device: Any, dtype: Any, *, group_size: int | None = None, plane: Any = None) -> str:
+        type = str(dtype).removeprefix("torch.")
+        return functions.refusal(op.encode(), type.encode(), group_size or 0, *(plane or (0, 0))).decode()
+
+    compiled.refusal = refusal
 
 
 if __name__ == "__main__":
