@@ -6,8 +6,7 @@ under their device's key and so take precedence there: the compiled ones by the 
 the compiled ones. ``use_backend`` replaces the registrations from here for the time of a ``with`` block, which costs
 nothing outside of it.
 
-A compiled kernel leaves a call to the next backend by calling the op's twin in the namespace ``normkernels_next``,
-which takes the reason as a last argument.
+A compiled kernel leaves a call to the next backend by calling the op's twin in the namespace ``normkernels_next``.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from normkernels.dispatch import vmap
-from normkernels.dispatch.fallback import falling_back, handed_on, reporting
+from normkernels.dispatch.fallback import falling_back, handed_on
 from normkernels.dispatch.precision import full_precision
 from normkernels.dispatch.record import _FUNCTIONS, _IMPLEMENTATIONS
 from normkernels.triton import launch
@@ -61,10 +60,8 @@ def define(
     if triton is not None:
         kernels = launch.implementation(triton, name)
         _IMPLEMENTATIONS[name]["triton"] = falling_back(name, kernels, exact)
-    parameters, _, results = schema.partition(") ->")
-    NEXT.define(f"{parameters}, str reason) ->{results}".replace("str ", "int[] "))
-    texts = [i for i, one in enumerate(parameters.split(", ")) if "str " in one]
-    NEXT.impl(name, reporting(handed_on(name, kernels, exact, texts)), "CompositeExplicitAutograd")
+    NEXT.define(schema)
+    NEXT.impl(name, handed_on(name, kernels, exact), "CompositeExplicitAutograd")
 
 
 def differentiable(op: str) -> Callable[..., Any]:

@@ -26,32 +26,24 @@ def falling_back(op: str, kernels: Callable[..., Any], eager: Callable[..., Any]
     return call
 
 
-def handed_on(
-    op: str, kernels: Callable[..., Any] | None, eager: Callable[..., Any], texts: Sequence[int] = ()
-) -> Callable[..., Any]:
+def handed_on(op: str, kernels: Callable[..., Any] | None, eager: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that serves a call which a compiled kernel leaves to the next backend.
 
-    Its last argument is the reason. Triton's ``kernels`` serve the call where they can, else ``eager``. One warning
-    tells that, unless the reason is empty. The reason, and the arguments number ``texts``, come as UTF-8: LibTorch
-    would leak strings (csrc/tensors.h).
+    Triton's ``kernels`` serve the call where they can, else ``eager``. One warning tells that, unless there is no
+    reason for it.
     """
 
-    def call(*args: Any) -> Any:
-        *arguments, reason = args
-        reason = bytes(reason).decode()
-        for i in texts:
-            arguments[i] = bytes(arguments[i]).decode()
+    def call(*arguments: Any) -> Any:
+        reason = reason_of(op, arguments)
         server, refusal, result = "plain PyTorch", "", None
-        on_gpu = device_of(args).type == "cuda"
+        on_gpu = device_of(arguments).type == "cuda"
         if kernels is not None and on_gpu and support.installed() and "triton" in _next_backends(op):
             try:
                 server, result = "Triton", kernels(*arguments)
             except Unsupported as unsupported:
                 server, refusal = "plain PyTorch", str(unsupported)
         if reason:
-            # A GPU that was not compiled for is one reason, not one for each op.
-            subject = "" if reason.startswith(compiled.OTHER_GPU) else f"{op}: "
-            warn_once(f"{subject}{server} instead of the CUDA kernels: {reason}")
+            warn_once(f"{op}: {server} instead of the CUDA kernels: {reason}")
         elif refusal:
             warn_once(f"{op}: plain PyTorch instead of the Triton kernels: {refusal}")
         return result if server == "Triton" else eager(*arguments)
@@ -59,14 +51,29 @@ def handed_on(
     return call
 
 
-def reporting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``function`` for a call from C++, which gets the text of its errors this way."""
+# Op -> the arguments that decide: the data, and how to find the group size or the plane.
+DECIDING: dict[str, tuple[int, Callable[..., Any] | None]] = {
+    "moments": (0, lambda a: a[1]),
+    "cross_moments": (1, lambda a: a[3]),
+    "inverse_sqrt": (0, lambda a: a[0].shape[-1]),
+    "inverse_sqrt_backward": (0, lambda a: a[0].shape[-1]),
+    "whiten": (0, lambda a: a[2].shape[-1]),
+    "stacked_mix": (1, lambda a: a[4].shape[-2]),
+    "iter_norm": (0, lambda a: a[3]),
+    "iter_norm_backward": (1, lambda a: a[4].shape[-1]),
+    "pop_norm": (0, None),
+    "pop_norm_backward": (1, None),
+    "precondition": (0, None),
+    "spectral_filter": (0, None),
+}
 
-    def call(*args: Any) -> Any:
-        try:
-            return function(*args)
-        except BaseException as error:  # a KeyboardInterrupt, too
-            compiled.set_error(error)
-            raise
 
-    return call
+def reason_of(op: str, arguments: Sequence[Any]) -> str:
+    at, group_size = DECIDING.get(op, (0, None))
+    data = arguments[at][0] if op == "precondition" else arguments[at]
+    if data.numel() == 0:
+        return ""
+    plane = tuple(arguments[1].shape[1:]) if op == "spectral_filter" else None
+    return compiled.refusal(
+        op, data.device, data.dtype, group_size=group_size(arguments) if group_size else None, plane=plane
+    )
