@@ -6,13 +6,14 @@ The counts follow from the shapes. The rates are a GPU's, by default an H200's. 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from dataclasses import dataclass
 
 import torch
 
 from bench.gradients import resnet50
-from normkernels.dispatch import compiled
+from normkernels import info
 from normkernels.triton.configs import configuration, padded
 from normkernels.triton.launch import WARPS, WAVES
 
@@ -134,13 +135,12 @@ def extension_table(rates: Rates) -> str:
     ]
     for shape, d in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
-            for op in ("iter_norm", "iter_norm_backward"):
-                for one in compiled.launch_plan(op, shape, dtype, group_size=d):
-                    moved = one["read_bytes"] + one["written_bytes"]
-                    lines.append(
-                        f"| {shape}, {d} | {dtype} | {one['kernel']} | {one['grid'][0]} x {one['threads']} | "
-                        f"{one['shared_bytes'] / 1024:.0f} | {moved / 1e6:.1f} | {1e6 * moved / rates.bandwidth:.1f} |"
-                    )
+            for one in itertools.chain(*info.step_launches(shape, d, dtype).values()):
+                moved = one["read_bytes"] + one["written_bytes"]
+                lines.append(
+                    f"| {shape}, {d} | {dtype} | {one['kernel']} | {one['grid'][0]} x {one['threads']} | "
+                    f"{one['shared_bytes'] / 1024:.0f} | {moved / 1e6:.1f} | {1e6 * moved / rates.bandwidth:.1f} |"
+                )
     return "\n".join(lines).replace("torch.", "")
 
 

@@ -53,6 +53,13 @@ inline std::vector<int64_t> shape_of(const Tensor& t) {
   return {t.sizes().begin(), t.sizes().end()};
 }
 
+// Returns whether `x` has a shape and no memory.
+inline bool is_meta(const Tensor& x) {
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  return device_type == aoti_torch_device_type_meta();
+}
+
 // Throws unless `t` has this shape and type and lies on x's device.
 inline void check_like(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& shape,
                        ScalarType type, const Tensor& x) {

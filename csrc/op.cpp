@@ -42,11 +42,18 @@ bool Op::serves(const Arguments& arguments) const {
   const Call call = read_(arguments);
   if (!call.data) return true;  // the op's own checks refuse it
   if (call.left || call.data->numel() == 0) return false;
+  const bool meta = is_meta(*call.data);
 #ifndef NORMKERNELS_SIMT
-  if (!call.data->is_cuda()) return true;  // and this, where another argument on a GPU has led the dispatcher here
+  const bool here = meta ? recording() != nullptr : call.data->is_cuda();
+#else
+  const bool here = !meta || recording() != nullptr;
 #endif
-  const int architecture = device_of(call.data->get_device_index()).architecture;
-  return refusal(limits_, name_of(call.data->scalar_type()), call.group_size, call.plane, architecture).empty();
+  if (!here) return true;  // OnDevice refuses it
+  const Device device = meta ? recording()->device : device_of(call.data->get_device_index());
+  const std::string reason =
+      refusal(limits_, name_of(call.data->scalar_type()), call.group_size, call.plane, device.architecture);
+  STD_TORCH_CHECK(!meta || reason.empty(), name_, ": ", reason);  // there is nothing to record
+  return reason.empty();
 }
 
 void Op::hand_on(StableIValue* stack) const {

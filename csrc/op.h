@@ -69,7 +69,8 @@ class Op {
 
 }  // namespace nk
 
-// Registers nk::op. limits: a Limits, as what {} is. Then the Call, read from the arguments `a`.
+// Registers nk::op, also to record its launches. limits: a Limits, as what {} is. Then the Call, read from the
+// arguments `a`.
 #define NORMKERNELS_OP(op, limits, ...)                                                                              \
   static const nk::Op op##_op(#op, nk::Limits limits, [](const nk::Arguments& a) { return nk::Call{__VA_ARGS__}; }); \
   static void op##_boxed(StableIValue* stack, uint64_t arguments, uint64_t results) {                                \
@@ -77,5 +78,8 @@ class Op {
     op##_op.hand_on(stack);                                                                                          \
   }                                                                                                                  \
   STABLE_TORCH_LIBRARY_IMPL(NORMKERNELS_NAMESPACE, NORMKERNELS_KEY, library) {                                       \
+    library.impl(#op, op##_boxed);                                                                                   \
+  }                                                                                                                  \
+  STABLE_TORCH_LIBRARY_IMPL(normkernels_launches, Meta, library) {                                                   \
     library.impl(#op, op##_boxed);                                                                                   \
   }

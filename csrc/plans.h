@@ -25,12 +25,15 @@ struct KernelPlan {
   int64_t threads, shared_bytes, read_bytes, written_bytes;
 };
 
-// Returns the launches of `op`, in order, for an input of this shape and type ("float32", "float16", "bfloat16").
-// group_size: channels whitened together; 0 for ops without groups. plane: {H, W} of spectral_filter; empty for the
-// others. precondition: the shape is that of the weights of one layer, (O, I, *k).
-// Throws std::invalid_argument for a call that refusal() refuses.
-std::vector<KernelPlan> launch_plan(const std::string& op, const std::vector<int64_t>& shape, const std::string& dtype,
-                                    int64_t group_size, const std::vector<int64_t>& plane, const Device& device);
+// What an op would launch on a device: it runs on tensors of torch's device "meta", which have no memory, and its
+// launches are written down instead. A recording belongs to a thread.
+struct Recording {
+  Device device;
+  std::vector<KernelPlan> launches;
+};
+void record(const Device& device);
+std::vector<KernelPlan> recorded();  // ends the recording
+Recording* recording();              // nullptr where there is none
 
 // What the kernels of an op serve, beside what is the same for all ops. It stands where the op is registered.
 struct Limits {

@@ -1,5 +1,5 @@
-// One call of an op on its way to the GPU: the device, the stream, and every launch. For a plan, without a device, the
-// launches are written down instead, so that a plan shows the launches that are run.
+// One call of an op on its way to the GPU: the device, the stream, and every launch. In a recording the launches are
+// written down instead, so that a plan shows the launches that are run.
 #pragma once
 
 #include "checks.h"
@@ -10,7 +10,7 @@ namespace nk {
 
 struct Run {
   const char* op;
-  Device device;
+  Device device{};
   cudaStream_t stream = nullptr;
   std::vector<KernelPlan>* plan = nullptr;
 

@@ -17,20 +17,31 @@
 
 namespace nk {
 
-// The current stream of x's device, which is made the current device meanwhile.
+// The current stream of x's device, which is made the current device meanwhile; or the recording, if x has no memory.
 struct OnDevice {
+  Run run;
+  OnDevice(const char* op, const Tensor& x) : run{op} {
+    if (is_meta(x)) {
+      STD_TORCH_CHECK(recording() != nullptr, op, ": expected launches to be recorded, got a call on the device meta");
+      run.device = recording()->device;
+      run.plan = &recording()->launches;
+      return;
+    }
 #ifdef NORMKERNELS_SIMT
-  Run run;
-  OnDevice(const char* op, const Tensor&) : run{op, device_of(0)} {}
+    run.device = device_of(0);
 #else
-  torch::stable::accelerator::DeviceGuard guard;
-  Run run;
-  OnDevice(const char* op, const Tensor& x) : guard(x.get_device_index()), run{op, device_of(x.get_device_index())} {
+    STD_TORCH_CHECK(x.is_cuda(), op, ": expected data on a CUDA device, got data on a CPU");
+    const int index = x.get_device_index();
+    guard.emplace(index);
+    run.device = device_of(index);
     void* stream;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
     run.stream = static_cast<cudaStream_t>(stream);
-  }
 #endif
+  }
+
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
 };
 
 // LibTorch's number of a type that ops allocate.

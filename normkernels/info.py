@@ -99,12 +99,23 @@ PLANNED_SHAPE = (64, 64, 32, 32)
 def _launches() -> Report:
     """Return the launches of a training step of IterNorm2d, as an example; none if the build does not serve the GPU."""
     try:
-        return {
-            op: compiled.launch_plan(op, PLANNED_SHAPE, torch.float32, group_size=64)
-            for op in ("iter_norm", "iter_norm_backward")
-        }
-    except ValueError:
+        return step_launches(PLANNED_SHAPE, 64, torch.float32)
+    except RuntimeError:
         return {}
+
+
+def step_launches(shape: Sequence[int], group_size: int, dtype: torch.dtype) -> Report:
+    """Return the launches of iter_norm and of its backward, without weight and bias."""
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    groups = shape[1] // group_size
+    mean, matrix, scale = (
+        torch.empty(size, device="meta") for size in ((shape[1],), (groups, group_size, group_size), (groups, 1))
+    )
+    arguments = {
+        "iter_norm": (x, None, None, group_size, 5, 1e-5, False, False),
+        "iter_norm_backward": (x, x, None, mean, matrix, matrix, scale, 5, False, False),
+    }
+    return {op: compiled.launch_plan(op, *given) for op, given in arguments.items()}
 
 
 def _backend(name: str) -> Report:

@@ -1,7 +1,7 @@
 """The compiled CUDA kernels, if they are here: normkernels._C, which registers them in PyTorch's dispatcher.
 
 Python is not in the path of a call that they serve. They hand on a call that they do not serve, by calling
-``normkernels_next::<op>`` with the reason; _library.py defines these ops. Only a torch built for CUDA can load the
+``normkernels_next::<op>``, which define.py defines. Only a torch built for CUDA can load the
 extension, so any other torch does not try.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -81,28 +81,42 @@ def refusal(
 PLANNED = (90, 132, 232448)
 
 
-def launch_plan(
-    op: str,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    *,
-    group_size: int | None = None,
-    plane: Sequence[int] | None = None,
-) -> list[dict[str, Any]]:
+LAUNCHES = torch.library.Library("normkernels_launches", "DEF")
+
+
+@functools.cache
+def _recorder(op: str) -> Callable[..., Any]:
+    """Return the op whose launches the extension records, which has the schema of ``op``."""
+    LAUNCHES.define(str(getattr(torch.ops.normkernels, op).default._schema).removeprefix("normkernels::"))
+    return getattr(torch.ops.normkernels_launches, op)
+
+
+def launch_plan(op: str, *arguments: Any) -> list[dict[str, Any]]:
     """Return an op's launches on the current GPU: kernel, grid, threads, shared_bytes, read_bytes and written_bytes.
 
-    Where there is no GPU, they are those on an H200. Raises ValueError for a call that the kernels do not serve,
-    RuntimeError where the extension cannot be loaded.
+    arguments: those of the raw op, with tensors on the device "meta". Where there is no GPU, launches are those on an
+    H200. A call that the kernels leave to a library has none.
+    Raises RuntimeError for a call that the kernels do not serve, and where the extension cannot be loaded.
     """
-    module, reason = load()
-    if module is None:
-        raise RuntimeError(f"launch_plan: {reason}")
     device = PLANNED
     if torch.cuda.is_available():
         found: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
         device = (10 * found.major + found.minor, found.multi_processor_count, found.shared_memory_per_block_optin)
-    type = str(dtype).removeprefix("torch.")
-    return module.launch_plan(op, list(shape), type, group_size or 0, list(plane or ()), *device)
+    return launches_on(device, op, *arguments)
+
+
+def launches_on(device: tuple[int, int, int], op: str, *arguments: Any) -> list[dict[str, Any]]:
+    """Return what launch_plan returns, for a GPU with this architecture, multiprocessors and a block's shared memory."""
+    module, reason = load()
+    if module is None:
+        raise RuntimeError(f"launch_plan: {reason}")
+    call = _recorder(op)
+    module.record(*device)
+    try:
+        call(*arguments)
+    finally:
+        launches = module.recorded()
+    return launches
 
 
 def registered(op: str, key: str) -> bool:

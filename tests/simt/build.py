@@ -10,6 +10,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -43,6 +44,7 @@ SANITIZED = (
 )  # fmt: skip
 
 NAMESPACE = "normkernels_simt"
+ARCHITECTURE = 80  # of the device that the runtime plays
 TORCH_FLAGS = (
     f"-DNORMKERNELS_NAMESPACE={NAMESPACE}", "-DNORMKERNELS_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020b000000000000",
 )  # fmt: skip
@@ -167,6 +169,28 @@ def load(library: Path) -> torch.library.Library:
     return definitions
 
 
+class Extension:
+    """What ``normkernels._C`` has and the tests need, of a built library."""
+
+    def __init__(self, library: Path) -> None:
+        self._functions = ctypes.CDLL(str(library))
+        self._functions.refusal.restype = self._functions.recorded.restype = ctypes.c_char_p
+        self._functions.refusal.argtypes = [ctypes.c_char_p] * 2 + [ctypes.c_int64] * 3 + [ctypes.c_int]
+
+    def refusal(self, op: str, dtype: str, group_size: int, plane: Sequence[int], architecture: int) -> str:
+        height, width = plane or (0, 0)
+        return self._functions.refusal(
+            op.encode(), dtype.encode(), group_size, height, width, architecture
+        ).decode()  # fmt: skip
+
+    def record(self, *device: int) -> None:
+        self._functions.record(*device)
+
+    def recorded(self) -> list[dict[str, Any]]:
+        launches: list[dict[str, Any]] = json.loads(self._functions.recorded())
+        return launches
+
+
 @functools.cache
 def install(library: Path) -> None:
     """Make ``use_backend("cuda")`` serve CPU tensors by a built library's ops."""
@@ -176,14 +200,12 @@ def install(library: Path) -> None:
     for op in define.ops():
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", "CPU"):
             record._IMPLEMENTATIONS[op]["cuda"] = getattr(getattr(torch.ops, NAMESPACE), op).default
+    extension = Extension(library)
+    compiled.load = lambda: (extension, "")
     compiled.availability = lambda: (True, "CUDA kernels compiled for the CPU")
-    functions = ctypes.CDLL(str(library))
-    functions.refusal.restype = ctypes.c_char_p
-    functions.refusal.argtypes = [ctypes.c_char_p] * 2 + [ctypes.c_int64] * 3
 
     def refusal(op: str, device: Any, dtype: Any, *, group_size: int | None = None, plane: Any = None) -> str:
-        type = str(dtype).removeprefix("torch.")
-        return functions.refusal(op.encode(), type.encode(), group_size or 0, *(plane or (0, 0))).decode()
+        return extension.refusal(op, str(dtype).removeprefix("torch."), group_size or 0, plane or (), ARCHITECTURE)
 
     compiled.refusal = refusal
 
