@@ -8,23 +8,10 @@
 #include <string>
 #include <vector>
 
-#ifdef NORMKERNELS_SIMT
-#include "simt.h"
-#else
-#include <cuda_runtime.h>
-#endif
-
 namespace nk {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline void check_cuda(const char* op, cudaError_t status) {
-#ifndef NORMKERNELS_SIMT
-  STD_TORCH_CHECK(status == cudaSuccess, op, ": expected to launch a kernel, got ", cudaGetErrorString(status));
-#endif
-  (void)op, (void)status;
-}
 
 inline const char* name_of(ScalarType type) {
   switch (type) {

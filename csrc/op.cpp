@@ -43,13 +43,8 @@ bool Op::serves(const Arguments& arguments) const {
   if (!call.data) return true;  // the op's own checks refuse it
   if (call.left || call.data->numel() == 0) return false;
   const bool meta = is_meta(*call.data);
-#ifndef NORMKERNELS_SIMT
-  const bool here = meta ? recording() != nullptr : call.data->is_cuda();
-#else
-  const bool here = !meta || recording() != nullptr;
-#endif
-  if (!here) return true;  // OnDevice refuses it
-  const Device device = meta ? recording()->device : device_of(call.data->get_device_index());
+  if (meta ? recording() == nullptr : !on_gpu(*call.data)) return true;  // OnDevice refuses it
+  const Device device = meta ? recording()->device : device_of(*call.data);
   const std::string reason =
       refusal(limits_, name_of(call.data->scalar_type()), call.group_size, call.plane, device.architecture);
   STD_TORCH_CHECK(!meta || reason.empty(), name_, ": ", reason);  // there is nothing to record

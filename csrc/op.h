@@ -11,13 +11,8 @@
 #include <vector>
 
 #include "checks.h"
+#include "current.h"
 #include "plans.h"
-
-// Where the kernels are registered; the host runtime of tests/simt takes another place.
-#ifndef NORMKERNELS_NAMESPACE
-#define NORMKERNELS_NAMESPACE normkernels
-#define NORMKERNELS_KEY CUDA
-#endif
 
 namespace nk {
 

@@ -13,9 +13,9 @@ namespace nk {
 
 // A GPU, as plans see it: compute capability, 90 for sm_90; multiprocessors; the most dynamic shared memory of a block.
 struct Device {
-  int architecture;
-  int processors;
-  int shared_bytes;
+  int architecture = 0;
+  int processors = 0;
+  int shared_bytes = 0;
 };
 
 // One launch: the grid and the threads of a block, its dynamic shared memory, and the bytes that it has to move.
@@ -60,8 +60,5 @@ std::vector<int> compiled_architectures();
 
 // The architecture whose PTX is there for the driver to compile, on this one and all later ones; 0 if there is none.
 int compiled_ptx();
-
-// Returns the GPU with this index; it is asked once.
-Device device_of(int index);
 
 }  // namespace nk

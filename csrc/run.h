@@ -2,7 +2,8 @@
 // written down instead, so that a plan shows the launches that are run.
 #pragma once
 
-#include "checks.h"
+#include <vector>
+
 #include "device.cuh"
 #include "plans.h"
 
@@ -10,7 +11,7 @@ namespace nk {
 
 struct Run {
   const char* op;
-  Device device{};
+  Device device = {};
   cudaStream_t stream = nullptr;
   std::vector<KernelPlan>* plan = nullptr;
 
@@ -32,9 +33,8 @@ struct Run {
     }
   }
 
-  // Zeroes counters on the stream.
   void zero(unsigned* counters, int64_t count) const {
-    if (plan == nullptr) check_cuda(op, cudaMemsetAsync(counters, 0, size_t(count) * sizeof(unsigned), stream));
+    if (plan == nullptr) nk::zero(op, counters, count, stream);
   }
 };
 

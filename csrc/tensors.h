@@ -1,7 +1,6 @@
 // Tensors as kernels take them. Host code, against LibTorch's stable ABI only: one build survives an upgrade of torch.
 #pragma once
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -11,37 +10,31 @@
 #include <vector>
 
 #include "checks.h"
+#include "current.h"
 #include "op.h"
 #include "reduce.cuh"
 #include "run.h"
 
 namespace nk {
 
-// The current stream of x's device, which is made the current device meanwhile; or the recording, if x has no memory.
+// A call of an op on the GPU that has x; or in the recording, if x has no memory.
 struct OnDevice {
   Run run;
+
   OnDevice(const char* op, const Tensor& x) : run{op} {
     if (is_meta(x)) {
       STD_TORCH_CHECK(recording() != nullptr, op, ": expected launches to be recorded, got a call on the device meta");
       run.device = recording()->device;
       run.plan = &recording()->launches;
-      return;
+    } else {
+      STD_TORCH_CHECK(on_gpu(x), op, ": expected data on a CUDA device, got data on a CPU");
+      run.device = device_of(x);
+      run.stream = current_.emplace(x).stream;
     }
-#ifdef NORMKERNELS_SIMT
-    run.device = device_of(0);
-#else
-    STD_TORCH_CHECK(x.is_cuda(), op, ": expected data on a CUDA device, got data on a CPU");
-    const int index = x.get_device_index();
-    guard.emplace(index);
-    run.device = device_of(index);
-    void* stream;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-    run.stream = static_cast<cudaStream_t>(stream);
-#endif
   }
 
  private:
-  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  std::optional<Current> current_;
 };
 
 // LibTorch's number of a type that ops allocate.

@@ -32,8 +32,8 @@ BUILD = ROOT / "build" / "simt"
 COMPILER = os.environ.get("CXX", "g++")
 # Paths are relative to the repository, so that a copy of it finds the same hashes in its copy of the build folder.
 FLAGS = (
-    "-xc++", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-DNORMKERNELS_SIMT",
-    "-Icsrc", "-Itests/simt",
+    "-xc++", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas",
+    "-Icsrc", "-Itests/simt", "-Itests/simt/device",  # the folder that takes the place of csrc/device
     "-fno-strict-aliasing",  # kernels load four numbers as one vector, which nvcc allows
 )  # fmt: skip
 PLAIN = ("-O2",)
@@ -43,11 +43,9 @@ SANITIZED = (
     "-Werror=maybe-uninitialized",
 )  # fmt: skip
 
-NAMESPACE = "normkernels_simt"
+NAMESPACE = "normkernels_simt"  # as in device/current.h
 ARCHITECTURE = 80  # of the device that the runtime plays
-TORCH_FLAGS = (
-    f"-DNORMKERNELS_NAMESPACE={NAMESPACE}", "-DNORMKERNELS_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020b000000000000",
-)  # fmt: skip
+TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000",)
 TORCH_LIBRARIES = ("libtorch.so", "libtorch_cpu.so", "libc10.so")
 
 
@@ -67,7 +65,7 @@ def build(*, sanitize: bool = False) -> Path:
     libraries = Path(torch.__file__).parent / "lib"
     return link(
         "normkernels",
-        [*sorted(CSRC.glob("*.cu")), CSRC / "op.cpp", HERE / "exports.cpp"],
+        [*sorted(CSRC.glob("*.cu")), CSRC / "op.cpp", CSRC / "plans.cpp", HERE / "exports.cpp"],
         (*TORCH_FLAGS, *(f"-isystem{path}" for path in include_paths())),
         (*(str(libraries / name) for name in TORCH_LIBRARIES), f"-Wl,-rpath,{libraries}"),
         sanitize=sanitize,
@@ -87,7 +85,7 @@ def link(
     folder.mkdir(parents=True, exist_ok=True)
     mode = SANITIZED if sanitize else PLAIN
     flags = (*FLAGS, *mode, *compile_flags)
-    headers = sorted([*HERE.glob("*.h"), *CSRC.glob("*.h"), *CSRC.glob("*.cuh")])
+    headers = sorted([*HERE.glob("*.h"), *HERE.glob("device/*"), *CSRC.glob("*.h"), *CSRC.glob("*.cuh")])
     common = _hash([" ".join(flags), compiler_version(), torch.__version__, *headers])
     with open(folder / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,14 +1,10 @@
-// The calls that the kernels serve, the devices that they run on, and launches that are recorded.
+// The calls that the kernels serve, the devices that they run on, and recordings of launches.
 #include "plans.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <mutex>
 #include <optional>
 #include <sstream>
 #include <utility>
-
-#include "checks.h"
 
 #ifndef NORMKERNELS_ARCHITECTURES
 #define NORMKERNELS_ARCHITECTURES _80  // or _80_90 and so on
@@ -103,32 +99,6 @@ std::vector<KernelPlan> recorded() {
 
 Recording* recording() {
   return current ? &*current : nullptr;
-}
-
-// --- devices -------------------------------------------------------------------------------------------------------
-
-Device device_of(int index) {
-#ifdef NORMKERNELS_SIMT
-  (void)index;
-  const char* shared = std::getenv("NORMKERNELS_SIMT_SHARED_BYTES");
-  return {80, 3, shared ? std::atoi(shared) : 232448};  // few blocks, but several
-#else
-  static std::mutex mutex;
-  static std::vector<Device> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  STD_TORCH_CHECK(index >= 0, "expected the index of a CUDA device, got ", index);
-  if (int(known.size()) <= index) known.resize(size_t(index) + 1, Device{0, 0, 0});
-  Device& device = known[size_t(index)];
-  if (device.architecture == 0) {
-    int major, minor, processors, shared;
-    check_cuda("device", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
-    check_cuda("device", cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
-    check_cuda("device", cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
-    check_cuda("device", cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
-    device = {10 * major + minor, processors, shared};
-  }
-  return device;
-#endif
 }
 
 }  // namespace nk
