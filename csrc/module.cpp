@@ -5,7 +5,7 @@
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
-#include "plans.h"
+#include "common/plans.h"
 
 namespace py = pybind11;
 
@@ -60,10 +60,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("architectures", &architectures, "Return them as nvcc calls them: sm_80 for machine code, compute_80 for PTX.");
   m.def("compiled_for", &nk::compiled_for, py::arg("architecture"),
         "Return whether there is code for GPUs of this architecture: 90 for sm_90.");
-  m.def("refusal",
-        py::overload_cast<const std::string&, const std::string&, int64_t, const std::vector<int64_t>&, int>(
-            &nk::refusal),
-        py::arg("op"), py::arg("dtype"), py::arg("group_size"), py::arg("plane"), py::arg("architecture"),
+  m.def("refusal", &nk::refusal, py::arg("op"), py::arg("dtype"), py::arg("group_size"), py::arg("plane"),
+        py::arg("architecture"),
         R"(Return why the kernels do not serve a call, "" if they do.
 
 group_size 0 and plane [] are unknown, and left out of the answer. architecture: 90 for sm_90.)");

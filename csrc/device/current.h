@@ -10,7 +10,7 @@
 #include <mutex>
 #include <vector>
 
-#include "plans.h"
+#include "common/plans.h"
 
 #define NORMKERNELS_NAMESPACE normkernels
 #define NORMKERNELS_KEY CUDA
@@ -47,12 +47,10 @@ inline Device device_of(const torch::stable::Tensor& x) {
 class Current {
  public:
   explicit Current(const torch::stable::Tensor& x) : guard_(x.get_device_index()) {
-    void* found;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &found));
-    stream = static_cast<cudaStream_t>(found);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   }
 
-  cudaStream_t stream;
+  void* stream;
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;

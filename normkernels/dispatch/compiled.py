@@ -106,7 +106,7 @@ def launch_plan(op: str, *arguments: Any) -> list[dict[str, Any]]:
 
 
 def launches_on(device: tuple[int, int, int], op: str, *arguments: Any) -> list[dict[str, Any]]:
-    """Return what launch_plan returns, for a GPU with this architecture, multiprocessors and a block's shared memory."""
+    """Return the launches on a GPU with this architecture, so many multiprocessors and a block's shared memory."""
     module, reason = load()
     if module is None:
         raise RuntimeError(f"launch_plan: {reason}")

@@ -65,7 +65,7 @@ def build(*, sanitize: bool = False) -> Path:
     libraries = Path(torch.__file__).parent / "lib"
     return link(
         "normkernels",
-        [*sorted(CSRC.glob("*.cu")), CSRC / "op.cpp", CSRC / "plans.cpp", HERE / "exports.cpp"],
+        [*sorted(CSRC.glob("*/*.c*[pu]")), HERE / "exports.cpp"],
         (*TORCH_FLAGS, *(f"-isystem{path}" for path in include_paths())),
         (*(str(libraries / name) for name in TORCH_LIBRARIES), f"-Wl,-rpath,{libraries}"),
         sanitize=sanitize,
@@ -85,7 +85,7 @@ def link(
     folder.mkdir(parents=True, exist_ok=True)
     mode = SANITIZED if sanitize else PLAIN
     flags = (*FLAGS, *mode, *compile_flags)
-    headers = sorted([*HERE.glob("*.h"), *HERE.glob("device/*"), *CSRC.glob("*.h"), *CSRC.glob("*.cuh")])
+    headers = sorted([*HERE.glob("*.h"), *HERE.glob("device/*"), *CSRC.glob("*/*.h"), *CSRC.glob("*/*.cuh")])
     common = _hash([" ".join(flags), compiler_version(), torch.__version__, *headers])
     with open(folder / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -168,7 +168,7 @@ def load(library: Path) -> torch.library.Library:
 
 
 class Extension:
-    """What ``normkernels._C`` has and the tests need, of a built library."""
+    """The functions of ``normkernels._C`` that the tests need, from a built library."""
 
     def __init__(self, library: Path) -> None:
         self._functions = ctypes.CDLL(str(library))
@@ -199,7 +199,7 @@ def install(library: Path) -> None:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", "CPU"):
             record._IMPLEMENTATIONS[op]["cuda"] = getattr(getattr(torch.ops, NAMESPACE), op).default
     extension = Extension(library)
-    compiled.load = lambda: (extension, "")
+    compiled.load = lambda: (extension, "")  # type: ignore[assignment]
     compiled.availability = lambda: (True, "CUDA kernels compiled for the CPU")
 
     def refusal(op: str, device: Any, dtype: Any, *, group_size: int | None = None, plane: Any = None) -> str:

@@ -1,9 +1,9 @@
-// What the extension's module.cpp shows to Python, for ctypes: see build.py.
+// The functions that module.cpp shows to Python, for ctypes: see build.py.
 #include <cstdint>
 #include <sstream>
 #include <string>
 
-#include "plans.h"
+#include "common/plans.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -5,8 +5,7 @@
 
 #include <cstdlib>
 
-#include "plans.h"
-#include "simt.h"
+#include "common/plans.h"
 
 #define NORMKERNELS_NAMESPACE normkernels_simt
 #define NORMKERNELS_KEY CPU
@@ -24,7 +23,7 @@ inline Device device_of(const torch::stable::Tensor&) {
 
 struct Current {
   explicit Current(const torch::stable::Tensor&) {}
-  cudaStream_t stream = nullptr;
+  void* stream = nullptr;
 };
 
 }  // namespace nk

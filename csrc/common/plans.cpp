@@ -53,8 +53,11 @@ static std::string sentence(const Parts&... parts) {
   return text.str();
 }
 
-std::string refusal(const Limits& limits, const std::string& dtype, int64_t group_size,
+std::string refusal(const std::string& op, const std::string& dtype, int64_t group_size,
                     const std::vector<int64_t>& plane, int architecture) {
+  const auto found = limits_of_ops().find(op);
+  if (found == limits_of_ops().end()) return "expected an op with CUDA kernels, got " + op;
+  const Limits& limits = found->second;
   if (!compiled_for(architecture)) {
     std::string known;
     for (int each : compiled_architectures()) known += sentence("sm_", each, ", ");
@@ -75,13 +78,6 @@ std::string refusal(const Limits& limits, const std::string& dtype, int64_t grou
                     plane[0], " x ", plane[1]);
   }
   return "";
-}
-
-std::string refusal(const std::string& op, const std::string& dtype, int64_t group_size,
-                    const std::vector<int64_t>& plane, int architecture) {
-  const auto found = limits_of_ops().find(op);
-  if (found == limits_of_ops().end()) return "expected an op with CUDA kernels, got " + op;
-  return refusal(found->second, dtype, group_size, plane, architecture);
 }
 
 // --- recorded launches ---------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@
 #include <string>
 #include <vector>
 
-#include "checks.h"
+#include "common/checks.h"
+#include "common/plans.h"
 #include "current.h"
-#include "plans.h"
 
 namespace nk {
 
@@ -29,7 +29,6 @@ class Arguments {
   }
   std::optional<Tensor> tensor(size_t i) const;
   Arguments list(size_t i) const;
-  size_t count() const { return values_.size(); }
 
   int64_t size(size_t i, int64_t dim) const;  // of a tensor along a dimension
   bool is_empty(size_t i) const;              // a tensor
@@ -38,7 +37,7 @@ class Arguments {
   std::vector<StableIValue> values_;
 };
 
-// What decides whether the kernels serve a call: none, 0 and {} decide nothing.
+// The properties of a call that decide whether the kernels serve it: none, 0 and {} decide nothing.
 struct Call {
   std::optional<Tensor> data;
   int64_t group_size = 0;
@@ -58,13 +57,12 @@ class Op {
 
  private:
   const char* name_;
-  Limits limits_;
   Call (*read_)(const Arguments&);
 };
 
 }  // namespace nk
 
-// Registers nk::op, also to record its launches. limits: a Limits, as what {} is. Then the Call, read from the
+// Registers nk::op, also to record its launches. limits: a Limits in braces. The rest is the Call, read from the
 // arguments `a`.
 #define NORMKERNELS_OP(op, limits, ...)                                                                              \
   static const nk::Op op##_op(#op, nk::Limits limits, [](const nk::Arguments& a) { return nk::Call{__VA_ARGS__}; }); \

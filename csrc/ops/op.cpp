@@ -33,8 +33,7 @@ bool Arguments::is_empty(size_t i) const {
   return t && t->numel() == 0;
 }
 
-Op::Op(const char* name, const Limits& limits, Call (*read)(const Arguments&))
-    : name_(name), limits_(limits), read_(read) {
+Op::Op(const char* name, const Limits& limits, Call (*read)(const Arguments&)) : name_(name), read_(read) {
   limits_of_ops()[name] = limits;
 }
 
@@ -46,7 +45,7 @@ bool Op::serves(const Arguments& arguments) const {
   if (meta ? recording() == nullptr : !on_gpu(*call.data)) return true;  // OnDevice refuses it
   const Device device = meta ? recording()->device : device_of(*call.data);
   const std::string reason =
-      refusal(limits_, name_of(call.data->scalar_type()), call.group_size, call.plane, device.architecture);
+      refusal(name_, name_of(call.data->scalar_type()), call.group_size, call.plane, device.architecture);
   STD_TORCH_CHECK(!meta || reason.empty(), name_, ": ", reason);  // there is nothing to record
   return reason.empty();
 }

@@ -4,38 +4,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <array>
+#include <algorithm>
 #include <optional>
-#include <tuple>
 #include <vector>
 
 #include "checks.h"
-#include "current.h"
-#include "op.h"
-#include "reduce.cuh"
-#include "run.h"
+#include "columns.h"
 
 namespace nk {
-
-// A call of an op on the GPU that has x; or in the recording, if x has no memory.
-struct OnDevice {
-  Run run;
-
-  OnDevice(const char* op, const Tensor& x) : run{op} {
-    if (is_meta(x)) {
-      STD_TORCH_CHECK(recording() != nullptr, op, ": expected launches to be recorded, got a call on the device meta");
-      run.device = recording()->device;
-      run.plan = &recording()->launches;
-    } else {
-      STD_TORCH_CHECK(on_gpu(x), op, ": expected data on a CUDA device, got data on a CPU");
-      run.device = device_of(x);
-      run.stream = current_.emplace(x).stream;
-    }
-  }
-
- private:
-  std::optional<Current> current_;
-};
 
 // LibTorch's number of a type that ops allocate.
 inline int32_t code_of(ScalarType type) {
@@ -177,28 +153,6 @@ inline Tensor in_layout_of(const Tensor& x, const Tensor& y, int64_t d) {
   Tensor copy = empty_output(x, spatial_of(x), inner);
   torch::stable::copy_(copy, y);
   return copy;
-}
-
-// Memory for a reduction's partial results and counters.
-struct Memory {
-  Tensor partials, counters;
-  Workspace workspace;
-
-  template <class How>  // Reduction or ChannelReduction
-  Memory(const How& how, const Tensor& x)
-      : partials(empty({how.floats}, ScalarType::Float, x)),
-        counters(empty({how.counters}, ScalarType::Int, x)),
-        workspace{floats(partials), static_cast<unsigned*>(counters.data_ptr())} {}
-};
-
-inline Newton newton_of(const char* op, int64_t d, int64_t iterations, bool frobenius, double eps) {
-  STD_TORCH_CHECK(iterations >= 0, op, ": num_iterations: expected at least 0, got ", iterations);
-  return {int(d), int(std::min<int64_t>(iterations, INT32_MAX)), frobenius, float(eps)};
-}
-
-// Returns memory for the groups' matrices that shared memory has no room for.
-inline Tensor scratch_for(const Room& room, const Tensor& x, int64_t groups) {
-  return empty({groups * room.outside}, ScalarType::Float, x);
 }
 
 }  // namespace nk

@@ -4,15 +4,14 @@
 
 #include <vector>
 
-#include "device.cuh"
-#include "plans.h"
+#include "common/plans.h"
 
 namespace nk {
 
 struct Run {
   const char* op;
   Device device = {};
-  cudaStream_t stream = nullptr;
+  void* stream = nullptr;  // a cudaStream_t, which is not for host code here
   std::vector<KernelPlan>* plan = nullptr;
 
   // read, written: bytes of activations and matrices that the kernel has to read and to write.
@@ -20,22 +19,12 @@ struct Run {
     int64_t read, written;
   };
 
+  // Launches a kernel; launch.cuh has it.
   template <class... Parameters, class... Arguments>
   void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
-              Traffic traffic, const Arguments&... arguments) const {
-    if (plan != nullptr) {
-      plan->push_back({name, {blocks, 1, 1}, threads, shared_bytes, traffic.read, traffic.written});
-    } else {
-      nk::launch(
-          op, kernel,
-          Launch{dim3(unsigned(blocks)), unsigned(threads), size_t(shared_bytes), stream, size_t(device.shared_bytes)},
-          arguments...);
-    }
-  }
+              Traffic traffic, const Arguments&... arguments) const;
 
-  void zero(unsigned* counters, int64_t count) const {
-    if (plan == nullptr) nk::zero(op, counters, count, stream);
-  }
+  void zero(unsigned* counters, int64_t count) const;
 };
 
 }  // namespace nk

@@ -25,8 +25,8 @@ struct KernelPlan {
   int64_t threads, shared_bytes, read_bytes, written_bytes;
 };
 
-// What an op would launch on a device: it runs on tensors of torch's device "meta", which have no memory, and its
-// launches are written down instead. A recording belongs to a thread.
+// A recording tells what an op would launch on a device. The op runs on tensors of torch's device "meta", which have no
+// memory, and its launches are written down. A recording belongs to a thread.
 struct Recording {
   Device device;
   std::vector<KernelPlan> launches;
@@ -35,7 +35,7 @@ void record(const Device& device);
 std::vector<KernelPlan> recorded();  // ends the recording
 Recording* recording();              // nullptr where there is none
 
-// What the kernels of an op serve, beside what is the same for all ops. It stands where the op is registered.
+// The limits of an op's kernels, beside what is the same for all ops. They stand where the op is registered.
 struct Limits {
   bool half_types = true;
   int64_t smallest_group = 1, largest_group = 128;  // channels whitened together
@@ -46,8 +46,6 @@ struct Limits {
 std::map<std::string, Limits>& limits_of_ops();
 
 // Returns why the kernels do not serve a call, "" if they do. group_size 0 and plane {} are left out of the answer.
-std::string refusal(const Limits& limits, const std::string& dtype, int64_t group_size,
-                    const std::vector<int64_t>& plane, int architecture);
 std::string refusal(const std::string& op, const std::string& dtype, int64_t group_size,
                     const std::vector<int64_t>& plane, int architecture);
 
