@@ -35,7 +35,7 @@ test: $(STAMP) ## run the tests
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.c* csrc/*.h tests/simt/*.c* tests/simt/*.h)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*/*.c* csrc/*/*.h tests/simt/*.c* tests/simt/*.h tests/simt/device/*)
 	$(BIN)/mypy
 
 types: $(STAMP) ## check types

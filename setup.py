@@ -69,10 +69,12 @@ def cuda_extension(configuration: dict[str, Any], tools: Any) -> Extension:
     from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
     defines = [f"-D{define}" for define in configuration["defines"]]
+    folders = [f"-I{ROOT / 'csrc' / folder}" for folder in configuration["include"]]
+    architectures = _build.architecture_flags(tools.codes)
     headers = (pybind11.get_include(), *include_paths())  # in this order: torch's folders have a pybind11 of their own
     # The standard is left to torch's helper, which follows torch's headers; below 2.13 it takes C++17, too old for us.
     standard = ["-std=c++20"] if _build.parse_version(tools.torch) < (2, 13) else []
-    shared = defines + standard
+    shared = defines + folders + standard
     return Extension(
         "normkernels._C",
         source_files(configuration),
@@ -82,12 +84,17 @@ def cuda_extension(configuration: dict[str, Any], tools: Any) -> Extension:
         depends=sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob("**/*.*h")),
         language="c++",
         extra_compile_args={
-            "cxx": [*shared, *configuration["cxx_flags"], *(f"-isystem{folder}" for folder in headers)],
+            "cxx": [
+                *shared,
+                *configuration["cxx_flags"],
+                *(f"-isystem{folder}" for folder in headers),
+                *(flag for flag in architectures if flag.startswith("-D")),
+            ],
             "nvcc": [
                 *shared,
                 *configuration["nvcc_flags"],
                 *(f"-isystem={folder}" for folder in headers),
-                *_build.architecture_flags(tools.codes),
+                *architectures,
             ],
         },
     )

@@ -5,7 +5,7 @@
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
-#include "plans.h"
+#include "common/plans.h"
 
 namespace py = pybind11;
 
@@ -37,12 +37,9 @@ py::dict build() {
   return record;
 }
 
-py::list launch_plan(const std::string& op, const std::vector<int64_t>& shape, const std::string& dtype,
-                     int64_t group_size, const std::vector<int64_t>& plane, int architecture, int processors,
-                     int shared_bytes) {
+py::list recorded() {
   py::list launches;
-  const nk::Device device{architecture, processors, shared_bytes};
-  for (const auto& plan : nk::launch_plan(op, shape, dtype, group_size, plane, device)) {
+  for (const auto& plan : nk::recorded()) {
     py::dict launch;
     launch["kernel"] = plan.kernel;
     launch["grid"] = py::make_tuple(plan.grid[0], plan.grid[1], plan.grid[2]);
@@ -61,14 +58,21 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled CUDA kernels of normkernels: what was built, and what it would launch.";
   m.attr("build") = build();
   m.def("architectures", &architectures, "Return them as nvcc calls them: sm_80 for machine code, compute_80 for PTX.");
+  m.def("compiled_for", &nk::compiled_for, py::arg("architecture"),
+        "Return whether there is code for GPUs of this architecture: 90 for sm_90.");
   m.def("refusal", &nk::refusal, py::arg("op"), py::arg("dtype"), py::arg("group_size"), py::arg("plane"),
-        py::arg("architecture"), R"(Return why the kernels do not serve a call, "" if they do.
+        py::arg("architecture"),
+        R"(Return why the kernels do not serve a call, "" if they do.
 
 group_size 0 and plane [] are unknown, and left out of the answer. architecture: 90 for sm_90.)");
-  m.def("launch_plan", &launch_plan, py::arg("op"), py::arg("shape"), py::arg("dtype"), py::arg("group_size"),
-        py::arg("plane"), py::arg("architecture"), py::arg("processors"), py::arg("shared_bytes"),
-        R"(Return the launches of an op: kernel, grid, threads, and bytes of shared memory and to move.
+  m.def(
+      "record",
+      [](int architecture, int processors, int shared_bytes) { nk::record({architecture, processors, shared_bytes}); },
+      py::arg("architecture"), py::arg("processors"), py::arg("shared_bytes"),
+      R"(Record the launches of this thread's calls of torch.ops.normkernels_launches, which take tensors on the device meta.
 
-Raises ValueError for a call that refusal() refuses.)");
-  m.def("set_error", &nk::set_error, py::arg("text"), "Keep the error text of Python code that C++ called.");
+They are those on a GPU of this architecture (90 for sm_90), with so many multiprocessors and bytes of shared memory for
+a block.)");
+  m.def("recorded", &recorded,
+        "End the recording and return its launches: kernel, grid, threads, and bytes of shared memory and to move.");
 }

@@ -28,7 +28,7 @@ COMPLETE = _build.Toolchain(
     pybind11=True,
     codes=("sm_80", "sm_90", "compute_80"),
 )
-SOURCES = ["csrc/moments.cu"]
+SOURCES = ["csrc/cuda/moments.cu"]
 
 
 def changed(**fields):
@@ -247,9 +247,9 @@ def test_flags_for_the_architectures():
 
 
 def test_objects_of_the_extension_have_names_of_their_own(setup_module_):
-    """Without them a.cpp and a.cu would both become a.o."""
-    stems = [Path(source).stem for source in setup_module_.source_files(setup_module_.build_configuration())]
-    assert len(set(stems)) == len(stems) > 1
+    """Without them a.cpp and a.cu of a folder would both become a.o."""
+    names = [Path(source).with_suffix("") for source in setup_module_.source_files(setup_module_.build_configuration())]
+    assert len(set(names)) == len(names) > 1
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from bench.suites.gradients import resnet50
 from normkernels.dispatch import compiled
+from normkernels.dispatch.record import OPS
 from normkernels.triton.configs import configuration, padded
 from normkernels.triton.launch import WARPS, WAVES
 
@@ -128,6 +130,12 @@ def table(rates: Rates) -> str:
     return "\n".join(lines)
 
 
+def training_launches(x: torch.Tensor, d: int) -> list[dict[str, Any]]:
+    """Return the launches of iter_norm and of its backward."""
+    ops = [op for op in OPS.values() if op.primitive == "iter_norm"]
+    return [one for op in ops for one in compiled.launch_plan(op.name, *next(iter(op.samples(x, d))))]
+
+
 def extension_table(rates: Rates) -> str:
     """Return the table of the compiled extension's launches, and of the bytes that it says it needs."""
     lines = [
@@ -136,13 +144,12 @@ def extension_table(rates: Rates) -> str:
     ]
     for shape, d in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
-            for op in ("iter_norm", "iter_norm_backward"):
-                for one in compiled.launch_plan(op, shape, dtype, group_size=d):
-                    moved = one["read_bytes"] + one["written_bytes"]
-                    lines.append(
-                        f"| {shape}, {d} | {dtype} | {one['kernel']} | {one['grid'][0]} x {one['threads']} | "
-                        f"{one['shared_bytes'] / 1024:.0f} | {moved / 1e6:.1f} | {1e6 * moved / rates.bandwidth:.1f} |"
-                    )
+            for one in training_launches(torch.empty(shape, dtype=dtype, device="meta"), d):
+                moved = one["read_bytes"] + one["written_bytes"]
+                lines.append(
+                    f"| {shape}, {d} | {dtype} | {one['kernel']} | {one['grid'][0]} x {one['threads']} | "
+                    f"{one['shared_bytes'] / 1024:.0f} | {moved / 1e6:.1f} | {1e6 * moved / rates.bandwidth:.1f} |"
+                )
     return "\n".join(lines).replace("torch.", "")
 
 

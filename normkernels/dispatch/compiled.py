@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -79,6 +78,9 @@ def refusal(op: str, request: Request) -> str:
 
 
 def _architecture(device: torch.device) -> int:
+    """Return 90 for sm_90, and 0 for what is no GPU."""
+    if device.type != "cuda":
+        return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -87,28 +89,37 @@ def _architecture(device: torch.device) -> int:
 PLANNED = (90, 132, 232448)
 
 
-def launch_plan(
-    op: str,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    *,
-    group_size: int | None = None,
-    plane: Sequence[int] | None = None,
-) -> list[dict[str, Any]]:
+def has_kernels(op: str) -> bool:
+    """Return whether the extension is loaded and has kernels for an op."""
+    return has_kernel(f"normkernels_launches::{op}", "Meta")
+
+
+def launch_plan(op: str, *arguments: Any) -> list[dict[str, Any]]:
     """Return an op's launches on the current GPU: kernel, grid, threads, shared_bytes, read_bytes and written_bytes.
 
-    Where there is no GPU, they are those on an H200. Raises ValueError for a call that the kernels do not serve,
-    RuntimeError where the extension cannot be loaded.
+    arguments: those of the raw op, with tensors on the device "meta". Where there is no GPU, launches are those on an
+    H200. A call that the kernels leave to a library has none.
+    Raises RuntimeError for a call that the kernels do not serve, and where the extension cannot be loaded.
     """
-    module, reason = load()
-    if module is None:
-        raise RuntimeError(f"launch_plan: {reason}")
     device = PLANNED
     if torch.cuda.is_available():
         found: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
         device = (10 * found.major + found.minor, found.multi_processor_count, found.shared_memory_per_block_optin)
-    type = str(dtype).removeprefix("torch.")
-    return module.launch_plan(op, list(shape), type, group_size or 0, list(plane or ()), *device)
+    return launches_on(device, op, *arguments)
+
+
+def launches_on(device: tuple[int, int, int], op: str, *arguments: Any) -> list[dict[str, Any]]:
+    """Return the launches on a GPU with this architecture, so many multiprocessors and a block's shared memory."""
+    module, reason = load()
+    if module is None:
+        raise RuntimeError(f"launch_plan: {reason}")
+    call = getattr(torch.ops.normkernels_launches, op)
+    module.record(*device)
+    try:
+        call(*arguments)
+    finally:
+        launches = module.recorded()
+    return launches
 
 
 def registered(op: str, key: str) -> bool:

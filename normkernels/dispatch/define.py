@@ -6,8 +6,9 @@ under their device's key and so take precedence there: the compiled ones by the 
 the compiled ones. ``use_backend`` replaces the registrations of choose.py for the time of a ``with`` block, which costs
 nothing outside of it.
 
-A compiled kernel leaves a call to the next backend by calling the op's twin in the namespace ``normkernels_next``, with
-the arguments that it got (fallback.py).
+An op has two twins of the same schema. In the namespace ``normkernels_next`` it serves the calls that a compiled kernel
+leaves to the next backend (fallback.py); in ``normkernels_launches`` the extension records what it would launch for
+tensors without memory (compiled.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from normkernels.triton import launch
 
 LIBRARY = torch.library.Library("normkernels", "DEF")
 NEXT = torch.library.Library("normkernels_next", "DEF")
+LAUNCHES = torch.library.Library("normkernels_launches", "DEF")
 
 
 def define(op: Op) -> Op:
@@ -49,6 +51,7 @@ def define(op: Op) -> Op:
     if op.kernels:
         kernels = launch.implementation(op.triton_module, op.name)
         IMPLEMENTATIONS[op.name]["triton"] = fallback.from_triton(op.name, kernels, exact)
+    LAUNCHES.define(op.schema)
     NEXT.define(op.schema)
     NEXT.impl(op.name, fallback.from_compiled(op), "CompositeExplicitAutograd")
     return op

@@ -33,13 +33,14 @@ def from_triton(op: str, kernels: Callable[..., Any], eager: Callable[..., Any])
 def from_compiled(op: Op) -> Callable[..., Any]:
     """Return a function that serves a call which the compiled kernels have left to the next backend.
 
-    Nothing is said where a call belongs to a library in any case, as an eigendecomposition does.
+    Nothing is said where there is no reason: an empty batch, and a call that belongs to a library in any case, as an
+    eigendecomposition does.
     """
 
     def call(*args: Any) -> Any:
         request = op.request(*args)
         server = choose.after_compiled(op.name, request)
-        reason = compiled.refusal(op.name, request)
+        reason = compiled.refusal(op.name, request) if request.data.numel() else ""
         if reason:
             # A GPU that was not compiled for is one reason, not one for each op.
             subject = f"{op.name}: " if compiled.compiled_for(request.data.device) else ""

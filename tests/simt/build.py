@@ -6,9 +6,11 @@ that went into them in their names, under build/simt: what is there is right, an
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import functools
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -18,6 +20,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,8 +32,8 @@ BUILD = ROOT / "build" / "simt"
 COMPILER = os.environ.get("CXX", "g++")
 # Paths are relative to the repository, so that a copy of it finds the same hashes in its copy of the build folder.
 FLAGS = (
-    "-xc++", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-DNORMKERNELS_SIMT",
-    "-Icsrc", "-Itests/simt",
+    "-xc++", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas",
+    "-Icsrc", "-Itests/simt", "-Itests/simt/device",  # the folder that takes the place of csrc/device
     "-fno-strict-aliasing",  # kernels load four numbers as one vector, which nvcc allows
 )  # fmt: skip
 PLAIN = ("-O2",)
@@ -40,10 +43,9 @@ SANITIZED = (
     "-Werror=maybe-uninitialized",
 )  # fmt: skip
 
-NAMESPACE = "normkernels_simt"
-TORCH_FLAGS = (
-    f"-DNORMKERNELS_NAMESPACE={NAMESPACE}", "-DNORMKERNELS_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020b000000000000",
-)  # fmt: skip
+NAMESPACE = "normkernels_simt"  # as in device/current.h
+ARCHITECTURE = 80  # of the device that the runtime plays
+TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000",)
 TORCH_LIBRARIES = ("libtorch.so", "libtorch_cpu.so", "libc10.so")
 
 
@@ -63,7 +65,7 @@ def build(*, sanitize: bool = False) -> Path:
     libraries = Path(torch.__file__).parent / "lib"
     return link(
         "normkernels",
-        sorted(CSRC.glob("*.cu")),
+        [*sorted(CSRC.glob("*/*.c*[pu]")), HERE / "exports.cpp"],
         (*TORCH_FLAGS, *(f"-isystem{path}" for path in include_paths())),
         (*(str(libraries / name) for name in TORCH_LIBRARIES), f"-Wl,-rpath,{libraries}"),
         sanitize=sanitize,
@@ -83,12 +85,12 @@ def link(
     folder.mkdir(parents=True, exist_ok=True)
     mode = SANITIZED if sanitize else PLAIN
     flags = (*FLAGS, *mode, *compile_flags)
-    headers = sorted([*HERE.glob("*.h"), *CSRC.glob("*.h"), *CSRC.glob("*.cuh")])
+    headers = sorted([*HERE.glob("*.h"), *HERE.glob("device/*"), *CSRC.glob("*/*.h"), *CSRC.glob("*/*.cuh")])
     common = _hash([" ".join(flags), compiler_version(), torch.__version__, *headers])
     with open(folder / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         objects = {
-            source: folder / f"{name}-{source.stem}.{_hash([common, source])}.o"
+            source: folder / f"{name}-{source.name}.{_hash([common, source])}.o"
             for source in (*sources, HERE / "simt.cpp")
         }
         library = folder / f"lib{name}.{_hash([*link_flags, *(one.name for one in objects.values())])}.so"
@@ -165,6 +167,31 @@ def load(library: Path) -> torch.library.Library:
     return definitions
 
 
+class Extension:
+    """The functions of ``normkernels._C`` that the tests need, from a built library."""
+
+    def __init__(self, library: Path) -> None:
+        self._functions = ctypes.CDLL(str(library))
+        self._functions.refusal.restype = self._functions.recorded.restype = ctypes.c_char_p
+        self._functions.refusal.argtypes = [ctypes.c_char_p] * 2 + [ctypes.c_int64] * 3 + [ctypes.c_int]
+
+    def refusal(self, op: str, dtype: str, group_size: int, plane: Sequence[int], architecture: int) -> str:
+        height, width = plane or (0, 0)
+        return self._functions.refusal(
+            op.encode(), dtype.encode(), group_size, height, width, architecture
+        ).decode()  # fmt: skip
+
+    def compiled_for(self, architecture: int) -> bool:
+        return architecture == ARCHITECTURE
+
+    def record(self, *device: int) -> None:
+        self._functions.record(*device)
+
+    def recorded(self) -> list[dict[str, Any]]:
+        launches: list[dict[str, Any]] = json.loads(self._functions.recorded())
+        return launches
+
+
 @functools.cache
 def install(library: Path) -> None:
     """Make ``use_backend("cuda")`` serve CPU tensors by a built library's ops."""
@@ -174,7 +201,10 @@ def install(library: Path) -> None:
     for op in record.OPS:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", "CPU"):
             record.IMPLEMENTATIONS[op]["cuda"] = getattr(getattr(torch.ops, NAMESPACE), op).default
+    extension = Extension(library)
+    compiled.load = lambda: (extension, "")  # type: ignore[assignment]
     compiled.availability = lambda: (True, "CUDA kernels compiled for the CPU")
+    compiled._architecture = lambda device: ARCHITECTURE
 
 
 if __name__ == "__main__":

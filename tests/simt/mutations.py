@@ -46,7 +46,7 @@ class Mutation:
 MUTATIONS = (
     Mutation(
         "whiten: no barrier between the copies and the product",
-        "csrc/whiten.cu",
+        "csrc/cuda/whiten.cu",
         "__syncthreads();  // this tile is here, and all have left the one that the next load overwrites",
         "",
         ["tests/ops/test_whiten.py", "-k", "test_every_layout_and_type"],
@@ -54,7 +54,7 @@ MUTATIONS = (
     ),
     Mutation(
         "whiten: waits for one group of copies too few",
-        "csrc/whiten.cu",
+        "csrc/cuda/whiten.cu",
         "wait_for_copies<Shape::STAGES - 2>();",
         "wait_for_copies<Shape::STAGES - 1>();",
         ["tests/ops/test_whiten.py", "-k", "test_every_layout_and_type"],
@@ -62,7 +62,7 @@ MUTATIONS = (
     ),
     Mutation(
         "whiten: one column too many",
-        "csrc/whiten.cu",
+        "csrc/cuda/whiten.cu",
         "if (at >= stop) continue;",
         "if (at > stop) continue;",
         ["tests/ops/test_whiten.py", "-k", "test_every_layout_and_type"],
@@ -71,7 +71,7 @@ MUTATIONS = (
     ),
     Mutation(
         "inverse_sqrt: no barrier before eps is added",
-        "csrc/inverse_sqrt.cu",
+        "csrc/cuda/inverse_sqrt.cu",
         "__syncthreads();\n  whitening_matrix<",
         "whitening_matrix<",
         ["tests/ops/test_inverse_sqrt.py", "-k", "test_scales_and_eps"],
@@ -79,7 +79,7 @@ MUTATIONS = (
     ),
     Mutation(
         "inverse_sqrt: one row too many",
-        "csrc/inverse_sqrt.cu",
+        "csrc/cuda/inverse_sqrt.cu",
         "M(i, j) = i < how.d &&",
         "M(i, j) = i <= how.d &&",
         ["tests/ops/test_inverse_sqrt.py", "-k", "test_widths_and_condition_numbers"],
@@ -88,7 +88,7 @@ MUTATIONS = (
     ),
     Mutation(
         "iter_norm: no barrier before the adjoint",
-        "csrc/iter_norm.cu",
+        "csrc/cuda/iter_norm.cu",
         "__syncthreads();\n  covariance_adjoint<",
         "covariance_adjoint<",
         ["tests/ops/test_iter_norm.py", "-k", "test_every_layout_and_type"],
@@ -96,7 +96,7 @@ MUTATIONS = (
     ),
     Mutation(
         "spectral_filter: no barrier between the two sides",
-        "csrc/spectral.cu",
+        "csrc/cuda/spectral_filter.cu",
         "__syncthreads();\n    transform<false>(second, first, w_waves + 2",
         "transform<false>(second, first, w_waves + 2",
         ["tests/ops/test_spectral_kernels.py", "-k", "test_every_plane"],
@@ -104,7 +104,7 @@ MUTATIONS = (
     ),
     Mutation(
         "pop_norm: no barrier before the sums of warps are read",
-        "csrc/diagonal.cuh",
+        "csrc/cuda/diagonal.cuh",
         "__syncthreads();  // every warp's sums are there",
         "",
         ["tests/ops/test_pop_norm.py", "-k", "test_every_layout_and_type"],
@@ -112,7 +112,7 @@ MUTATIONS = (
     ),
     Mutation(
         "pop_norm: the last block but one of a channel goes on",
-        "csrc/diagonal.cuh",
+        "csrc/cuda/diagonal.cuh",
         "comes_last(workspace.tickets + tile, sweep.cut.parts,",
         "comes_last(workspace.tickets + tile, sweep.cut.parts - 1,",
         ["tests/ops/test_cuda.py", "-k", "test_several_parts_of_channels"],
@@ -120,7 +120,7 @@ MUTATIONS = (
     ),
     Mutation(
         "pop_norm: one access too many",
-        "csrc/whiten.cu",
+        "csrc/cuda/whiten.cu",
         "if (k * sweep.row < left) a_values",
         "if (k * sweep.row <= left) a_values",
         ["tests/ops/test_pop_norm.py", "-k", "test_channel_counts"],
@@ -129,7 +129,7 @@ MUTATIONS = (
     ),
     Mutation(
         "precondition: no barrier before the values of warps are read",
-        "csrc/precondition.cu",
+        "csrc/cuda/precondition.cu",
         "__syncthreads();  // every warp's value is there",
         "",
         ["tests/ops/test_cuda.py", "-k", "test_rows_of_gradients"],
@@ -137,7 +137,7 @@ MUTATIONS = (
     ),
     Mutation(
         "precondition: no barrier before the next value of a warp",
-        "csrc/precondition.cu",
+        "csrc/cuda/precondition.cu",
         "__syncthreads();  // and read, before the next takes its place",
         "",
         ["tests/ops/test_cuda.py", "-k", "test_rows_of_gradients"],
@@ -145,7 +145,7 @@ MUTATIONS = (
     ),
     Mutation(
         "precondition: step 5 with the weights of before step 4",
-        "csrc/precondition.cu",
+        "csrc/cuda/precondition.cu",
         "? mean[channel[k]] * value : INFINITY",
         "? mean[channel[k]] * values.get(k, all.bfloat) : INFINITY",
         ["tests/ops/test_precondition.py", "-k", "test_each_kind_of_layer"],
@@ -153,7 +153,7 @@ MUTATIONS = (
     ),
     Mutation(
         "precondition: one row too many",
-        "csrc/precondition.cu",
+        "csrc/cuda/precondition.cu",
         "if (row >= layer.rows) return;",
         "if (row > layer.rows) return;",
         ["tests/ops/test_precondition.py", "-k", "test_each_kind_of_layer"],
@@ -162,7 +162,7 @@ MUTATIONS = (
     ),
     Mutation(
         "moments: no barrier between the copies and the product",
-        "csrc/reduce.cuh",
+        "csrc/cuda/reduce.cuh",
         "__syncthreads();  // this tile is here, and all have left the one that the next load overwrites",
         "",
         ["tests/ops/test_moments.py", "-k", "test_every_layout_and_type"],

@@ -402,11 +402,6 @@ void multiply_bf16(void* const* products) {
 
 // --- CUDA's functions ------------------------------------------------------------------------------------------------
 
-cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
-  std::memset(pointer, value, bytes);
-  return cudaSuccess;
-}
-
 double sinpi(double x) {
   const double part = std::remainder(x, 2.0);  // -1..1, exactly
   return part == 0 || std::abs(part) == 1 ? 0 : std::sin(M_PI * part);

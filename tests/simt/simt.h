@@ -1,4 +1,4 @@
-// CUDA for kernels that run on a CPU: what csrc/device.cuh promises a kernel, under the same names.
+// CUDA for kernels that run on a CPU: what csrc/device/device.cuh promises a kernel, under the same names.
 //
 // A thread of a block is a fiber, and runs until it must wait: the skew between threads is as large as it can be, so
 // that a missing barrier shows. What a GPU may do in more than one way is done here in the worst: shared memory is NaN
@@ -13,6 +13,7 @@
 //   NORMKERNELS_SIMT_SHARED_BYTES                       the largest shared memory of a block, if not 227 KiB
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstddef>
@@ -168,10 +169,6 @@ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 }  // namespace nk
 
 using cudaStream_t = struct CUstream_st*;
-using cudaError_t = int;
-constexpr cudaError_t cudaSuccess = 0;
-
-cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t stream);
 
 namespace nk {
 
@@ -187,6 +184,10 @@ template <class... Parameters, class... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), const Launch& how, Arguments... arguments) {
   const std::tuple<Parameters...> parameters{Parameters(arguments)...};
   simt::run(op, how, [&] { std::apply(kernel, parameters); });
+}
+
+inline void zero(const char*, unsigned* counters, int64_t count, cudaStream_t) {
+  std::fill_n(counters, count, 0u);
 }
 
 }  // namespace nk

@@ -9,7 +9,7 @@
 #include <cfloat>
 #include <type_traits>
 
-#include "plans.h"
+#include "cuts.h"
 #include "precision.cuh"
 
 namespace nk {
@@ -37,8 +37,6 @@ struct Matrices {
     return {i < fit ? shared + i * Matrix<D>::SIZE : global + (i - fit) * Matrix<D>::SIZE};
   }
 };
-
-constexpr int FORWARD_MATRICES = 3, BACKWARD_MATRICES = 5;
 
 // Returns the sum over all threads of the block, the same in all of them. slots: one float for each warp.
 template <int WARPS>
@@ -236,13 +234,6 @@ __device__ __forceinline__ void newton_adjoint(Matrix<D> M, Matrix<D> dM, Matrix
   }
 }
 
-// The options of the small matrix function.
-struct Newton {
-  int d, iterations;
-  bool frobenius;
-  float eps;
-};
-
 // Returns the upper bound of the largest eigenvalue that eq. 14 divides by: trace or Frobenius norm. NaN stays NaN.
 template <int D, int WARPS>
 __device__ __forceinline__ float scale_of(Matrix<D> cov, bool frobenius, float* slots) {
@@ -331,26 +322,12 @@ void with_padded(int64_t d, F f) {
   return f(std::integral_constant<int, 128>());
 }
 
-// Shared memory of a block, the matrices that it has room for, and the floats of the others for each group.
-struct Room {
-  int fit = 0;
-  int64_t bytes = 0, outside = 0;
-};
-
 // Makes room for `matrices` after `before` bytes, in the place of `tiles` bytes.
 template <int D>
 Room make_room(const Device& device, int matrices, int64_t before, int64_t tiles) {
   constexpr int64_t matrix = Matrix<D>::SIZE * int64_t(sizeof(float));
   const int fit = int(std::clamp<int64_t>((device.shared_bytes - before) / matrix, 1, matrices));
   return {fit, before + std::max(tiles, fit * matrix), int64_t(matrices - fit) * Matrix<D>::SIZE};
-}
-
-inline Room small_matrix_room(const Device& device, int64_t d, int matrices) {
-  Room room;
-  with_padded(d, [&](auto padded) {
-    room = make_room<decltype(padded)::value>(device, matrices, WARP * int64_t(sizeof(float)), 0);
-  });
-  return room;
 }
 
 }  // namespace nk

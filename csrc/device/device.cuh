@@ -1,21 +1,23 @@
 // The kernels' interface to a GPU, in one place: shared memory, asynchronous copies, tensor-core products, launching.
 //
-// tests/simt compiles the same kernels as C++ for a CPU; there simt.h has everything that CUDA or this file has here.
-// A kernel therefore uses only this file and threadIdx, blockIdx, gridDim, __syncthreads, __shfl_xor_sync,
-// __threadfence, atomicAdd(unsigned*), __ldcg, float2, float4, and C's mathematics.
+// tests/simt compiles the same kernels as C++ for a CPU, with its own folder in the place of this one. A kernel
+// therefore uses only this folder and threadIdx, blockIdx, gridDim, __syncthreads, __shfl_xor_sync, __threadfence,
+// atomicAdd(unsigned*), __ldcg, float2, float4, and C's mathematics.
 #pragma once
+
+#include <cuda_runtime.h>
 
 #include <cstddef>
 #include <cstdint>
-
-#ifdef NORMKERNELS_SIMT
-#include "simt.h"
-#else
-#include <cuda_runtime.h>
-
-#include "checks.h"
+#include <stdexcept>
+#include <string>
 
 namespace nk {
+
+inline void check_cuda(const char* op, cudaError_t status) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string(op) + ": expected to launch a kernel, got " + cudaGetErrorString(status));
+}
 
 constexpr int WARP = 32;
 
@@ -102,5 +104,9 @@ void launch(const char* op, void (*kernel)(Parameters...), const Launch& how, Ar
   check_cuda(op, cudaGetLastError());
 }
 
+// Zeroes counters on a stream.
+inline void zero(const char* op, unsigned* counters, int64_t count, cudaStream_t stream) {
+  check_cuda(op, cudaMemsetAsync(counters, 0, size_t(count) * sizeof(unsigned), stream));
+}
+
 }  // namespace nk
-#endif

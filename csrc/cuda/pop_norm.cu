@@ -1,7 +1,8 @@
 // pop_norm and its backward, two launches each: the reduction, whose last block of a channel goes on to the factors,
 // and the map. Algebra: primitives/pop_norm/DERIVATION.md.
+#include "diagonal.cuh"
+#include "launch.cuh"
 #include "launches.h"
-#include "tensors.h"
 
 namespace nk {
 
@@ -10,7 +11,7 @@ struct Root {
   float beta, r;
 
   __device__ __forceinline__ Root(const PopOptions& how, const Parameter& bias, int64_t channel, float mean, float var)
-      : beta(bias(channel, 0.f)) {
+      : beta(value_of(bias, channel, 0.f)) {
     const float away = how.center ? beta : mean;
     r = sqrtf(var + away * away + how.eps);
   }
@@ -26,7 +27,7 @@ __global__ __launch_bounds__(SWEEP_THREADS, SWEEP_BLOCKS) void pop_forward_kerne
   channel_moments<T>(sweep, x, workspace, [&](int64_t channel, double exact, double variance) {
     const float mean = float(exact), var = float(variance);
     const Root root(how, bias, channel, mean, var);
-    const float factor = how.scale ? weight(channel, 1.f) / (how.kappa * root.r) : 1.f;
+    const float factor = how.scale ? value_of(weight, channel, 1.f) / (how.kappa * root.r) : 1.f;
     out.mean[channel] = mean;
     out.var[channel] = var;
     out.factor[channel] = factor;
@@ -47,7 +48,7 @@ __global__ __launch_bounds__(SWEEP_THREADS, SWEEP_BLOCKS) void pop_backward_kern
   channel_sums<T>(sweep, grad, x, shift, workspace, [&](int64_t channel, double f, double sum_x, double products) {
     const Root root(how, bias, channel, mean[channel], var[channel]);
     const double m = double(sweep.total), r = root.r;
-    const double factor = how.scale ? weight(channel, 1.f) / (double(how.kappa) * r) : 1.;
+    const double factor = how.scale ? value_of(weight, channel, 1.f) / (double(how.kappa) * r) : 1.;
     const double offset = how.center ? sum_x / m : 0.;  // left in x - mean by the rounding of the mean
     const double D = products - offset * f, e = D + (how.center ? root.beta * f : 0.);  // e = sum dy x~
     const double of_x = how.scale ? -factor * e / (m * r * r) : 0.;
@@ -82,77 +83,4 @@ void launch_pop_backward(const Run& run, const Columns& grad, const Columns& x, 
              Source(grad, sweep), Source(x, sweep), workspace, options, weight, bias, mean, var, out);
 }
 
-// --- ops -----------------------------------------------------------------------------------------------------------
-
-std::tuple<Tensor, Tensor, Tensor> pop_norm(const Tensor& data, const std::optional<Tensor>& weight,
-                                            const std::optional<Tensor>& bias, double kappa, double eps, bool center,
-                                            bool scale) {
-  const char* op = "pop_norm";
-  check_data(op, "x", data, 1);
-  if (const auto reason = not_served(op, data, 1)) {
-    return next<Tensor, Tensor, Tensor>(op, *reason, data, weight, bias, kappa, eps, center, scale);
-  }
-  const OnDevice on(op, data);
-  const Tensor x = collapsible(data);
-  const auto gamma = packed(weight), beta = packed(bias);
-  const int element = int(x.element_size());
-  const int64_t channels = x.size(1);
-  const Columns seen = columns_of(x, channels);
-  const ChannelReduction how(on.run.device, channels, element, {&seen});
-  const Memory memory(how, x);
-  const auto vector = [&] { return empty({channels}, ScalarType::Float, x); };
-  Tensor y = empty_output(data), mean = vector(), var = vector(), factor = vector(), constant = vector();
-  launch_pop_forward(on.run, seen, element, how, memory.workspace, {float(kappa), float(eps), center, scale},
-                     parameter(op, "weight", gamma, x), parameter(op, "bias", beta, x),
-                     {floats(mean), floats(var), floats(factor), floats(constant)});
-  launch_scale(on.run, seen, {floats(factor)}, center ? floats(mean) : nullptr, nullptr, {}, columns_of(y, channels),
-               element, channels, {}, {floats(constant)});
-  return {y, mean, var};
-}
-
-std::tuple<Tensor, Tensor, Tensor> pop_norm_backward(const Tensor& gradient, const Tensor& data,
-                                                     const std::optional<Tensor>& weight,
-                                                     const std::optional<Tensor>& bias, const Tensor& mean,
-                                                     const Tensor& var, double kappa, double eps, bool center,
-                                                     bool scale) {
-  const char* op = "pop_norm_backward";
-  check_data(op, "x", data, 1);
-  if (const auto reason = not_served(op, data, 1)) {
-    return next<Tensor, Tensor, Tensor>(op, *reason, gradient, data, weight, bias, mean, var, kappa, eps, center,
-                                        scale);
-  }
-  check_like(op, "grad", gradient, shape_of(data), data.scalar_type(), data);
-  check_like(op, "mean", mean, {data.size(1)}, ScalarType::Float, data);
-  check_like(op, "var", var, {data.size(1)}, ScalarType::Float, data);
-  const OnDevice on(op, data);
-  const Tensor x = collapsible(data), grad = in_layout_of(x, gradient, data.size(1));
-  const Tensor mu = packed(mean), v = packed(var);
-  const auto gamma = packed(weight), beta = packed(bias);
-  const int element = int(x.element_size());
-  const int64_t channels = x.size(1);
-  // The scale alone needs x: without it dx = dy - mean dy.
-  const Columns left = columns_of(grad, channels), seen = scale ? columns_of(x, channels) : left;
-  const ChannelReduction how(on.run.device, channels, element, {&seen, &left});
-  const Memory memory(how, x);
-  const auto vector = [&] { return empty({channels}, ScalarType::Float, x); };
-  Tensor dx = empty_output(data), grad_weight = vector(), grad_bias = vector();
-  const Tensor of_grad = vector(), of_x = vector(), constant = vector();
-  launch_pop_backward(on.run, left, seen, element, how, memory.workspace, {float(kappa), float(eps), center, scale},
-                      parameter(op, "weight", gamma, x), parameter(op, "bias", beta, x), floats(mu), floats(v),
-                      {floats(of_grad), floats(of_x), floats(constant), floats(grad_weight), floats(grad_bias)});
-  const Columns to = columns_of(dx, channels);
-  if (scale) {
-    launch_scale(on.run, seen, {floats(of_x)}, center ? floats(mu) : nullptr, &left, {floats(of_grad)}, to, element,
-                 channels, {}, {floats(constant)});
-  } else {
-    launch_scale(on.run, left, {}, nullptr, nullptr, {}, to, element, channels, {}, {floats(constant)});
-  }
-  return {dx, grad_weight, grad_bias};
-}
-
 }  // namespace nk
-
-NORMKERNELS_IMPL(library) {
-  library.impl("pop_norm", TORCH_BOX(&nk::pop_norm));
-  library.impl("pop_norm_backward", TORCH_BOX(&nk::pop_norm_backward));
-}

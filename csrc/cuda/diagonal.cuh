@@ -6,69 +6,15 @@
 // the results of all parts in a fixed order, in the same launch (merge.cuh).
 #pragma once
 
-#include <initializer_list>
-
 #include "merge.cuh"
-#include "run.h"
 
 namespace nk {
 
-constexpr int SWEEP_THREADS = 256, SWEEP_WARPS = SWEEP_THREADS / WARP;
-constexpr int MOST_ACROSS = 8;   // accesses of 16 bytes side by side: 128 bytes, a line of the cache
-constexpr int MOST_WIDTH = 8;    // values of a thread along the channels
-constexpr int SWEEP_BLOCKS = 3;  // blocks of a multiprocessor: up to 80 registers for a thread
+constexpr int SWEEP_WARPS = SWEEP_THREADS / WARP;
+constexpr int MOST_WIDTH = 8;  // values of a thread along the channels
 // Shared memory: a float for each warp and channel of a tile, or a double for each thread.
 constexpr int SWEEP_BYTES = SWEEP_THREADS * int(sizeof(double));
 static_assert(SWEEP_WARPS * MOST_ACROSS * MOST_WIDTH * int(sizeof(float)) <= SWEEP_BYTES);
-
-// How blocks and threads go over the channels and columns of one or more tensors.
-struct Sweep {
-  int channels;
-  int vector;   // values of an access, along what is next to each other
-  bool inner;   // the channels are next to each other, otherwise the positions
-  int across;   // threads of a block side by side along the channels: a power of two
-  int tiles;    // tiles of channels
-  int row;      // columns that all threads together take at a time
-  bool bfloat;  // as in Columns, for all tensors
-  int64_t total, positions;
-  int64_t step;  // positions from one access of a thread to the next, beyond whole samples
-  Split cut;     // how the columns of a tile are cut
-
-  // The first tensor decides the order; it is the one that is written, if there is one.
-  Sweep(const Device& device, int64_t channels, int element, std::initializer_list<const Columns*> tensors)
-      : channels(int(channels)), vector(16 / element), across(1) {
-    const Columns& main = **tensors.begin();
-    inner = main.inner, bfloat = main.bfloat, total = positions = main.total;
-    for (const Columns* x : tensors) {
-      vector = x->inner == inner ? std::min(vector, std::max(x->width / element, 1)) : 1;
-      positions = std::min(positions, x->positions);
-    }
-    const int64_t accesses = (channels + vector - 1) / vector;  // for a column
-    while (inner && across < MOST_ACROSS && across < accesses) across *= 2;
-    tiles = int(inner ? (accesses + across - 1) / across : channels);
-    row = SWEEP_THREADS / across * (inner ? 1 : vector);
-    step = row % positions;
-    cut = split(total, tiles, row, tiles * parts(int64_t(device.processors) * SWEEP_BLOCKS), INT32_MAX);
-  }
-
-  int64_t blocks() const { return int64_t(tiles) * cut.parts; }
-
- private:
-  // Parts of a tile: one wave of blocks, or up to four where the last one would be far from full. 256 channels of one
-  // part each would leave a third of 396 places empty; three parts are 768 blocks, nearly two full waves.
-  int64_t parts(int64_t places) const {
-    const int64_t first = std::max<int64_t>(places / tiles, 1);
-    const auto use = [&](int64_t parts) {
-      const int64_t blocks = tiles * parts, waves = (blocks + places - 1) / places;
-      return double(blocks) / double(waves * places);
-    };
-    int64_t best = first;
-    for (int64_t more = first + 1; use(best) < .85 && tiles * more <= 4 * places; ++more) {
-      if (use(more) > use(best)) best = more;
-    }
-    return best;
-  }
-};
 
 // A tensor in a sweep. A thread finds its next access by additions: with a division for each, a plane of 7 x 7 would
 // take longer than the memory.
@@ -406,33 +352,5 @@ __device__ __forceinline__ void channel_sums(const Sweep& sweep, const Source& y
   }
   if (real && merger.share == 0) finish(merger.channel, sums[0], sums[1], sums[2]);
 }
-
-// A factor for each channel (C,), or 1.
-struct Factor {
-  const float* data = nullptr;
-  int64_t stride = 1;
-
-  __device__ __forceinline__ float operator()(int64_t channel) const {
-    return data == nullptr ? 1.f : data[channel * stride];
-  }
-};
-
-// --- host ----------------------------------------------------------------------------------------------------------
-
-// A reduction in a sweep, and the workspace that it needs.
-struct ChannelReduction {
-  Sweep sweep;
-  int64_t floats, counters;  // the size of the workspace
-
-  ChannelReduction(const Device& device, int64_t channels, int element, std::initializer_list<const Columns*> tensors)
-      : sweep(device, channels, element, tensors),
-        floats(int64_t(sweep.cut.parts) * 3 * channels),
-        counters(sweep.tiles) {}
-
-  // Blocks are not counted where there is only one part.
-  void zero(const Run& run, const Workspace& workspace) const {
-    if (sweep.cut.parts > 1) run.zero(workspace.tickets, counters);
-  }
-};
 
 }  // namespace nk

@@ -3,8 +3,10 @@
 // A block keeps its rows of the matrix in shared memory and passes over a part of the columns. For each tile of columns
 // it multiplies 32 channels after the other; the next ones are on their way while the ones before are multiplied.
 // Channels on their own, d = 1, are scaled one by one (diagonal.cuh).
+#include "diagonal.cuh"
+#include "launch.cuh"
 #include "launches.h"
-#include "tensors.h"
+#include "reduce.cuh"
 
 namespace nk {
 
@@ -72,7 +74,7 @@ __global__ __launch_bounds__(MixShape<D, SOURCES>::THREADS,
     if (row < d && j < d) {
       entry =
           matrix.data[group * matrix.group_stride + row * matrix.row_stride + (source * d + j) * matrix.column_stride] *
-          weight(channel + row, 1.f);
+          value_of(weight, channel + row, 1.f);
     }
     A[i * Shape::STRIDE + column] = entry;
   }
@@ -81,7 +83,7 @@ __global__ __launch_bounds__(MixShape<D, SOURCES>::THREADS,
     shift[at] = from != nullptr && at % D < d ? from[channel + at % D] : 0.f;
   }
   for (int i = threadIdx.x; i < Shape::ROWS; i += Shape::THREADS) {
-    constant[i] = first_row + i < d ? bias(channel + first_row + i, 0.f) : 0.f;
+    constant[i] = first_row + i < d ? value_of(bias, channel + first_row + i, 0.f) : 0.f;
   }
 
   const int row = warp() % Shape::WARPS_DOWN * Shape::HEIGHT, column = warp() / Shape::WARPS_DOWN * Shape::WIDTH;
@@ -177,11 +179,11 @@ __global__ __launch_bounds__(SWEEP_THREADS, SWEEP_BLOCKS) void scale_kernel(Swee
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
       const int64_t channel = here.real ? here.channel + i : 0;
-      const float gamma = weight(channel, 1.f);
+      const float gamma = value_of(weight, channel, 1.f);
       factor[i] = gamma * of_a(channel);
       other[i] = SOURCES == 1 ? 0.f : gamma * of_b(channel);
       shift[i] = a_shift == nullptr ? 0.f : a_shift[channel];
-      constant[i] = bias(channel, 0.f);
+      constant[i] = value_of(bias, channel, 0.f);
     }
 #pragma unroll 1
     for (int64_t first = here.start; first < here.stop; first += AT_ONCE * sweep.row) {
@@ -229,66 +231,4 @@ void launch_scale(const Run& run, const Columns& a, const Factor& of_a, const fl
   element == 4 ? with_sources.template operator()<float>() : with_sources.template operator()<Half>();
 }
 
-// --- op ------------------------------------------------------------------------------------------------------------
-
-Tensor whiten(const Tensor& data, const Tensor& mean, const Tensor& W, const std::optional<Tensor>& weight,
-              const std::optional<Tensor>& bias) {
-  STD_TORCH_CHECK(W.dim() == 3 && W.size(1) == W.size(2), "whiten: W: expected shape (G, d, d), got ",
-                  text(shape_of(W)));
-  const int64_t groups = W.size(0), d = W.size(1);
-  check_data("whiten", "x", data, d);
-  if (const auto reason = not_served("whiten", data, d)) {
-    return std::get<0>(next<Tensor>("whiten", *reason, data, mean, W, weight, bias));
-  }
-  check_like("whiten", "W", W, {data.size(1) / d, d, d}, ScalarType::Float, data);
-  check_like("whiten", "mean", mean, {data.size(1)}, ScalarType::Float, data);
-  const OnDevice on("whiten", data);
-  const Tensor x = collapsible(data), center = packed(mean);
-  const auto gamma = packed(weight), beta = packed(bias);
-  Tensor y = empty_output(data);
-  if (d == 1) {
-    launch_scale(on.run, columns_of(x, groups), {floats(W), W.stride(0)}, floats(center), nullptr, {},
-                 columns_of(y, groups), int(x.element_size()), groups, parameter("whiten", "weight", gamma, x),
-                 parameter("whiten", "bias", beta, x));
-    return y;
-  }
-  launch_mix(on.run, columns_of(x, d), floats(center), nullptr, nullptr, columns_of(y, d), int(x.element_size()),
-             {floats(W), W.stride(0), W.stride(1), W.stride(2)}, parameter("whiten", "weight", gamma, x),
-             parameter("whiten", "bias", beta, x), groups, d);
-  return y;
-}
-
-// Returns matrix [grad - grad_mean; x - mean] + constant.
-Tensor stacked_mix(const Tensor& gradient, const Tensor& data, const Tensor& gradient_mean, const Tensor& mean,
-                   const Tensor& matrix, const Tensor& constant) {
-  const char* op = "stacked_mix";
-  STD_TORCH_CHECK(matrix.dim() == 3 && matrix.size(2) == 2 * matrix.size(1), op,
-                  ": matrix: expected shape (G, d, 2 d), got ", text(shape_of(matrix)));
-  const int64_t groups = matrix.size(0), d = matrix.size(1);
-  check_data(op, "x", data, d);
-  auto reason = not_served(op, data, d);
-  if (d == 1) reason = "";  // silently: Triton's is as good
-  if (reason) {
-    return std::get<0>(next<Tensor>(op, *reason, gradient, data, gradient_mean, mean, matrix, constant));
-  }
-  check_like(op, "grad", gradient, shape_of(data), data.scalar_type(), data);
-  check_like(op, "grad_mean", gradient_mean, {data.size(1)}, ScalarType::Float, data);
-  check_like(op, "mean", mean, {data.size(1)}, ScalarType::Float, data);
-  check_like(op, "matrix", matrix, {data.size(1) / d, d, 2 * d}, ScalarType::Float, data);
-  check_like(op, "constant", constant, {data.size(1)}, ScalarType::Float, data);
-  const OnDevice on(op, data);
-  const Tensor x = collapsible(data), grad = in_layout_of(x, gradient, d);
-  const Tensor center = packed(gradient_mean), shift = packed(mean), bias = packed(constant);
-  Tensor y = empty_output(data);
-  const Columns seen = columns_of(x, d);
-  launch_mix(on.run, columns_of(grad, d), floats(center), &seen, floats(shift), columns_of(y, d), int(x.element_size()),
-             {floats(matrix), matrix.stride(0), matrix.stride(1), matrix.stride(2)}, {}, {floats(bias)}, groups, d);
-  return y;
-}
-
 }  // namespace nk
-
-NORMKERNELS_IMPL(library) {
-  library.impl("whiten", TORCH_BOX(&nk::whiten));
-  library.impl("stacked_mix", TORCH_BOX(&nk::stacked_mix));
-}

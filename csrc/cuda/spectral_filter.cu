@@ -6,8 +6,9 @@
 // then of columns. Products are in float32 without tensor cores: their tiles of 16 would double the work at the sizes
 // that are normal here (34: K is 17), and so nothing is rounded twice. Rejected: an FFT, whose radices would be 17 and
 // 29 here.
+#include "launch.cuh"
 #include "launches.h"
-#include "tensors.h"
+#include "precision.cuh"
 
 namespace nk {
 
@@ -98,6 +99,20 @@ __device__ __forceinline__ void transform(const float* in, float* out, const flo
   }
 }
 
+template <class T>
+__device__ __forceinline__ float load(const Planes& z, int64_t plane, int row, int column) {
+  row = z.rows.index(row), column = z.columns.index(column);
+  if (row < 0 || column < 0) return 0;
+  return to_float(reinterpret_cast<const T*>(z.data)[plane + row * z.row_stride + column * z.column_stride], z.bfloat);
+}
+
+template <class T>
+__device__ __forceinline__ void store(const Planes& y, int64_t plane, int row, int column, float value) {
+  row = y.rows.index(row), column = y.columns.index(column);
+  if (row < 0 || column < 0) return;
+  from_float(reinterpret_cast<T*>(y.data)[plane + row * y.row_stride + column * y.column_stride], value, y.bfloat);
+}
+
 // Calls f(plane, row, column) over a quarter of the planes, in the order in which they are in memory.
 template <class F>
 __device__ __forceinline__ void for_quarter(bool inner, int planes, int rows, int columns, F f) {
@@ -132,10 +147,10 @@ __global__ __launch_bounds__(SPECTRAL_THREADS) void filter_kernel(Planes z, Plan
       if (row < h.half && column < w.half) {
         const int64_t from = z.plane(start + plane, channels);
         const int down = H - 1 - row, right = W - 1 - column;
-        a = z.template load<T>(from, row, column);  // a value that is its own mirror image counts once
-        if (right != column) b = z.template load<T>(from, row, right);
-        if (down != row) c = z.template load<T>(from, down, column);
-        if (down != row && right != column) d = z.template load<T>(from, down, right);
+        a = load<T>(z, from, row, column);  // a value that is its own mirror image counts once
+        if (right != column) b = load<T>(z, from, row, right);
+        if (down != row) c = load<T>(z, from, down, column);
+        if (down != row && right != column) d = load<T>(z, from, down, right);
       }
       to[0] = (a + b) + (c + d);
       to[block] = (a - b) - (c - d);
@@ -167,10 +182,10 @@ __global__ __launch_bounds__(SPECTRAL_THREADS) void filter_kernel(Planes z, Plan
       const float cc = blocks[0], ss = blocks[block], cs = blocks[2 * block], sc = blocks[3 * block];
       const int64_t to = y.plane(start + plane, channels);
       const int down = H - 1 - row, right = W - 1 - column;
-      y.template store<T>(to, row, column, (cc + ss) + (cs + sc));
-      if (right != column) y.template store<T>(to, row, right, (cc - ss) - (cs - sc));
-      if (down != row) y.template store<T>(to, down, column, (cc - ss) + (cs - sc));
-      if (down != row && right != column) y.template store<T>(to, down, right, (cc + ss) - (cs + sc));
+      store<T>(y, to, row, column, (cc + ss) + (cs + sc));
+      if (right != column) store<T>(y, to, row, right, (cc - ss) - (cs - sc));
+      if (down != row) store<T>(y, to, down, column, (cc - ss) + (cs - sc));
+      if (down != row && right != column) store<T>(y, to, down, right, (cc + ss) - (cs + sc));
     });
   }
 }
@@ -236,57 +251,4 @@ void launch_filter(const Run& run, const Planes& z, const Planes& y, int element
              int(H), int(W), int(channels), total, at_once);
 }
 
-// --- op ------------------------------------------------------------------------------------------------------------
-
-static Planes planes_of(const Tensor& t, const Window& rows, const Window& columns) {
-  return {static_cast<unsigned char*>(t.data_ptr()),
-          t.stride(0),
-          t.stride(1),
-          t.stride(2),
-          t.stride(3),
-          rows,
-          columns,
-          channels_innermost(t),
-          t.scalar_type() == ScalarType::BFloat16};
-}
-
-static void check_window(const char* name, const Window& window, int64_t n) {
-  STD_TORCH_CHECK(window.start >= 0 && window.step >= 1 && window.count >= 0 &&
-                      (window.count == 0 || window.start + int64_t(window.step) * (window.count - 1) < n),
-                  "spectral_filter: ", name, ": expected start, step and count within 0:", n, ", got ", window.start,
-                  ", ", window.step, ", ", window.count);
-}
-
-Tensor spectral_filter(const Tensor& z, const Tensor& v, const std::vector<int64_t>& source,
-                       const std::vector<int64_t>& target) {
-  const char* op = "spectral_filter";
-  STD_TORCH_CHECK(z.dim() == 4, op, ": z: expected shape (N, C, h, w), got ", text(shape_of(z)));
-  STD_TORCH_CHECK(v.dim() == 3, op, ": v: expected shape (C, H, W), got ", text(shape_of(v)));
-  STD_TORCH_CHECK(source.size() == 4, op, ": source: expected 4 numbers, got ", source.size());
-  STD_TORCH_CHECK(target.size() == 6, op, ": target: expected 6 numbers, got ", target.size());
-  const int64_t H = v.size(1), W = v.size(2);
-  auto reason = not_served(op, z, 0, {H, W});
-  if (!reason && (v.numel() == 0 || target[2] == 0 || target[5] == 0)) reason = "";
-  if (reason) return std::get<0>(next<Tensor>(op, *reason, z, v, source, target));
-  check_like(op, "v", v, {z.size(1), H, W}, ScalarType::Float, z);
-  const auto window = [](int64_t start, int64_t step, int64_t count) {
-    const auto small = [](int64_t value) { return int(std::clamp<int64_t>(value, INT32_MIN, INT32_MAX)); };
-    return Window{small(start), small(step), small(count)};
-  };
-  const Window z_rows = window(source[0], source[1], z.size(2)), z_columns = window(source[2], source[3], z.size(3));
-  const Window y_rows = window(target[0], target[1], target[2]), y_columns = window(target[3], target[4], target[5]);
-  check_window("source", z_rows, H), check_window("source", z_columns, W);
-  check_window("target", y_rows, H), check_window("target", y_columns, W);
-  const OnDevice on(op, z);
-  Tensor y = empty_output(z, {target[2], target[5]});
-  const Tensor coefficients = empty({coefficient_floats(H, W, z.size(1))}, ScalarType::Float, z);
-  launch_filter(on.run, planes_of(z, z_rows, z_columns), planes_of(y, y_rows, y_columns), int(z.element_size()),
-                floats(v), {v.stride(0), v.stride(1), v.stride(2)}, H, W, z.size(0), z.size(1), floats(coefficients));
-  return y;
-}
-
 }  // namespace nk
-
-NORMKERNELS_IMPL(library) {
-  library.impl("spectral_filter", TORCH_BOX(&nk::spectral_filter));
-}

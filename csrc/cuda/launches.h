@@ -1,8 +1,11 @@
-// The launches of each op, on columns and addresses: called by the ops, and by plans.cu without any data.
+// The launches of each op, on columns and addresses. An op calls them, which is host code.
 #pragma once
 
-#include "diagonal.cuh"
-#include "reduce.cuh"
+#include <array>
+#include <cstdint>
+
+#include "common/columns.h"
+#include "cuts.h"
 #include "run.h"
 
 namespace nk {
@@ -11,7 +14,7 @@ namespace nk {
 struct Rounded {
   float *value, *remainder;
 
-  __device__ __forceinline__ void store(int64_t i, double exact) const {
+  NK_INLINE void store(int64_t i, double exact) const {
     value[i] = float(exact);
     remainder[i] = float(exact - double(value[i]));
   }
@@ -40,6 +43,14 @@ struct MatrixView {
 void launch_mix(const Run& run, const Columns& a, const float* a_shift, const Columns* b, const float* b_shift,
                 const Columns& y, int element, const MatrixView& matrix, const Parameter& weight, const Parameter& bias,
                 int64_t groups, int64_t d);
+
+// A factor for each channel (C,), or 1.
+struct Factor {
+  const float* data = nullptr;
+  int64_t stride = 1;
+
+  NK_INLINE float operator()(int64_t channel) const { return data == nullptr ? 1.f : data[channel * stride]; }
+};
 
 // The same for channels on their own: y = weight (of_a (a - a_shift) + of_b b) + bias, without b if it is nullptr.
 void launch_scale(const Run& run, const Columns& a, const Factor& of_a, const float* a_shift, const Columns* b,
@@ -92,7 +103,7 @@ void launch_backward(const Run& run, const Columns& grad, const Columns& x, int 
                      const Newton& how, const Reduction& reduction, const Workspace& workspace, float* scratch,
                      const Parameter& weight, const BackwardInputs& in, const BackwardResults& out);
 
-constexpr int ROW_THREADS = 256, ROW_WARPS = ROW_THREADS / WARP;
+constexpr int ROW_THREADS = 256, ROW_WARPS = ROW_THREADS / 32;
 constexpr int LONG_ROW = 2048;  // values from which on a whole block has a row
 
 // A layer whose rows of weights are dense: channels of an output's group, and taps of a kernel, either innermost.
@@ -104,8 +115,8 @@ struct GradientLayer {
   bool inner;                       // the channels are next to each other, otherwise the taps
   int first_block = 0, vector = 1;  // the layer's first block in the launch; values of an access
 
-  __host__ __device__ __forceinline__ bool is_long() const { return int64_t(channels) * taps >= LONG_ROW; }
-  __host__ __device__ __forceinline__ int rows_of_block() const { return is_long() ? 1 : ROW_WARPS; }
+  NK_INLINE bool is_long() const { return int64_t(channels) * taps >= LONG_ROW; }
+  NK_INLINE int rows_of_block() const { return is_long() ? 1 : ROW_WARPS; }
 };
 
 // The layers of one launch: a kernel's parameters are at most 4 KiB.
@@ -126,7 +137,7 @@ struct Window {
   int start, step, count;
 
   // The index of a position of the plane, or -1.
-  __device__ __forceinline__ int index(int position) const {
+  NK_INLINE int index(int position) const {
     const int from = position - start;
     if (step == 1) return from >= 0 && from < count ? from : -1;
     return from >= 0 && from % step == 0 && from / step < count ? from / step : -1;
@@ -139,22 +150,8 @@ struct Planes {
   Window rows, columns;
   bool inner, bfloat;
 
-  __device__ __forceinline__ int64_t plane(int64_t number, int channels) const {
+  NK_INLINE int64_t plane(int64_t number, int channels) const {
     return number / channels * sample_stride + number % channels * channel_stride;
-  }
-
-  template <class T>
-  __device__ __forceinline__ float load(int64_t plane, int row, int column) const {
-    row = rows.index(row), column = columns.index(column);
-    if (row < 0 || column < 0) return 0;
-    return to_float(reinterpret_cast<const T*>(data)[plane + row * row_stride + column * column_stride], bfloat);
-  }
-
-  template <class T>
-  __device__ __forceinline__ void store(int64_t plane, int row, int column, float value) const {
-    row = rows.index(row), column = columns.index(column);
-    if (row < 0 || column < 0) return;
-    from_float(reinterpret_cast<T*>(data)[plane + row * row_stride + column * column_stride], value, bfloat);
   }
 };
 

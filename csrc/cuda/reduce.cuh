@@ -277,25 +277,4 @@ void with_kernel(int element, int64_t d, F f) {
   });
 }
 
-// The cut of a reduction of `sources` tensors, and the memory that it needs, also for the matrices of the next step.
-struct Reduction {
-  Room room;
-  Split cut{};
-  Merging merging{1};
-  int64_t floats = 0, counters = 0;  // the size of the workspace
-
-  Reduction(const Device& device, const Columns& x, int element, int64_t groups, int64_t d, int sources, int matrices) {
-    with_kernel(element, d, [&]<class T, int D>() {
-      const bool one = sources == 1;
-      room = make_room<D>(device, matrices, Shared<D>::VECTORS, one ? tile_bytes<T, D, 1>() : tile_bytes<T, D, 2>());
-      const int threads = one ? Warps<D, true>::THREADS : Warps<D, false>::THREADS;
-      const int tile = one ? Stages<D, 1>::COLUMNS : Stages<D, 2>::COLUMNS;
-      cut = split(x.total, groups, tile, resident(device, threads, room.bytes), MOST_MERGED * MOST_MERGED);
-      merging = Merging(cut.parts);
-      floats = groups * (cut.parts + merging.sets) * Partial<D>::SIZE;
-      counters = groups * (merging.sets + 1);
-    });
-  }
-};
-
 }  // namespace nk

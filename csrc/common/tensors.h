@@ -1,108 +1,32 @@
-// Tensors as kernels take them, and the way back to Python for calls that the kernels do not serve. Host code, against
-// LibTorch's stable ABI only: one build survives an upgrade of torch.
+// Tensors as kernels take them. Host code, against LibTorch's stable ABI only: one build survives an upgrade of torch.
 #pragma once
 
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <array>
+#include <algorithm>
 #include <optional>
-#include <string>
-#include <tuple>
 #include <vector>
 
 #include "checks.h"
-#include "reduce.cuh"
-#include "run.h"
-
-// Where the kernels are registered; the host runtime of tests/simt takes another place.
-#ifndef NORMKERNELS_NAMESPACE
-#define NORMKERNELS_NAMESPACE normkernels
-#define NORMKERNELS_KEY CUDA
-#endif
-#define NORMKERNELS_IMPL(library) NORMKERNELS_IMPL_(NORMKERNELS_NAMESPACE, NORMKERNELS_KEY, library)
-#define NORMKERNELS_IMPL_(space, key, library) STABLE_TORCH_LIBRARY_IMPL(space, key, library)
+#include "columns.h"
 
 namespace nk {
 
-// A string argument. It is no std::string, because torch 2.11 to 2.13 leak one at each conversion; so strings go back
-// to Python as numbers, too.
-struct Text {
-  std::string value;
-};
-
-}  // namespace nk
-
-HIDDEN_NAMESPACE_BEGIN(torch, stable, detail)
-template <>
-struct ToImpl<nk::Text> {
-  static nk::Text call(StableIValue value, [[maybe_unused]] uint64_t version, [[maybe_unused]] bool internal) {
-    auto handle = to<StringHandle>(value);
-    const char* data;
-    size_t length;
-    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
-    nk::Text text{{data, length}};
-    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-    return text;
+// LibTorch's number of a type that ops allocate.
+inline int32_t code_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
+    default:
+      STD_TORCH_CHECK(false, "expected a type that ops allocate, got ", name_of(type));
   }
-};
-template <>
-struct FromImpl<nk::Text> {
-  static StableIValue call(const nk::Text& text, [[maybe_unused]] uint64_t version, [[maybe_unused]] bool internal) {
-    std::vector<int64_t> bytes;
-    for (unsigned char each : text.value) bytes.push_back(each);
-    return from(bytes);
-  }
-};
-HIDDEN_NAMESPACE_END(torch, stable, detail)
-
-namespace nk {
-
-// Returns the next backend's results: normkernels_next::op warns with the reason, unless that is empty, and calls it.
-template <class... Results, class... Arguments>
-std::tuple<Results...> next(const char* op, const std::string& reason, const Arguments&... arguments) {
-  namespace stable = torch::stable::detail;
-  constexpr size_t size = sizeof...(Arguments) + 1 > sizeof...(Results) ? sizeof...(Arguments) + 1 : sizeof...(Results);
-  set_error("");  // drops that of another call
-  std::array<StableIValue, size> stack{stable::from(arguments)..., stable::from(Text{reason})};
-  const std::string name = std::string("normkernels_next::") + op;
-  if (torch_call_dispatcher(name.c_str(), "", stack.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
-    throw std::runtime_error(take_error(op));  // the stable ABI drops the exception; Python has left its text
-  }
-  return [&]<size_t... i>(std::index_sequence<i...>) {
-    return std::tuple<Results...>(stable::to<Results>(stack[i])...);
-  }(std::index_sequence_for<Results...>{});
-}
-
-// The current stream of x's device, which is made the current device meanwhile.
-struct OnDevice {
-#ifdef NORMKERNELS_SIMT
-  Run run;
-  OnDevice(const char* op, const Tensor&) : run{op, device_of(0)} {}
-#else
-  torch::stable::accelerator::DeviceGuard guard;
-  Run run;
-  OnDevice(const char* op, const Tensor& x) : guard(x.get_device_index()), run{op, device_of(x.get_device_index())} {
-    void* stream;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-    run.stream = static_cast<cudaStream_t>(stream);
-  }
-#endif
-};
-
-// Returns why a call on data like x is left to the next backend ("": silently), or nothing where it is served.
-inline std::optional<std::string> not_served(const char* op, const Tensor& x, int64_t group_size,
-                                             const std::vector<int64_t>& plane = {}) {
-  if (x.numel() == 0) return "";
-#ifndef NORMKERNELS_SIMT  // another argument on a GPU is enough for the dispatcher to come here
-  STD_TORCH_CHECK(x.is_cuda(), op, ": expected data on a CUDA device, got data on a CPU");
-#endif
-  const std::string reason =
-      refusal(op, name_of(x.scalar_type()), group_size, plane, device_of(x.get_device_index()).architecture);
-  return reason.empty() ? std::nullopt : std::optional<std::string>(reason);
 }
 
 inline Tensor empty(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType type,
@@ -110,8 +34,7 @@ inline Tensor empty(const std::vector<int64_t>& shape, const std::vector<int64_t
   AtenTensorHandle handle;
   int32_t device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), code,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), code_of(type),
                                                   device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
@@ -230,28 +153,6 @@ inline Tensor in_layout_of(const Tensor& x, const Tensor& y, int64_t d) {
   Tensor copy = empty_output(x, spatial_of(x), inner);
   torch::stable::copy_(copy, y);
   return copy;
-}
-
-// Memory for a reduction's partial results and counters.
-struct Memory {
-  Tensor partials, counters;
-  Workspace workspace;
-
-  template <class How>  // Reduction or ChannelReduction
-  Memory(const How& how, const Tensor& x)
-      : partials(empty({how.floats}, ScalarType::Float, x)),
-        counters(empty({how.counters}, ScalarType::Int, x)),
-        workspace{floats(partials), static_cast<unsigned*>(counters.data_ptr())} {}
-};
-
-inline Newton newton_of(const char* op, int64_t d, int64_t iterations, bool frobenius, double eps) {
-  STD_TORCH_CHECK(iterations >= 0, op, ": num_iterations: expected at least 0, got ", iterations);
-  return {int(d), int(std::min<int64_t>(iterations, INT32_MAX)), frobenius, float(eps)};
-}
-
-// Returns memory for the groups' matrices that shared memory has no room for.
-inline Tensor scratch_for(const Room& room, const Tensor& x, int64_t groups) {
-  return empty({groups * room.outside}, ScalarType::Float, x);
 }
 
 }  // namespace nk

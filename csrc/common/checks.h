@@ -8,23 +8,10 @@
 #include <string>
 #include <vector>
 
-#ifdef NORMKERNELS_SIMT
-#include "simt.h"
-#else
-#include <cuda_runtime.h>
-#endif
-
 namespace nk {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline void check_cuda(const char* op, cudaError_t status) {
-#ifndef NORMKERNELS_SIMT
-  STD_TORCH_CHECK(status == cudaSuccess, op, ": expected to launch a kernel, got ", cudaGetErrorString(status));
-#endif
-  (void)op, (void)status;
-}
 
 inline const char* name_of(ScalarType type) {
   switch (type) {
@@ -51,6 +38,13 @@ inline std::string text(const std::vector<int64_t>& shape) {
 
 inline std::vector<int64_t> shape_of(const Tensor& t) {
   return {t.sizes().begin(), t.sizes().end()};
+}
+
+// Returns whether `x` has a shape and no memory.
+inline bool is_meta(const Tensor& x) {
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  return device_type == aoti_torch_device_type_meta();
 }
 
 // Throws unless `t` has this shape and type and lies on x's device.

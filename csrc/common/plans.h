@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -12,9 +13,9 @@ namespace nk {
 
 // A GPU, as plans see it: compute capability, 90 for sm_90; multiprocessors; the most dynamic shared memory of a block.
 struct Device {
-  int architecture;
-  int processors;
-  int shared_bytes;
+  int architecture = 0;
+  int processors = 0;
+  int shared_bytes = 0;
 };
 
 // One launch: the grid and the threads of a block, its dynamic shared memory, and the bytes that it has to move.
@@ -24,16 +25,32 @@ struct KernelPlan {
   int64_t threads, shared_bytes, read_bytes, written_bytes;
 };
 
-// Returns the launches of `op`, in order, for an input of this shape and type ("float32", "float16", "bfloat16").
-// group_size: channels whitened together; 0 for ops without groups. plane: {H, W} of spectral_filter; empty for the
-// others. precondition: the shape is that of the weights of one layer, (O, I, *k).
-// Throws std::invalid_argument for a call that refusal() refuses.
-std::vector<KernelPlan> launch_plan(const std::string& op, const std::vector<int64_t>& shape, const std::string& dtype,
-                                    int64_t group_size, const std::vector<int64_t>& plane, const Device& device);
+// A recording tells what an op would launch on a device. The op runs on tensors of torch's device "meta", which have no
+// memory, and its launches are written down. A recording belongs to a thread.
+struct Recording {
+  Device device;
+  std::vector<KernelPlan> launches;
+};
+void record(const Device& device);
+std::vector<KernelPlan> recorded();  // ends the recording
+Recording* recording();              // nullptr where there is none
+
+// The limits of an op's kernels, beside what is the same for all ops. They stand where the op is registered.
+struct Limits {
+  bool half_types = true;
+  int64_t smallest_group = 1, largest_group = 128;  // channels whitened together
+  int64_t largest_plane = 0;                        // positions along a side, of ops with a plane
+};
+
+// The ops with kernels, by name.
+std::map<std::string, Limits>& limits_of_ops();
 
 // Returns why the kernels do not serve a call, "" if they do. group_size 0 and plane {} are left out of the answer.
 std::string refusal(const std::string& op, const std::string& dtype, int64_t group_size,
                     const std::vector<int64_t>& plane, int architecture);
+
+// Returns whether there is code for GPUs of this architecture.
+bool compiled_for(int architecture);
 
 // The architectures with machine code, ascending: 80, 86... It runs on GPUs of the same major version from the minor
 // on.
@@ -41,15 +58,5 @@ std::vector<int> compiled_architectures();
 
 // The architecture whose PTX is there for the driver to compile, on this one and all later ones; 0 if there is none.
 int compiled_ptx();
-
-// Keeps the message of an exception in this thread's Python implementation for the C++ code that called it: the stable
-// ABI only says that there was one.
-void set_error(std::string text);
-
-// The text of the error that the next backend raised for `op`.
-std::string take_error(const char* op);
-
-// Returns the GPU with this index; it is asked once.
-Device device_of(int index);
 
 }  // namespace nk

@@ -8,11 +8,10 @@
 // Rejected: one product of half-type data as they are. They must be centred first, and differences are no half numbers.
 #pragma once
 
-#include <torch/headeronly/util/Half.h>
-
 #include <type_traits>
 
 #include "device.cuh"
+#include "half.h"
 
 namespace nk {
 
@@ -25,8 +24,7 @@ __device__ __forceinline__ float to_float(float value, bool) {
   return value;
 }
 __device__ __forceinline__ float to_float(Half value, bool bfloat) {
-  return bfloat ? __uint_as_float(uint32_t(value.bits) << 16)
-                : float(torch::headeronly::Half(value.bits, torch::headeronly::Half::from_bits()));
+  return bfloat ? __uint_as_float(uint32_t(value.bits) << 16) : half_to_float(value.bits);
 }
 
 __device__ __forceinline__ void from_float(float& to, float value, bool) {
@@ -37,7 +35,7 @@ __device__ __forceinline__ void from_float(Half& to, float value, bool bfloat) {
     const uint32_t bits = __float_as_uint(value);
     to.bits = value != value ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
   } else {
-    to.bits = torch::headeronly::Half(value).x;
+    to.bits = float_to_half(value);
   }
 }
 

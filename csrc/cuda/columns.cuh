@@ -1,43 +1,19 @@
-// Activations (N, C, *) as columns: C values for each of N * prod(*) samples, read in place whatever their layout.
+// Activations as columns, in a kernel: parameters, and tiles in shared memory.
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
-#include "plans.h"
+#include "common/columns.h"
 #include "precision.cuh"
 
 namespace nk {
 
-// Column c is sample c / positions at position c % positions.
-struct Columns {
-  unsigned char* data = nullptr;
-  int64_t total = 0, positions = 1;
-  int64_t sample_stride = 0, channel_stride = 0, position_stride = 0;
-  int width = 0;        // bytes of the widest access along what is contiguous: 16, 8, 4 or 2
-  bool inner = false;   // the channels are next to each other, as in channels_last; otherwise the positions are
-  bool bfloat = false;  // the half type is bfloat16
-
-  __device__ __forceinline__ int64_t offset(int64_t column) const {
-    if (positions == total) return column * position_stride;
-    if (total <= INT32_MAX) {
-      const uint32_t sample = uint32_t(column) / uint32_t(positions), at = uint32_t(column) % uint32_t(positions);
-      return sample * sample_stride + at * position_stride;
-    }
-    return column / positions * sample_stride + column % positions * position_stride;
-  }
-};
-
-// A vector (C,) of parameters, in float32 or in the data's type, or nothing.
-struct Parameter {
-  const void* data = nullptr;
-  bool half = false, bfloat = false;
-
-  __device__ __forceinline__ float operator()(int64_t i, float otherwise) const {
-    if (data == nullptr) return otherwise;
-    return half ? to_float(static_cast<const Half*>(data)[i], bfloat) : static_cast<const float*>(data)[i];
-  }
-};
+__device__ __forceinline__ float value_of(const Parameter& parameter, int64_t i, float otherwise) {
+  if (parameter.data == nullptr) return otherwise;
+  return parameter.half ? to_float(static_cast<const Half*>(parameter.data)[i], parameter.bfloat)
+                        : static_cast<const float*>(parameter.data)[i];
+}
 
 // ROWS channels of COLUMNS columns in shared memory, in the layout of the activations. A row, or a column, is padded so
 // that the fragments of a product are read from 32 banks. The padding depends on the side of the product: left
@@ -118,28 +94,6 @@ struct Tile {
 template <class F>
 __device__ __forceinline__ void with_constant(bool value, F f) {
   value ? f(std::true_type()) : f(std::false_type());
-}
-
-// The cut of a pass over the columns: `parts` blocks for each group with `chunk` columns each, the last with fewer.
-struct Split {
-  int parts;
-  int64_t chunk;
-};
-
-// Returns how many blocks are on the device at once, by shared memory and by 168 registers a thread. Most kernels of up
-// to 192 threads take so many; wider ones have one block on a multiprocessor either way.
-inline int64_t resident(const Device& device, int threads, int64_t shared_bytes) {
-  const int64_t by_registers = 65536 / (threads * 168),
-                by_shared = (device.shared_bytes + 1024) / (shared_bytes + 1024);
-  return device.processors * std::max<int64_t>(std::min(by_registers, by_shared), 1);
-}
-
-// Cuts the columns for about `blocks` blocks: one wave, in which no block waits for others to end.
-inline Split split(int64_t total, int64_t groups, int tile, int64_t blocks, int most) {
-  const int64_t tiles = (total + tile - 1) / tile;
-  const int64_t wanted = std::clamp<int64_t>(blocks / groups, 1, std::min<int64_t>(tiles, most));
-  const int64_t chunk = (tiles + wanted - 1) / wanted * tile;
-  return {int((total + chunk - 1) / chunk), chunk};
 }
 
 }  // namespace nk

@@ -1,6 +1,7 @@
 // inverse_sqrt and its adjoint by Newton's iteration: one block for a group, one launch.
+#include "launch.cuh"
 #include "launches.h"
-#include "tensors.h"
+#include "small_matrix.cuh"
 
 namespace nk {
 
@@ -63,64 +64,12 @@ void launch_inverse_sqrt_backward(const Run& run, const float* grad, const float
   });
 }
 
-// --- ops -----------------------------------------------------------------------------------------------------------
-
-static int64_t check_square(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 3 && t.size(1) == t.size(2) && t.size(1) >= 1, op, ": ", name,
-                  ": expected shape (G, d, d), got ", text(shape_of(t)));
-  return t.size(1);
-}
-
-std::tuple<Tensor, Tensor, Tensor> inverse_sqrt(const Tensor& matrix, int64_t iterations, double eps, bool frobenius,
-                                                bool eigh) {
-  const int64_t d = check_square("inverse_sqrt", "cov", matrix);
-  auto reason = not_served("inverse_sqrt", matrix, d);
-  if (!reason && eigh) reason = "";
-  if (!reason && matrix.scalar_type() != ScalarType::Float)
-    reason = std::string("expected float32, got ") + name_of(matrix.scalar_type());
-  if (reason) {
-    return next<Tensor, Tensor, Tensor>("inverse_sqrt", *reason, matrix, iterations, eps, frobenius, eigh);
-  }
-  const OnDevice on("inverse_sqrt", matrix);
-  const Tensor cov = packed(matrix);
-  const int64_t groups = cov.size(0);
-  Tensor W = empty({groups, d, d}, ScalarType::Float, cov), S = empty({groups, d, d}, ScalarType::Float, cov);
-  Tensor scale = empty({groups, 1}, ScalarType::Float, cov);
-  const Room room = small_matrix_room(on.run.device, d, FORWARD_MATRICES);
-  const Tensor scratch = scratch_for(room, cov, groups);
-  launch_inverse_sqrt(on.run, floats(cov), groups, newton_of("inverse_sqrt", d, iterations, frobenius, eps), room,
-                      floats(scratch), floats(W), floats(S), floats(scale));
-  return {W, S, scale};
-}
-
-Tensor inverse_sqrt_backward(const Tensor& gradient, const Tensor& root, const Tensor& saved_matrix,
-                             const Tensor& saved_scale, int64_t iterations, bool frobenius, bool eigh) {
-  const char* op = "inverse_sqrt_backward";
-  const int64_t d = check_square(op, "grad", gradient), groups = gradient.size(0);
-  auto reason = not_served(op, gradient, d);
-  if (!reason && eigh) reason = "";
-  if (!reason && gradient.scalar_type() != ScalarType::Float)
-    reason = std::string("expected float32, got ") + name_of(gradient.scalar_type());
-  if (reason) {
-    return std::get<0>(
-        next<Tensor>(op, *reason, gradient, root, saved_matrix, saved_scale, iterations, frobenius, eigh));
-  }
-  check_like(op, "W", root, {groups, d, d}, ScalarType::Float, gradient);
-  check_like(op, "saved_matrix", saved_matrix, {groups, d, d}, ScalarType::Float, gradient);
-  check_like(op, "saved_scale", saved_scale, {groups, 1}, ScalarType::Float, gradient);
-  const OnDevice on(op, gradient);
-  const Tensor grad = packed(gradient), W = packed(root), S = packed(saved_matrix), scale = packed(saved_scale);
-  Tensor grad_cov = empty({groups, d, d}, ScalarType::Float, grad);
-  const Room room = small_matrix_room(on.run.device, d, BACKWARD_MATRICES);
-  const Tensor scratch = scratch_for(room, grad, groups);
-  launch_inverse_sqrt_backward(on.run, floats(grad), floats(W), floats(S), floats(scale), groups,
-                               newton_of(op, d, iterations, frobenius, 0.), room, floats(scratch), floats(grad_cov));
-  return grad_cov;
+Room small_matrix_room(const Device& device, int64_t d, int matrices) {
+  Room room;
+  with_padded(d, [&](auto padded) {
+    room = make_room<decltype(padded)::value>(device, matrices, WARP * int64_t(sizeof(float)), 0);
+  });
+  return room;
 }
 
 }  // namespace nk
-
-NORMKERNELS_IMPL(library) {
-  library.impl("inverse_sqrt", TORCH_BOX(&nk::inverse_sqrt));
-  library.impl("inverse_sqrt_backward", TORCH_BOX(&nk::inverse_sqrt_backward));
-}

@@ -4,21 +4,10 @@
 #pragma once
 
 #include "columns.cuh"
+#include "cuts.h"
 #include "small_matrix.cuh"
 
 namespace nk {
-
-constexpr int MOST_MERGED = 24;  // partial results that a block merges
-
-// Parts of a group in sets of `fan`, which are merged first.
-struct Merging {
-  int fan, sets;
-
-  explicit Merging(int parts) : fan(1) {
-    while (fan * fan < parts) ++fan;
-    sets = (parts + fan - 1) / fan;
-  }
-};
 
 // A reduction's result for some columns, in global memory: two vectors and a matrix.
 //   moments: the mean as the sum of two floats, and sum (x - mean)(x - mean)^T
@@ -128,13 +117,6 @@ __device__ __forceinline__ void merge_cross(const float* partials, int count, co
   merge_matrices<D, THREADS>(partials, count, [](int, int, int) { return 0.f; }, f);
   __syncthreads();
 }
-
-// The workspace of a reduction in global memory, for each group: its parts, the sets of parts, and a counter for each
-// set and one for the sets, which must be zero.
-struct Workspace {
-  float* partials;
-  unsigned* tickets;
-};
 
 // The place of a block in a reduction.
 template <int D>

@@ -1,7 +1,8 @@
 // moments and cross_moments: the reductions over all samples, one launch each. For d = 1 diagonal.cuh has them.
+#include "diagonal.cuh"
+#include "launch.cuh"
 #include "launches.h"
 #include "reduce.cuh"
-#include "tensors.h"
 
 namespace nk {
 
@@ -99,66 +100,18 @@ void launch_channel_sums(const Run& run, const Columns& y, const Columns& x, int
              Source(y, sweep), Source(x, sweep), mean, workspace, cross, sum);
 }
 
-// --- ops -----------------------------------------------------------------------------------------------------------
-
-std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& data, int64_t d, bool exact) {
-  check_data("moments", "x", data, d);
-  auto reason = not_served("moments", data, d);
-  if (!reason && exact) reason = "";  // it is for an eigendecomposition, which comes from a library
-  if (reason) return next<Tensor, Tensor, Tensor>("moments", *reason, data, d, exact);
-  const OnDevice on("moments", data);
-  const Tensor x = collapsible(data);
-  const int element = int(x.element_size());
-  const int64_t channels = x.size(1), groups = channels / d;
-  Tensor mean = empty({channels}, ScalarType::Float, x), remainder = empty({channels}, ScalarType::Float, x);
-  Tensor cov = empty({groups, d, d}, ScalarType::Float, x);
-  if (d == 1) {
-    const Columns seen = columns_of(x, channels);
-    const ChannelReduction how(on.run.device, channels, element, {&seen});
-    const Memory memory(how, x);
-    launch_channel_moments(on.run, seen, element, how, memory.workspace, {floats(mean), floats(remainder)},
-                           floats(cov));
-    return {mean, remainder, cov};
-  }
-  const Columns seen = columns_of(x, d);
-  const Reduction how(on.run.device, seen, element, groups, d, 1, 1);
-  const Memory memory(how, x);
-  launch_moments(on.run, seen, element, groups, d, how, memory.workspace, {floats(mean), floats(remainder)},
-                 floats(cov));
-  return {mean, remainder, cov};
-}
-
-std::tuple<Tensor, Tensor> cross_moments(const Tensor& left, const Tensor& data, const Tensor& mean, int64_t d) {
-  check_data("cross_moments", "x", data, d);
-  if (const auto reason = not_served("cross_moments", data, d)) {
-    return next<Tensor, Tensor>("cross_moments", *reason, left, data, mean, d);
-  }
-  check_like("cross_moments", "y", left, shape_of(data), data.scalar_type(), data);
-  check_like("cross_moments", "mean", mean, {data.size(1)}, ScalarType::Float, data);
-  const OnDevice on("cross_moments", data);
-  const Tensor x = collapsible(data), y = in_layout_of(x, left, d), center = packed(mean);
-  const int element = int(x.element_size());
-  const int64_t channels = x.size(1), groups = channels / d;
-  Tensor cross = empty({groups, d, d}, ScalarType::Float, x), sum = empty({channels}, ScalarType::Float, x);
-  if (d == 1) {
-    const Columns seen = columns_of(x, channels), other = columns_of(y, channels);
-    const ChannelReduction how(on.run.device, channels, element, {&seen, &other});
-    const Memory memory(how, x);
-    launch_channel_sums(on.run, other, seen, element, floats(center), how, memory.workspace, floats(cross),
-                        floats(sum));
-    return {cross, sum};
-  }
-  const Columns seen = columns_of(x, d);
-  const Reduction how(on.run.device, seen, element, groups, d, 2, 1);
-  const Memory memory(how, x);
-  launch_cross_moments(on.run, columns_of(y, d), seen, element, floats(center), groups, d, how, memory.workspace,
-                       floats(cross), floats(sum));
-  return {cross, sum};
+Reduction::Reduction(const Device& device, const Columns& x, int element, int64_t groups, int64_t d, int sources,
+                     int matrices) {
+  with_kernel(element, d, [&]<class T, int D>() {
+    const bool one = sources == 1;
+    room = make_room<D>(device, matrices, Shared<D>::VECTORS, one ? tile_bytes<T, D, 1>() : tile_bytes<T, D, 2>());
+    const int threads = one ? Warps<D, true>::THREADS : Warps<D, false>::THREADS;
+    const int tile = one ? Stages<D, 1>::COLUMNS : Stages<D, 2>::COLUMNS;
+    cut = split(x.total, groups, tile, resident(device, threads, room.bytes), MOST_MERGED * MOST_MERGED);
+    merging = Merging(cut.parts);
+    floats = groups * (cut.parts + merging.sets) * Partial<D>::SIZE;
+    counters = groups * (merging.sets + 1);
+  });
 }
 
 }  // namespace nk
-
-NORMKERNELS_IMPL(library) {
-  library.impl("moments", TORCH_BOX(&nk::moments));
-  library.impl("cross_moments", TORCH_BOX(&nk::cross_moments));
-}
