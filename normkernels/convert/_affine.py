@@ -33,9 +33,9 @@ BATCH_NORM_RANKS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.BatchNorm3d: (5,),
     nn.SyncBatchNorm: (2, 3, 4, 5),
 }
-NORMS = (BatchNormBase, _Whitening, _POPNorm)
+FOLDABLE = (BatchNormBase, _Whitening, _POPNorm)
 # The layers that a norm in front can be merged into, with the POP-Norm for their input.
-POP_NORM: dict[type[nn.Module], type[nn.Module]] = {
+POP_NORM_OF: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: POPNorm1d,
     nn.Conv1d: POPNorm1d,
     nn.Conv2d: POPNorm2d,
@@ -98,7 +98,7 @@ def fold_behind(layer: Any, norm: Any) -> Any:
     Args:
         layer: one of LAYERS. A ConvNorm's output does not scale with its weight: there A, which must be diagonal, goes
             into its ``affine_weight``, a convolution with a group for each channel.
-        norm: one of NORMS in evaluation, with running statistics.
+        norm: one of FOLDABLE in evaluation, with running statistics.
 
     Returns:
         A copy of ``layer`` with another weight, and with a bias.
@@ -142,7 +142,7 @@ def fold_in_front(layer: Any, norm: Any) -> Any:
 
     Args:
         layer: nn.Linear or nn.Conv1d/2d/3d.
-        norm: one of NORMS in evaluation, with running statistics.
+        norm: one of FOLDABLE in evaluation, with running statistics.
 
     Returns:
         A copy of ``layer`` with another weight; it has a bias where b' needs one.
@@ -151,7 +151,7 @@ def fold_in_front(layer: Any, norm: Any) -> Any:
         ValueError: it is another kind of layer, dimensions or channels do not fit, groups are misaligned, or it pads
             with zeros and c is not 0.
     """
-    if kind(layer) not in POP_NORM:
+    if kind(layer) not in POP_NORM_OF:
         raise ValueError(f"expected Linear or Conv1d/2d/3d behind a norm, got {type(layer).__name__}")
     linear = isinstance(layer, nn.Linear)
     inputs, groups = (layer.in_features, 1) if linear else (layer.in_channels, layer.groups)
@@ -223,7 +223,7 @@ def fold_pop_norm(norm: _POPNorm, layer: Layer) -> Layer:
     """
     if not isinstance(norm, _POPNorm):
         raise TypeError(f"norm: expected POPNorm1d, POPNorm2d or POPNorm3d, got {type(norm).__name__}")
-    kinds = [kind for kind, pop in POP_NORM.items() if isinstance(norm, pop)]
+    kinds = [kind for kind, pop in POP_NORM_OF.items() if isinstance(norm, pop)]
     if type(layer) not in kinds:
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise TypeError(f"layer: expected {expected} behind {type(norm).__name__}, got {type(layer).__name__}")

@@ -13,6 +13,7 @@ from torch import nn
 
 from normkernels import layers
 from normkernels._checks import check_integer
+from normkernels.layers import sync
 
 # Members in the order of their ranks; a layer that synchronizes takes all ranks.
 FAMILIES: dict[str, tuple[type[nn.Module], ...]] = {
@@ -25,7 +26,13 @@ FAMILIES: dict[str, tuple[type[nn.Module], ...]] = {
     "SyncDBN": (layers.SyncDBN,),
     "ConvNorm": (layers.ConvNorm1d, layers.ConvNorm2d),
 }
-SYNCHRONIZED = {"BatchNorm": "SyncBatchNorm", "IterNorm": "SyncIterNorm", "DBN": "SyncDBN"}
+# Family -> the one that synchronizes it.
+SYNCHRONIZED = {"BatchNorm": "SyncBatchNorm"} | {
+    family: synchronized.__name__
+    for kind, synchronized in sync.SYNCHRONIZED.items()
+    for family, members in FAMILIES.items()
+    if kind in members and kind is not synchronized
+}
 WHITENING = ("IterNorm", "DBN", "SyncIterNorm", "SyncDBN")
 NOT_OPTIONS = {"num_features", "group_size", "device", "dtype"}  # these are given otherwise than as options
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from normkernels.convert._graph import WITHOUT_EFFECT
 from normkernels.convert._ways import ways
 
 # Modules stand here by class, functions by themselves, methods of a tensor by name.
@@ -18,9 +19,8 @@ POOLINGS = {
 }  # fmt: skip
 MEANS = {torch.mean, "mean"}
 SPATIAL = ({2}, {2, 3}, {2, 3, 4}, {-1}, {-1, -2}, {-1, -2, -3})
-PASSED = {
-    nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
-    nn.FeatureAlphaDropout, torch.flatten, torch.reshape, torch.squeeze, F.dropout,
+KEEPS_CHANNELS = {
+    *WITHOUT_EFFECT, nn.Flatten, torch.flatten, torch.reshape, torch.squeeze, F.dropout,
     "flatten", "reshape", "view", "squeeze", "contiguous",
 }  # fmt: skip
 
@@ -88,5 +88,5 @@ def _followed(model: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
     for user in node.users:
         if user.op == "call_module" and _is_linear(model, user):
             yield user
-        elif _key(model, user) in PASSED:
+        elif _key(model, user) in KEEPS_CHANNELS:
             yield from _followed(model, user)

@@ -11,6 +11,10 @@ from torch import nn
 from normkernels._torch import BatchNormBase, ConvolutionBase
 from normkernels.convert._proxies import recording, stand_in
 
+# Modules that change nothing in evaluation.
+WITHOUT_EFFECT = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 AFFINE_LAYERS = (nn.Linear, ConvolutionBase)  # transposed convolutions and ConvNorm are among them
 CALL_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

@@ -14,10 +14,8 @@ from torch.fx import Graph, Node
 
 from normkernels.convert._affine import copied
 from normkernels.convert._frozen import is_frozen
-from normkernels.convert._graph import AFFINE_LAYERS, CALL_HOOKS, Tracer
+from normkernels.convert._graph import AFFINE_LAYERS, CALL_HOOKS, WITHOUT_EFFECT, Tracer
 from normkernels.convert._ways import TooManyError, Way, is_computed_from_descriptions, readers, ways
-
-PASSED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 class Network:
@@ -250,7 +248,7 @@ def hooks(module: nn.Module) -> list[str]:
 
 def _passes(module: nn.Module | None) -> bool:
     """Return whether a module's output is its input."""
-    if module is None or type(module) not in PASSED or hooks(module) or "forward" in vars(module):
+    if module is None or type(module) not in WITHOUT_EFFECT or hooks(module) or "forward" in vars(module):
         return False
     return type(module) is nn.Identity or not module.training
 

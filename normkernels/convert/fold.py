@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from normkernels._checks import check_choice, check_flag
-from normkernels.convert._affine import LAYERS, NORMS, copied, in_float64, kind
+from normkernels.convert._affine import FOLDABLE, LAYERS, copied, in_float64, kind
 from normkernels.convert._examples import Example
 from normkernels.convert._frozen import is_frozen
 from normkernels.convert._grouped import GROUPED
@@ -100,7 +100,7 @@ def fold(
     norms: dict[nn.Module, str] = {
         module: name or "model"
         for name, module in model.named_modules()
-        if isinstance(module, NORMS) or is_frozen(module)
+        if isinstance(module, FOLDABLE) or is_frozen(module)
     }
     for module, name in ((model, "model"), *norms.items()):
         if module.training:

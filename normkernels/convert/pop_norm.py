@@ -11,14 +11,14 @@ from torch import nn
 
 from normkernels._checks import check_flag
 from normkernels._torch import BatchNormBase
-from normkernels.convert._affine import POP_NORM
+from normkernels.convert._affine import POP_NORM_OF
 from normkernels.convert._graph import BATCH_NORMS, swap
 from normkernels.convert._network import Network
 from normkernels.convert._pairs import Pair, named_pairs
 from normkernels.layers import POPNorm1d, POPNorm2d, POPNorm3d
 
 BEFORE: dict[type[nn.Module], type[nn.Module]] = {
-    **POP_NORM,
+    **POP_NORM_OF,
     nn.ConvTranspose1d: POPNorm1d,
     nn.ConvTranspose2d: POPNorm2d,
     nn.ConvTranspose3d: POPNorm3d,

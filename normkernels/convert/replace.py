@@ -36,7 +36,7 @@ from normkernels.layers._base import BatchStatisticsLayer
 logger = logging.getLogger("normkernels.convert")
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d)
-NORMS = tuple(layer for name, members in FAMILIES.items() if name != "ConvNorm" for layer in members)
+REPLACEABLE = tuple(layer for name, members in FAMILIES.items() if name != "ConvNorm" for layer in members)
 WHERE = {"all": slice(None), "first": slice(1)}
 STATE = {"weight", "bias", "running_mean", "running_var", "running_whitening", "num_batches_tracked"}
 # Wrappers go on with the parameters and buffers that there were when they were made. They are known by name, because a
@@ -236,7 +236,7 @@ def _check_plain(old: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
 
 
 def _norm(old: Any, family: str, group_size: int | None, options: dict[str, Any]) -> nn.Module:
-    _check_plain(old, NORMS)
+    _check_plain(old, REPLACEABLE)
     source = family_name(type(old))
     if source in SYNCHRONIZED.values():
         family = SYNCHRONIZED.get(family, family)
