@@ -232,6 +232,7 @@ def test_what_it_does_not_serve_is_handed_on_with_one_warning(case: str) -> None
 SILENT: dict[str, Callable[[], list[Tensor]]] = {
     "eigh": lambda: step(inputs.gaussian((150, 8), dtype=torch.float32), 8, method="eigh", eps=1e-3),
     "empty-batch": lambda: step(torch.empty(0, 8, 5, 3), 4),
+    "empty-batch-float64": lambda: step(torch.empty(0, 8, 5, 3, dtype=torch.float64), 4),
     "empty-batch-pop-norm": lambda: pop_step(torch.empty(0, 8, 5, 3)),
     "empty-plane": lambda: filtered((0, 3, 9, 7)),
     "empty-window": lambda: [nk.ops.spectral_filter(*(moved(values(s)) for s in ((2, 3, 9, 7), (3, 9, 7))),
