@@ -103,7 +103,7 @@ def test_a_kernel_that_does_not_compile_falls_back(monkeypatch: pytest.MonkeyPat
         def __getitem__(self, grid: object) -> Any:
             raise self.error
 
-    monkeypatch.setattr(support, "interpreted", lambda: False)
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
     given: dict[str, Any] = {"config": configs.Config(1, 1, 1, "ieee"), "device": torch.device("cpu")}
     with pytest.raises(support.Unsupported, match=r"to compile with .*shared memory"):
         launch.launch(Kernel(), (1,), **given)
