@@ -67,7 +67,7 @@ def newton(S: Tensor, multiply: Product, steps: int = 5) -> Tensor:
 
 
 def filtered(z: Tensor, v: Tensor, multiply: Product) -> Tensor:
-    """Apply ConvNorm's filter by products with the real DFT matrix, spectral/DERIVATION.md."""
+    """Apply ConvNorm's filter by products with the real DFT matrix, spectral_filter/DERIVATION.md."""
     n = z.shape[-1]
     R = eager.dft(n, (0, 1, n), z.dtype, z.device)
     Z = multiply(multiply(R, z), R.T.contiguous())

@@ -66,7 +66,9 @@ def explain(
     if _chosen == "eager":
         return "eager", chosen
     passed_over = []
-    for backend in BACKENDS[:-1] if _chosen == "auto" and not tensor.is_cuda else candidates(op, tensor.device.type):
+    # In the default order a CPU is asked about all backends, so that the answer says why none of them serves it.
+    asked = BACKENDS if _chosen == "auto" and not tensor.is_cuda else candidates(op, tensor.device.type)
+    for backend in asked[: asked.index("eager")]:
         reason = _refusal(backend, op, request)
         if not reason:
             return backend, chosen if backend == _chosen else availability(backend)[1]

@@ -1,4 +1,6 @@
-"""Products of matrices in float32 alone, as exact as in float64 (spectral/DERIVATION.md), for devices without it.
+"""Products of matrices in float32 alone, as exact as in float64, for devices without it.
+
+The algebra is in primitives/kernel_spectrum/DERIVATION.md.
 
 A number of at most 1/2 is a sum of digits d_1 / B + d_2 / B^2 + ..., whole numbers of at most B / 2 that float32 holds.
 A product of matrices of digits is exact in float32, whatever the order of its sums, as long as they stay below 2^24.

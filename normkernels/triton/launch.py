@@ -103,7 +103,7 @@ def check_entries(kernels: Sequence[str], tensor: Tensor, group_size: int) -> No
     """Raise Unsupported where the table has no entry for one of these kernels that pass over data like this."""
     if tensor.dim() >= 2:
         layout = columns(tensor).layout
-        for kernel in passes_over_data() & {*kernels}:
+        for kernel in filter(passes_over_data().__contains__, kernels):
             configuration(kernel, tile_size(group_size), layout, tensor.dtype, architecture(tensor.device))
 
 

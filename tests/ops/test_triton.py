@@ -116,7 +116,7 @@ def test_a_missing_entry_is_in_the_answer(monkeypatch: pytest.MonkeyPatch) -> No
     x = gaussian((2, 128, 7, 7), group_size=128)
     with nk.use_backend("triton"):
         assert nk.backend_of("iter_norm", x, group_size=128) == "triton"
-        monkeypatch.setattr(support, "architecture", lambda device: 80)
+        monkeypatch.setattr(launch, "architecture", lambda device: 80)
         assert nk.backend_of("iter_norm_backward", x, group_size=128) == "eager"
         assert "cross_moments, size 128, odd, float32" in choose.explain("iter_norm_backward", x, group_size=128)[1]
 
