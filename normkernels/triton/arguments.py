@@ -68,14 +68,10 @@ class Matrix(NamedTuple):
     column_stride: int
 
 
-class Source(NamedTuple):
-    """What is mixed: x - shift; without a shift, x."""
+def sources_of(sources: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Columns | Tensor | None, ...]:
+    """Return one or two sources, each with its shift, as four arguments of a kernel.
 
-    x: Columns
-    shift: Tensor | None
-
-
-def sources_of(sources: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Source, Source | None]:
-    """Return one or two sources as kernels take them."""
-    first, *second = (Source(columns(x), shift) for x, shift in sources)
-    return first, second[0] if second else None
+    They are not nested: Triton forgets that a number is a constant in a NamedTuple within another.
+    """
+    arguments = [value for x, shift in sources for value in (columns(x), shift)]
+    return (*arguments, None, None)[:4]

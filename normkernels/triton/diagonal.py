@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from normkernels.eager.layouts import empty_output
-from normkernels.triton.arguments import Affine, Matrix, Moments, Products, Source, Statistics, sources_of
+from normkernels.triton.arguments import Affine, Matrix, Moments, Products, Statistics, sources_of
 from normkernels.triton.configs import Config, configuration
 from normkernels.triton.launch import WARPS, Columns, Split, columns, launch, split
 from normkernels.triton.support import architecture
@@ -185,24 +185,23 @@ def finish_channel_cross(partial, parts, channels, out, ROWS: tl.constexpr, BATC
 
 @triton.jit
 def map_columns(
-    first, factor, second, factor2, constant, y, channel, channels, columns, chunk,
+    x, shift, factor, x2, shift2, factor2, constant, y, channel, channels, columns, chunk,
     BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Set y = factor first + factor2 second + constant on the program's part of the columns.
+    """Set y = factor (x - shift) + factor2 (x2 - shift2) + constant on the program's part of the columns.
 
-    The sources are arguments.Source, the second may be None. The vectors, shifts among them, have an entry for each of
-    the program's channels.
+    x2 may be None. The vectors have an entry for each of the program's channels.
     """
     offset = tl.arange(0, BLOCK)
     start, stop = bounds(tl.program_id(1), chunk, columns, WIDE, y.run)
     for begin in range(start, stop, BLOCK):
         column = begin + offset
         mask = (channel < channels)[:, None] & (column < stop)[None, :]
-        tile = load_tile(first.x, channel, column, mask)
-        mapped = factor[:, None] * (tile - first.shift[:, None]) + constant[:, None]
-        if second is not None:
-            tile = load_tile(second.x, channel, column, mask)
-            mapped += factor2[:, None] * (tile - second.shift[:, None])
+        tile = load_tile(x, channel, column, mask)
+        mapped = factor[:, None] * (tile - shift[:, None]) + constant[:, None]
+        if x2 is not None:
+            tile = load_tile(x2, channel, column, mask)
+            mapped += factor2[:, None] * (tile - shift2[:, None])
         tl.store(pointers(y, channel, column), mapped.to(y.data.dtype.element_ty), mask=mask)
 
 
@@ -218,31 +217,23 @@ def of_channels(values, channel, channels, default: tl.constexpr):
 
 @triton.jit(do_not_specialize=["columns"])
 def channel_map(
-    first, second, matrix, affine, y, channels, columns, chunk,
+    x, shift, x2, shift2, matrix, affine, y, channels, columns, chunk,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Set y = weight (matrix [first; second]) + bias, as ``mix_kernel`` for any group size; matrix (C, 1, sources)."""
+    """Set y = weight (matrix [x - shift; x2 - shift2]) + bias, as ``mix_kernel``; matrix (C, 1, sources)."""
     channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     gamma = of_channels(affine.weight, channel, channels, 1.0)
     entries = matrix.data + channel.to(tl.int64) * matrix.group_stride
     factor = gamma * tl.load(entries, mask=channel < channels, other=0.0).to(tl.float32)
     factor2 = factor
-    if second is not None:
+    if x2 is not None:
         entries += matrix.column_stride
         factor2 = gamma * tl.load(entries, mask=channel < channels, other=0.0).to(tl.float32)
     map_columns(
-        shifted(first, channel, channels), factor, shifted(second, channel, channels), factor2,
-        of_channels(affine.bias, channel, channels, 0.0), y, channel, channels, columns, chunk, BLOCK, WIDE,
+        x, of_channels(shift, channel, channels, 0.0), factor,
+        x2, of_channels(shift2, channel, channels, 0.0), factor2, of_channels(affine.bias, channel, channels, 0.0),
+        y, channel, channels, columns, chunk, BLOCK, WIDE,
     )  # fmt: skip
-
-
-@triton.jit
-def shifted(source, channel, channels):
-    """Return a source with the shifts of these channels, in registers."""
-    result = source
-    if source is not None:
-        result = Source(source.x, of_channels(source.shift, channel, channels, 0.0))
-    return result
 
 
 # --- launchers ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 from normkernels.dispatch.precision import full_precision
 from normkernels.eager.layouts import empty_output
 from normkernels.primitives.pop_norm import eager
-from normkernels.triton.arguments import Affine, Source
+from normkernels.triton.arguments import Affine
 from normkernels.triton.diagonal import (
     CHANNEL_BATCH,
     map_columns,
@@ -60,7 +60,7 @@ def normalize(
     zero = tl.zeros((ROWS,), tl.float32)
     constant = a * (beta - left_out) if CENTER else zero
     map_columns(
-        Source(x, mean if CENTER else zero), a, None, zero, constant, y, channel, channels, columns, chunk, BLOCK, WIDE
+        x, mean if CENTER else zero, a, None, zero, zero, constant, y, channel, channels, columns, chunk, BLOCK, WIDE
     )
 
 
@@ -96,11 +96,8 @@ def normalize_backward(
     if tl.program_id(1) == 0:
         tl.store(grad_out.weight + channel, grad_weight, mask=channel < channels)
         tl.store(grad_out.bias + channel, grad_bias, mask=channel < channels)
-    second = x
-    if SCALE:
-        second = Source(x, shift if CENTER else zero)
     map_columns(
-        Source(grad, zero), a, second, q, constant, grad_x, channel, channels, columns, chunk, BLOCK, WIDE
+        grad, zero, a, x, shift if CENTER else zero, q, constant, grad_x, channel, channels, columns, chunk, BLOCK, WIDE
     )  # fmt: skip
 
 

@@ -18,13 +18,13 @@ from normkernels.triton.tiles import bounds, load_tile, pointers
 
 @triton.jit(do_not_specialize=["columns"])
 def mix_kernel(
-    first, second, matrix, affine, y, columns, chunk,
+    x, shift, x2, shift2, matrix, affine, y, columns, chunk,
     d: tl.constexpr, D: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Set y = diag(weight) (matrix [first; second]) + bias: OUT rows of a group, on one part of the columns.
+    """Set y = diag(weight) (matrix [x - shift; x2 - shift2]) + bias: OUT rows of a group, on one part of the columns.
 
-    The sources are arguments.Source; the second may be None, as may shifts, weight, and bias.
+    shift, x2 and shift2, weight, and bias may be None.
     """
     BLOCKS: tl.constexpr = D // OUT
     block, group, part = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS, tl.program_id(1)
@@ -41,24 +41,24 @@ def mix_kernel(
         constant = tl.load(affine.bias + channel, mask=row < d, other=0.0).to(tl.float32)
     if affine.weight is not None:
         A *= tl.load(affine.weight + channel, mask=row < d, other=0.0).to(tl.float32)[:, None]
-    if first.shift is not None:
-        center = tl.load(first.shift + source, mask=inner < d, other=0.0)[:, None]
-    if second is not None:
+    if shift is not None:
+        center = tl.load(shift + source, mask=inner < d, other=0.0)[:, None]
+    if x2 is not None:
         B = tl.load(entries + d * matrix.column_stride, mask=real, other=0.0).to(tl.float32)
-        if second.shift is not None:
-            center2 = tl.load(second.shift + source, mask=inner < d, other=0.0)[:, None]
+        if shift2 is not None:
+            center2 = tl.load(shift2 + source, mask=inner < d, other=0.0)[:, None]
 
     for begin in range(start, stop, BLOCK):
         column = begin + offset
         within = (column < stop)[None, :]
         mask = (inner < d)[:, None] & within
-        tile = load_tile(first.x, source, column, mask)
-        if first.shift is not None:
+        tile = load_tile(x, source, column, mask)
+        if shift is not None:
             tile -= center
         mixed = tl.dot(A, tile, input_precision=PRECISION)
-        if second is not None:
-            tile = load_tile(second.x, source, column, mask)
-            if second.shift is not None:
+        if x2 is not None:
+            tile = load_tile(x2, source, column, mask)
+            if shift2 is not None:
                 tile -= center2
             mixed = tl.dot(B, tile, mixed, input_precision=PRECISION)
         mixed += constant[:, None]
