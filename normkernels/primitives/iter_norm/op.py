@@ -140,7 +140,7 @@ ITER_NORM = define(
         schema="iter_norm(Tensor x, Tensor? weight, Tensor? bias, int group_size, int num_iterations, float eps, "
         "bool frobenius, bool eigh) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         eager=eager.iter_norm,
-        kernels=("moments", "newton", "mix"),
+        kernels=("moments", "merge", "newton", "mix"),
         fake=_fake,
         autograd=_IterNorm,
         channels=((1, 0, 0), (1, 0, 0, 0, 0)),
@@ -157,7 +157,7 @@ ITER_NORM_BACKWARD = define(
         schema="iter_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor W, Tensor saved_matrix, "
         "Tensor saved_scale, int num_iterations, bool frobenius, bool eigh) -> (Tensor, Tensor, Tensor)",
         eager=eager.iter_norm_backward,
-        kernels=("cross_moments", "newton", "stacked_mix"),
+        kernels=("cross_moments", "merge", "newton", "stacked_mix"),
         fake=_backward_fake,
         channels=((1, 1, 0, 0, 0, 0, 0), (1, 0, 0)),
         request=lambda grad, x, weight, mean, W, *_: Request(x, W.shape[1]),

@@ -150,7 +150,7 @@ POP_NORM_BACKWARD = define(
         schema="pop_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
         "float kappa, float eps, bool center, bool scale) -> (Tensor, Tensor, Tensor)",
         eager=eager.pop_norm_backward,
-        kernels=("cross_moments", "stacked_mix"),
+        kernels=("cross_moments", "mix", "stacked_mix"),
         fake=_backward_fake,
         channels=((1, 1, 0, 0, 0, 0), (1, 0, 0)),
         request=lambda grad, x, *_: Request(x, 1),
