@@ -20,15 +20,17 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_tensor(name: str, value: object) -> None:
-    """Raise unless ``value`` is a tensor.
-
-    Also raise in compiled code under forward-mode differentiation: it would silently drop the tangent of a tensor.
-    """
+def check_reverse_mode() -> None:
+    """Raise in compiled code under forward-mode differentiation: it would silently drop the tangent of a tensor."""
     if torch.compiler.is_compiling() and in_forward_mode():
         raise NotImplementedError(
             "forward mode AD: expected reverse mode, got torch.compile inside of forward_ad.dual_level()"
         )
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise unless ``value`` is a tensor, and in forward-mode differentiation of compiled code."""
+    check_reverse_mode()
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
 

@@ -7,8 +7,6 @@ import math
 from collections import defaultdict
 
 from bench.measure.results import Results
-from normkernels.dispatch.choose import BACKENDS
-from normkernels.dispatch.record import OPS as RECORDS
 
 # Comparison -> the primitives whose kernels it spends its time in.
 PRIMITIVES = {
@@ -19,7 +17,14 @@ PRIMITIVES = {
     "gpu_filter": ("spectral_filter",),
     "gpu_spectrum": ("kernel_spectrum",),
 }
-OPS = {name: tuple(op.name for op in RECORDS.values() if op.primitive in PRIMITIVES[name]) for name in PRIMITIVES}
+BACKENDS = ("cuda", "triton", "eager")
+
+
+def ops_of(comparison: str) -> tuple[str, ...]:
+    """Return the ops whose kernels a comparison spends its time in."""
+    from normkernels.dispatch.record import OPS  # late: results can be read where the package is broken
+
+    return tuple(op.name for op in OPS.values() if op.primitive in PRIMITIVES[comparison])
 
 
 def slowness(results: Results, kernel: str) -> dict[str, float]:
@@ -46,18 +51,18 @@ def slowness(results: Results, kernel: str) -> dict[str, float]:
 def order(results: Results) -> dict[str, list[str]]:
     """Return the order as NORMKERNELS_BACKEND_ORDER takes it: nothing comes after eager, which serves everything."""
     found: dict[str, list[str]] = {}
-    for kernel, ops in OPS.items():
+    for kernel in PRIMITIVES:
         backends = list(slowness(results, kernel))
         if "eager" in backends:
-            found |= dict.fromkeys(ops, backends[: backends.index("eager") + 1])
+            found |= dict.fromkeys(ops_of(kernel), backends[: backends.index("eager") + 1])
     return found
 
 
 def section(results: Results) -> list[str]:
     """Return the lines of the report about the backends."""
     rows = [
-        f"* {', '.join(ops)}: " + ", ".join(f"{backend} {ratio:.2f}" for backend, ratio in measured.items())
-        for kernel, ops in OPS.items()
+        f"* {', '.join(ops_of(kernel))}: " + ", ".join(f"{backend} {ratio:.2f}" for backend, ratio in measured.items())
+        for kernel in PRIMITIVES
         if (measured := slowness(results, kernel))
     ]
     if not rows:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normkernels._checks import check_reverse_mode
 from normkernels.dispatch import export
 from normkernels.dispatch.record import Op
 
@@ -18,6 +19,7 @@ def call(op: Op, *arguments: Any) -> Any:
     Dynamo cannot trace a Function where nothing needs a gradient: there the raw op is called. Outside Dynamo the
     Function must stay, because it refuses forward-mode differentiation.
     """
+    check_reverse_mode()  # once more: Dynamo may compile this function alone
     if op.onnx is not None and export.exporting():
         return op.onnx(*arguments)
     differentiated = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)

@@ -1,4 +1,4 @@
-"""What belongs together in the arguments of Triton kernels: tensors and numbers by name; columns are in launch.py.
+"""Arguments of Triton kernels that belong together, tensors and numbers by name; columns are in launch.py.
 
 Triton takes a NamedTuple as it is and compiles a kernel for what is in it, as for single arguments: for None, for 1,
 for multiples of 16. So numbers that differ from call to call, as the count of the columns, are arguments of their own.
