@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib
 import itertools
 import multiprocessing
 import re
@@ -21,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +28,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.gpu.tune import PLANES, Case, cases, launching, write_table
+from bench.gpu.tune import write_table
 from bench.measure.environment import ROOT
 from normkernels.triton import configs, support
-from normkernels.triton.configs import Config
+from normkernels.triton.configs import Config, Key
 from normkernels.triton.support import Unsupported
 
 RESULT = ROOT / "docs" / "triton-kernels.csv"
@@ -56,41 +55,144 @@ class Usage(NamedTuple):
     unordered: int = 0
 
 
+@dataclass(frozen=True)
+class Case:
+    """One entry of the table, and a call that launches its kernels."""
+
+    kernel: str
+    size: int
+    layout: str
+    type: str
+
+    def key(self, arch: int) -> Key:
+        return self.kernel, self.size, self.layout, self.type, arch
+
+    def calls(self) -> list[Callable[[], object]]:
+        """Return a call for each size of planes, as the compiler knows less of those that are no multiple of 16."""
+        planes = SIDES[self.size] if self.kernel in FILTERS else PLANES.get(self.layout, (16,))
+        return [lambda plane=plane: CALLS[self.kernel](self, plane) for plane in planes]  # type: ignore[misc]
+
+    @property
+    def channels(self) -> int:
+        """Channels of the input: one group, or several groups of one channel."""
+        return SINGLE if self.size == 1 else self.size
+
+    def data(self, plane: int) -> Tensor:
+        dtype = torch.float32 if self.type == "float32" else torch.bfloat16
+        x = torch.zeros(3, self.channels, plane, plane, dtype=dtype)
+        return x.contiguous(memory_format=torch.channels_last) if self.layout == "channels" else x
+
+
 SINGLE = 48  # groups of one channel: several programs in either layout
-SIDES = {"positions": (16, 14), "odd": (7,)}
+FILTERS = ("spectral_filter", "cross_spectrum")
+SPECTRA = ("kernel_spectrum", "kernel_spectrum_backward")
+SIDES = {16: (7, 32), 32: (34, 58, 64)}  # sides of a filter's planes, by the padded half
+PLANES = {"positions": (16, 14), "odd": (7,), "channels": (16,)}
 
 
-def calls(case: Case) -> Iterator[Callable[[], object]]:
-    """Yield calls of the ops that launch an entry's kernel, on every sample of their arguments.
+def whitening(case: Case, plane: int, affine: bool = True) -> object:
+    from normkernels.primitives.iter_norm.triton import iter_norm, iter_norm_backward
 
-    They are on planes of several sizes, because the compiler knows less of those that are no multiple of 16.
+    x, d = case.data(plane), case.size
+    if d == 1:
+        return diagonal(x)
+    weight = torch.ones(d) if affine else None
+    y, mean, W, S, scale = iter_norm(x, weight, weight, d, 5, 1e-5, False, False)
+    return iter_norm_backward(y, x, weight, mean, W, S, scale, 5, False, False)
+
+
+def diagonal(x: Tensor) -> object:
+    """Launch all that passes over groups of one channel, with and without what may be left out."""
+    from normkernels.primitives.pop_norm.triton import pop_norm, pop_norm_backward
+    from normkernels.primitives.whiten.triton import mix
+
+    weight = torch.ones(x.shape[1])
+    for center, scale in ((True, True), (True, False), (False, True)):
+        gamma, beta = weight if scale else None, weight if center else None
+        y, mean, var = pop_norm(x, gamma, beta, 4.0, 1e-5, center, scale)
+        pop_norm_backward(y, x, gamma, beta, mean, var, 4.0, 1e-5, center, scale)
+    mix([(x, weight)], weight.view(-1, 1, 1), weight, like=x, weight=weight)
+    return mix([(x, None), (x, weight)], weight.view(-1, 1, 1).expand(-1, 1, 2).contiguous(), weight, like=x)
+
+
+def reductions(case: Case, plane: int) -> object:
+    from normkernels.primitives.moments.triton import cross_moments, moments
+
+    x = torch.zeros(3, case.channels, 16, 16)
+    return cross_moments(x, x, moments(x, case.size, False)[0], case.size)
+
+
+def small_matrix(case: Case, plane: int) -> object:
+    from normkernels.primitives.inverse_sqrt.triton import inverse_sqrt, inverse_sqrt_backward
+
+    for d in (case.size, case.size - 3):  # where threads lie differently on the matrices in memory and on those padded
+        cov = torch.zeros(2, d, d)
+        for scaling in ("trace", "frobenius"):
+            W, S, scale = inverse_sqrt(cov, 5, 1e-5, scaling == "frobenius", False)
+            inverse_sqrt_backward(cov, W, S, scale, 5, scaling == "frobenius", False)
+        whitening(Case("newton", d, "positions", "float32"), 16)
+    whitening(Case("newton", case.size, "positions", "float32"), 16, affine=False)
+    return None
+
+
+def filtering(case: Case, plane: int) -> object:
+    """Launch the filter's kernels with windows as ConvNorm's: a crop, and a stride in one direction."""
+    from normkernels.primitives.spectral_filter.triton import cross_spectrum, spectral_filter
+
+    z = Case(case.kernel, 8, case.layout, case.type).data(plane)
+    whole, target = [0, 1, 0, 1], [1, 1, plane - 2, 0, 2, (plane + 1) // 2]
+    y = spectral_filter(z, torch.zeros(8, plane, plane), whole, target)
+    return cross_spectrum(y, z, [plane, plane], [*target[:2], *target[3:5]], whole)
+
+
+def spectra(case: Case, plane: int) -> object:
+    from normkernels.primitives.kernel_spectrum.triton import kernel_spectrum, kernel_spectrum_backward
+
+    for size, taps in ((34, 3), (64, 7)):
+        weight = torch.zeros(4, 8, taps, taps)
+        v = kernel_spectrum(weight, [size, size], 1e-8, [1, 1])
+        kernel_spectrum_backward(v, weight, 1e-8, [1, 1])
+    return None
+
+
+def all_layers(case: Case, plane: int) -> object:
+    """Launch the change of two gradients, in either layout.
+
+    Their sizes and addresses are data, of which the compiler knows nothing.
     """
-    planes: Sequence[int] = PLANES[case.kernel][case.size] if case.kernel in PLANES else SIDES.get(case.layout, (16,))
-    for plane in planes:
-        for op, d in itertools.product(launching(case.kernel), group_sizes(case)):
-            kernels = getattr(importlib.import_module(op.triton_module), op.name)
-            for arguments in filter(dense, op.samples(data(case, plane, d), d)):
-                yield lambda kernels=kernels, arguments=arguments: kernels(*arguments)  # type: ignore[misc]
+    from normkernels.primitives.precondition.triton import precondition
+
+    dtype = torch.float32 if case.type == "float32" else torch.bfloat16
+    weights = [torch.zeros(32, 16, 3, 3, dtype=dtype), torch.zeros(32, 16, dtype=dtype)]
+    biases, statistics = [torch.zeros(32, dtype=dtype)] * 2, [torch.ones(16)] * 2
+    return precondition(weights, biases, statistics, statistics, [1, 1], [1.0, 2.0], 1e-2, 1e-4)
 
 
-def dense(arguments: Sequence[Any]) -> bool:
-    """Return whether no tensor is expanded. With the gradient of a sum a kernel may spill some bytes."""
-    tensors = [value for value in arguments if isinstance(value, Tensor)]
-    return all(step or n == 1 for tensor in tensors for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+# Rejected: the samples of the ops' records. They have every option of every op that launches a kernel, several times as
+# many variants, which take twenty minutes to compile on two cores.
+CALLS: dict[str, Callable[[Case, int], object]] = {
+    "moments": whitening,
+    "cross_moments": whitening,
+    "mix": whitening,
+    "stacked_mix": whitening,
+    "merge": reductions,
+    "newton": small_matrix,
+    **dict.fromkeys(FILTERS, filtering),
+    **dict.fromkeys(SPECTRA, spectra),
+    "precondition": all_layers,
+}
+PASSES = ("moments", "cross_moments", "mix", "stacked_mix")
 
 
-def group_sizes(case: Case) -> tuple[int, ...]:
-    if case.kernel in PLANES:  # the size is that of planes
-        return (2,)
-    # Threads lie differently on matrices in memory and on those that are padded.
-    return (case.size, case.size - 3) if case.kernel == "newton" else (case.size,)
-
-
-def data(case: Case, plane: int, d: int) -> Tensor:
-    """Return one group of channels, or several groups of one channel, or the channels of a filter."""
-    channels = 8 if case.kernel in PLANES else SINGLE if d == 1 else d
-    x = torch.zeros(3, channels, plane, plane, dtype=case.dtype)
-    return x.contiguous(memory_format=torch.channels_last) if case.layout == "channels" else x
+def cases() -> list[Case]:
+    types = ("float32", "half")
+    over_data = [
+        *itertools.product(PASSES, (1, *SIZES), ("positions", "odd", "channels"), types),
+        *itertools.product(FILTERS, SIDES, ("positions", "channels"), types),
+        *itertools.product(("precondition",), (1,), ("",), types),
+    ]
+    elsewhere = [("merge", 1), *itertools.product(("newton", "merge"), SIZES), *itertools.product(SPECTRA, (64,))]
+    return [Case(*parts) for parts in over_data] + [Case(kernel, size, "", "float32") for kernel, size in elsewhere]
 
 
 # --- compiling ------------------------------------------------------------------------------------------------------
@@ -137,12 +239,10 @@ def compile_entry(case: Case, arch: int, config: Config, only_first: bool = Fals
             name = kernel.fn.__name__
             used[name] = Usage(*map(max, zip(used.get(name, usage), usage, strict=True)))
 
-    with configs.replaced({(*case, arch): config}), support.recording(arch, record):
-        for call in calls(case):
+    with configs.replaced({case.key(arch): config}), support.recording(arch, record):
+        for call in case.calls()[: 1 if only_first else None]:
             with suppress(Unsupported):  # another kernel of the call, which this architecture leaves to plain PyTorch
                 call()
-            if only_first and used:
-                break
     if not used:
         raise LookupError(f"no launch uses the entry {case} for sm_{arch}")
     return used
@@ -200,7 +300,8 @@ def complaint(usage: Usage, arch: int) -> str:
 def entry(case: Case, arch: int) -> Config | None:
     """Return an architecture's configuration, maybe an older one's; None where plain PyTorch serves the kernel."""
     with suppress(Unsupported), support.recording(arch, lambda *_: None):
-        return configs.configuration(case.kernel, case.size, case.layout, case.dtype, arch)
+        dtype = torch.float32 if case.type == "float32" else torch.float16
+        return configs.configuration(case.kernel, case.size, case.layout, dtype, arch)
     return None
 
 
@@ -208,7 +309,7 @@ def rows_of(task: tuple[Case, int]) -> list[dict[str, Any]]:
     case, arch = task
     config = entry(case, arch)
     assert config is not None
-    described = {"entry": case.kernel, **{k: v for k, v in case._asdict().items() if k != "kernel"}, "arch": arch}
+    described = {"entry": case.kernel, **{k: v for k, v in asdict(case).items() if k != "kernel"}, "arch": arch}
     return [
         {"kernel": name, **described, **asdict(config), **usage._asdict()}
         for name, usage in sorted(compile_entry(case, arch, config).items())
@@ -241,8 +342,8 @@ PRECISION = {("mix", "half"): "bf16x3", ("stacked_mix", "half"): "bf16x3", ("mer
 
 
 def candidates(case: Case) -> list[Config]:
-    if case.kernel in PLANES or case.size == 1:  # chosen by hand: spectral_filter/DERIVATION.md, docs/triton.md
-        return [config for key, config in configs.table().items() if key[:4] == case]
+    if case.kernel in (*FILTERS, *SPECTRA) or case.size == 1:  # chosen by hand: spectral/DERIVATION.md, docs/triton.md
+        return [config for key, config in configs.table().items() if key[:4] == case.key(0)[:4]]
     precision = PRECISION.get((case.kernel, case.type), "tf32x3")
     shapes = CANDIDATES[case.size] + LAST_RESORT.get((case.kernel, case.size), [])
     if case.kernel == "newton":
@@ -274,7 +375,7 @@ def choose(task: tuple[Case, int]) -> tuple[Case, int, Config | None]:
         if any(complaint(usage, arch) for usage in used.values()):
             continue
         fallback = fallback or config
-        if case.kernel not in configs.passes_over_data():
+        if case.kernel not in PASSES:
             break
         programs = min(
             min(SHARED[arch] // max(usage.shared, 1), REGISTERS // (usage.registers * 32 * config.warps))
@@ -302,7 +403,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, action="append", help="only entries of this size; may be repeated")
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED), help="only this; may be repeated")
     options = parser.parse_args(arguments)
-    selected = [case for case in cases(configs.table(), (), ()) if options.k is None or case.kernel in options.k]
+    selected = [case for case in cases() if options.k is None or case.kernel in options.k]
     selected = [case for case in selected if options.size is None or case.size in options.size]
     tasks = [(case, arch) for arch in options.arch or SHARED for case in selected]
     if options.choose:
@@ -311,7 +412,7 @@ def main(arguments: list[str] | None = None) -> int:
             if config is None:
                 print(f"no candidate fits: {case} sm_{arch}")
             else:
-                table[(*case, arch)] = config
+                table[case.key(arch)] = config
         write_table(configs.TABLE, table)
         configs.table.cache_clear()
     tasks = [(case, arch) for case, arch in tasks if entry(case, arch) is not None]
