@@ -1,5 +1,5 @@
 // The Python module normkernels._C: what was compiled, and what it would launch. It has no tensors; importing it
-// registers the ops, which are in the .cu files of the same library.
+// registers the ops, which are in ops/ and part of the same library.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.gpu.tune import write_table
+from bench.gpu.tune import FILTERS, SPECTRA, write_table
 from bench.measure.environment import ROOT
 from normkernels.triton import configs, support
 from normkernels.triton.configs import Config, Key
@@ -84,8 +84,6 @@ class Case:
 
 
 SINGLE = 48  # groups of one channel: several programs in either layout
-FILTERS = ("spectral_filter", "cross_spectrum")
-SPECTRA = ("kernel_spectrum", "kernel_spectrum_backward")
 SIDES = {16: (7, 32), 32: (34, 58, 64)}  # sides of a filter's planes, by the padded half
 PLANES = {"positions": (16, 14), "odd": (7,), "channels": (16,)}
 
@@ -169,7 +167,7 @@ def all_layers(case: Case, plane: int) -> object:
 
 
 # Rejected: the samples of the ops' records. They have every option of every op that launches a kernel, several times as
-# many variants, which take twenty minutes to compile on two cores.
+# many variants, of which two cores had not compiled all after twelve minutes.
 CALLS: dict[str, Callable[[Case, int], object]] = {
     "moments": whitening,
     "cross_moments": whitening,

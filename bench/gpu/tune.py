@@ -3,7 +3,7 @@
     python -m bench.gpu.tune --out configs.json [--kernel mix] [--size 64]
     NORMKERNELS_TRITON_CONFIGS=configs.json python train.py
 
-Opt-in: the package itself never tunes. It times the op that a kernel belongs to, once for each candidate around the
+Opt-in: the package itself never tunes. It times the ops that launch a kernel, once for each candidate around the
 configuration in force, and keeps the fastest of those that compile and agree with the eager backend. The file is
 written after each kernel, in the format of normkernels/triton/configs.json, which it overrides where it has a row.
 """
@@ -60,15 +60,11 @@ class Case(NamedTuple):
         return x.contiguous(memory_format=torch.channels_last) if self.layout == "channels" else x
 
 
-# Kernels on the planes of a filter -> size in the table, for some the padded half of a side -> sides.
-HALVES: dict[int, tuple[int, ...]] = {16: (7, 32), 32: (34, 58, 64)}
-WHOLE: dict[int, tuple[int, ...]] = {64: (34, 64)}
-PLANES = {
-    "spectral_filter": HALVES,
-    "cross_spectrum": HALVES,
-    "kernel_spectrum": WHOLE,
-    "kernel_spectrum_backward": WHOLE,
-}
+FILTERS = (
+    "spectral_filter",
+    "cross_spectrum",
+)  # kernels on planes, whose size in the table is the padded half of a side
+SPECTRA = ("kernel_spectrum", "kernel_spectrum_backward")
 
 
 def launching(kernel: str) -> list[Op]:
@@ -83,18 +79,16 @@ WITHIN = ("merge", "newton")  # kernels whose block is no larger than the tile
 
 def call_of(case: Case, device: torch.device) -> Call:
     """Return a call of the ops that launch the kernel and as few others as possible, on data made for the case."""
-    on_planes = case.kernel in PLANES
-    x = (
-        case.activations(device, 2 * case.size - 2 if case.size <= 32 else 34)
-        if on_planes
-        else case.activations(device)
-    )
+    side = 2 * case.size - 2 if case.kernel in FILTERS else 34 if case.kernel in SPECTRA else 32
+    x = case.activations(device, side)
     if case.kernel == "merge":
         x = x[:8]  # little to read, the same number of parts
     ops = launching(case.kernel)
     fewest = min(len(op.kernels) for op in ops)
     given = [
-        (op, next(iter(op.samples(x, CHANNELS if on_planes else case.size)))) for op in ops if len(op.kernels) == fewest
+        (op, next(iter(op.samples(x, CHANNELS if case.kernel in SPECTRA else case.size))))
+        for op in ops
+        if len(op.kernels) == fewest
     ]
 
     def call() -> tuple[Tensor, ...]:

@@ -87,7 +87,8 @@ def _refusal(backend: str, op: str, request: Request) -> str:
         return "does not implement it" if available or backend == "triton" else reason
     if not available:
         return reason
-    if not request.data.is_cuda and not (backend == _chosen and backend in IMPLEMENTATIONS[op]):
+    asked = backend in IMPLEMENTATIONS[op] and backend in candidates(op, request.data.device.type)
+    if not request.data.is_cuda and not asked:
         return "serves CUDA tensors only" + (", unless use_backend chooses it" if backend == "triton" else "")
     if backend == "cuda":
         return compiled.refusal(op, request)
@@ -205,7 +206,10 @@ def read_order(path: Path) -> Order:
                 ):
                     raise ValueError(f"{backends!r} for {op}")
     except (OSError, ValueError) as error:
-        expected = f"a JSON object of ops (or default) and lists of {', '.join(BACKENDS)}, each once, eager last"
+        expected = (
+            f"a JSON object of ops (or default) and lists of {', '.join(BACKENDS)}, each once, eager last, "
+            f"or an object with one for each of {', '.join(ORDER)}"
+        )
         raise ValueError(f"NORMKERNELS_BACKEND_ORDER: expected {path} to be {expected}; got {error}") from None
     return {device: {op: tuple(names) for op, names in table.items()} for device, table in tables.items()}
 

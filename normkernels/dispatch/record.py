@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 Function = Callable[..., Any]
+_REQUIRED: Any = (
+    None  # a record without the part is refused with the op's name, which Python's own error would not have
+)
 
 
 class Request(NamedTuple):
@@ -55,13 +58,13 @@ class Op:
     """
 
     schema: str
-    eager: Function
-    fake: Function
-    request: Function
-    reference: Function
-    tolerance: Function
-    samples: Callable[[Tensor, int], Iterable[tuple[Any, ...]]]
-    flops: Function
+    eager: Function = _REQUIRED
+    fake: Function = _REQUIRED
+    request: Function = _REQUIRED
+    reference: Function = _REQUIRED
+    tolerance: Function = _REQUIRED
+    samples: Callable[[Tensor, int], Iterable[tuple[Any, ...]]] = _REQUIRED
+    flops: Function = _REQUIRED
     autograd: type[torch.autograd.Function] | None = None
     channels: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     onnx: Function | None = None
@@ -73,7 +76,7 @@ class Op:
         arguments, results = self.arguments, self.results
         if any(type.startswith("str") for type, _ in arguments):
             self._refuse("schema", "arguments that are no strings", self.schema)
-        for field in fields(self):
+        for field in fields(self):  # their types are strings, as every annotation here
             value = getattr(self, field.name)
             if field.type == "Function" or (field.type == "Function | None" and value is not None):
                 self._check_arguments(field.name, value)

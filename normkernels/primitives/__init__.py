@@ -1,1 +1,1 @@
-"""The primitives, one folder each: op.py (record, public function), eager.py, triton.py, DERIVATION.md."""
+"""The primitives, one folder each: op.py (record, public function), eager.py, triton.py, reference.py."""

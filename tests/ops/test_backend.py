@@ -188,6 +188,7 @@ def test_an_order_for_a_cpu(ordered: Callable[[str], None], x: Tensor, monkeypat
     calls = served_by(monkeypatch)
     with nk.use_backend("auto"):
         nk.ops.iter_norm(x, 8)
+        assert nk.backend_of("iter_norm", x) == "triton" and nk.backend_of("moments", x) == "eager"
     assert calls == ["iter_norm"]
 
 

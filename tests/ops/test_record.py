@@ -177,11 +177,17 @@ def test_a_wrong_part_is_named(part: str, value: Any, message: str) -> None:
         replace(TOY, **{part: value})
 
 
-@pytest.mark.parametrize("part", ["schema", "eager", "fake", "request", "reference", "tolerance", "samples", "flops"])
+@pytest.mark.parametrize("part", ["eager", "fake", "request", "reference", "tolerance", "samples", "flops"])
 def test_a_missing_part_is_named(part: str) -> None:
     parts = {field.name: getattr(TOY, field.name) for field in fields(TOY) if field.name != part}
-    with pytest.raises(TypeError, match=rf"missing 1 required keyword-only argument: '{part}'"):
+    with pytest.raises(ValueError, match=rf"^toy: {part}: expected a function of .*, got None$"):
         Op(**parts)
+
+
+def test_a_record_needs_a_schema() -> None:
+    """Without one there is no name of an op."""
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'schema'"):
+        Op(eager=eager)
 
 
 # --- one place for each op's name -----------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def sync_iter_norm(
     check_affine(x, weight, bias)
     arguments = (x, weight, bias, process_group, d, num_iterations, float(eps), frobenius, eigh)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    # Dynamo cannot trace a Function where nothing needs a gradient, as in _fused.call.
+    # Dynamo cannot trace a Function where nothing needs a gradient, as in autograd.call.
     plain = torch.compiler.is_compiling() and not differentiated
     y, mean, W, count, *_ = (_SyncIterNorm.forward if plain else _SyncIterNorm.apply)(*arguments)
     return y, mean, W, count

@@ -86,7 +86,7 @@ class _KernelSpectrum(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         if torch.is_grad_enabled():
             with torch.autocast(weight.device.type, enabled=False):
-                alias = weight.view_as(weight)  # a graph of its own, as in _fused.gradients
+                alias = weight.view_as(weight)  # a graph of its own, as in autograd.gradients
                 exact = in_float64(alias)
                 v = eager.spectrum(exact, eager.both_waves(exact, grad.shape[1:], ctx.dilation), ctx.eps)
                 (grad_weight,) = torch.autograd.grad(v, alias, in_float64(grad), create_graph=True)

@@ -17,7 +17,7 @@ def rows_of(x: Tensor, group_size: int) -> Tensor:
 
 
 def gradients_like(x: Tensor) -> Iterator[Tensor]:
-    """Yield gradients of an output like x: one in its layout, and one that is expanded over the positions."""
+    """Yield gradients of an output like x: one in its layout, and one that is expanded over its positions, if any."""
     dense = torch.empty_like(x).copy_(0.5 * x - 0.25 * x.flip(1))
     yield dense
     yield (dense.flatten(2)[..., :1] if x.dim() > 2 else dense).view(*x.shape[:2], *[1] * (x.dim() - 2)).expand(x.shape)
