@@ -111,6 +111,11 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def single_channels(group_size: int) -> bool:
+    """Return whether groups have one channel: their matrices are numbers, and diagonal.py has kernels for them."""
+    return group_size == 1
+
+
 def tile_size(group_size: int) -> int:
     """Return the size by which the table knows a pass: 1 for single channels, which no tensor core multiplies."""
-    return 1 if group_size == 1 else padded(group_size)
+    return 1 if single_channels(group_size) else padded(group_size)

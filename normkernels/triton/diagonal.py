@@ -17,69 +17,64 @@ import triton.language as tl
 from torch import Tensor
 
 from normkernels.eager.layouts import empty_output
+from normkernels.triton.arguments import Affine, Matrix, Moments, Products, Statistics, sources_of
 from normkernels.triton.configs import Config, configuration
-from normkernels.triton.launch import WARPS, Split, columns, launch, split
+from normkernels.triton.launch import WARPS, Columns, Split, columns, launch, split
 from normkernels.triton.support import architecture
-from normkernels.triton.tiles import bounds, count_of, load_tile, pointers, positions_of
+from normkernels.triton.tiles import bounds, count_of, load_tile, pointers
 
-BATCH = 64  # parts that a program merges at a time
+CHANNEL_BATCH = 64  # parts that a program merges at a time
 
 # --- reduce ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["columns"])
 def partial_channel_moments(
-    x, sample_stride, channel_stride, position_stride, positions, channels, columns, chunk,
-    shift_out, delta_out, square_out,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Compute the mean of one part of the columns, in two numbers shift + delta, and the sum of squares about it.
+    x, channels, columns, chunk, out, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+):
+    """Compute arguments.Moments of one part of the columns.
 
     The shift is the mean of the part's first tile, which stays in registers.
     """
     part = tl.program_id(1)
     channel, offset = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     real = channel < channels
-    start, stop = bounds(part, chunk, columns, WIDE, RUN)
+    start, stop = bounds(part, chunk, columns, WIDE, x.run)
 
     column = start + offset
     mask = real[:, None] & (column < stop)[None, :]
-    at = positions_of(column, positions, sample_stride, position_stride, RUN)
-    tile = load_tile(x, channel, channel_stride, at, mask, RUN)
+    tile = load_tile(x, channel, column, mask)
     shift = tl.sum(tile, 1) / tl.minimum(stop - start, BLOCK).to(tl.float32)
     tile = tl.where(mask, tile - shift[:, None], 0.0)
     total, square = tile, tile * tile
     for first in range(start + BLOCK, stop, BLOCK):
         column = first + offset
         mask = real[:, None] & (column < stop)[None, :]
-        at = positions_of(column, positions, sample_stride, position_stride, RUN)
-        tile = tl.where(mask, load_tile(x, channel, channel_stride, at, mask, RUN) - shift[:, None], 0.0)
+        tile = tl.where(mask, load_tile(x, channel, column, mask) - shift[:, None], 0.0)
         total += tile
         square += tile * tile
 
     sums = tl.sum(total, 1)
     delta = sums / (stop - start).to(tl.float32)
     slot = part.to(tl.int64) * channels + channel
-    tl.store(shift_out + slot, shift, mask=real)
-    tl.store(delta_out + slot, delta, mask=real)
-    tl.store(square_out + slot, tl.sum(square, 1) - sums * delta, mask=real)
+    tl.store(out.shift + slot, shift, mask=real)
+    tl.store(out.delta + slot, delta, mask=real)
+    tl.store(out.square + slot, tl.sum(square, 1) - sums * delta, mask=real)
 
 
 @triton.jit(do_not_specialize=["columns"])
 def partial_channel_cross(
-    y, y_sample_stride, y_channel_stride, y_position_stride, y_positions,
-    x, sample_stride, channel_stride, position_stride, positions, mean, channels, columns, chunk,
-    sum_y_out, sum_x_out, cross_out,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, Y_RUN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Compute sum y, sum (x - mean) and sum y (x - mean) of one part of the columns.
+    y, x, mean, channels, columns, chunk, out, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+):
+    """Compute arguments.Products of one part of the columns.
 
     A missing mean counts as zero, and sum x is left out then; without x, only sum y is computed.
     """
     part = tl.program_id(1)
     channel, offset = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     real = channel < channels
-    start, stop = bounds(part, chunk, columns, WIDE, RUN if RUN < Y_RUN else Y_RUN)
+    RUN: tl.constexpr = y.run if x is None else (x.run if x.run < y.run else y.run)
+    start, stop = bounds(part, chunk, columns, WIDE, RUN)
     shift = tl.zeros((ROWS,), tl.float32)
     if mean is not None:
         shift = tl.load(mean + channel, mask=real, other=0.0)
@@ -89,31 +84,27 @@ def partial_channel_cross(
     for first in range(start, stop, BLOCK):
         column = first + offset
         mask = real[:, None] & (column < stop)[None, :]
-        at = positions_of(column, y_positions, y_sample_stride, y_position_stride, Y_RUN)
-        left = load_tile(y, channel, y_channel_stride, at, mask, Y_RUN)
+        left = load_tile(y, channel, column, mask)
         sum_y += left
         if x is not None:
-            at = positions_of(column, positions, sample_stride, position_stride, RUN)
-            right = tl.where(mask, load_tile(x, channel, channel_stride, at, mask, RUN) - shift[:, None], 0.0)
+            right = tl.where(mask, load_tile(x, channel, column, mask) - shift[:, None], 0.0)
             cross += left * right
             if mean is not None:
                 sum_x += right
 
     slot = part.to(tl.int64) * channels + channel
-    tl.store(sum_y_out + slot, tl.sum(sum_y, 1), mask=real)
+    tl.store(out.sum_y + slot, tl.sum(sum_y, 1), mask=real)
     if x is not None:
-        tl.store(cross_out + slot, tl.sum(cross, 1), mask=real)
+        tl.store(out.cross + slot, tl.sum(cross, 1), mask=real)
         if mean is not None:
-            tl.store(sum_x_out + slot, tl.sum(sum_x, 1), mask=real)
+            tl.store(out.sum_x + slot, tl.sum(sum_x, 1), mask=real)
 
 
 # --- merge ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def merged_moments(
-    shift, delta, square, parts, chunk, columns, channels, channel, ROWS: tl.constexpr, BATCH: tl.constexpr
-):
+def merged_moments(partial, cut, columns, channels, channel, ROWS: tl.constexpr, BATCH: tl.constexpr):
     """Return mean in float32, what its rounding left out (the exact mean is their sum), and variance (Chan's formula).
 
     All is relative to the first part's shift: its difference to another part's is exact to its own rounding. So float32
@@ -121,21 +112,21 @@ def merged_moments(
     """
     real = channel < channels
     m = columns.to(tl.float32)
-    pivot = tl.load(shift + channel, mask=real, other=0.0)
+    pivot = tl.load(partial.shift + channel, mask=real, other=0.0)
     total = tl.zeros((ROWS, BATCH), tl.float32)
-    for first in range(0, parts, BATCH):
+    for first in range(0, cut.parts, BATCH):
         part = first + tl.arange(0, BATCH)
-        count = count_of(part, parts, chunk, columns).to(tl.float32)
-        total += count[None, :] * from_pivot(shift, delta, pivot, part, parts, channels, channel)
+        count = count_of(part, cut, columns).to(tl.float32)
+        total += count[None, :] * from_pivot(partial, pivot, part, cut.parts, channels, channel)
     offset = tl.sum(total, 1) / m
 
     total = tl.zeros((ROWS, BATCH), tl.float32)
-    for first in range(0, parts, BATCH):
+    for first in range(0, cut.parts, BATCH):
         part = first + tl.arange(0, BATCH)
-        count = count_of(part, parts, chunk, columns).to(tl.float32)
-        between = from_pivot(shift, delta, pivot, part, parts, channels, channel) - offset[:, None]
-        at, mask = slots(part, parts, channels, channel)
-        total += tl.load(square + at, mask=mask, other=0.0) + count[None, :] * between * between
+        count = count_of(part, cut, columns).to(tl.float32)
+        between = from_pivot(partial, pivot, part, cut.parts, channels, channel) - offset[:, None]
+        at, mask = slots(part, cut.parts, channels, channel)
+        total += tl.load(partial.square + at, mask=mask, other=0.0) + count[None, :] * between * between
     var = tl.sum(total, 1) / m
 
     mean = pivot + offset
@@ -151,46 +142,42 @@ def slots(part, parts, channels, channel):
 
 
 @triton.jit
-def from_pivot(shift, delta, pivot, part, parts, channels, channel):
+def from_pivot(partial, pivot, part, parts, channels, channel):
     """Return the parts' means minus the pivot; zero beyond the last part."""
     at, mask = slots(part, parts, channels, channel)
-    apart = tl.load(shift + at, mask=mask, other=0.0) - pivot[:, None] + tl.load(delta + at, mask=mask, other=0.0)
+    apart = tl.load(partial.shift + at, mask=mask, other=0.0) - pivot[:, None]
+    apart += tl.load(partial.delta + at, mask=mask, other=0.0)
     return tl.where(mask, apart, 0.0)
 
 
 @triton.jit
-def merged_sums(partial, parts, channels, channel, ROWS: tl.constexpr, BATCH: tl.constexpr):
+def merged_sums(sums, parts, channels, channel, ROWS: tl.constexpr, BATCH: tl.constexpr):
     total = tl.zeros((ROWS, BATCH), tl.float32)
     for first in range(0, parts, BATCH):
         at, mask = slots(first + tl.arange(0, BATCH), parts, channels, channel)
-        total += tl.load(partial + at, mask=mask, other=0.0)
+        total += tl.load(sums + at, mask=mask, other=0.0)
     return tl.sum(total, 1)
 
 
 @triton.jit(do_not_specialize=["columns"])
-def finish_channel_moments(
-    shift, delta, square, parts, chunk, columns, channels, mean_out, remainder_out, var_out,
-    ROWS: tl.constexpr, BATCH: tl.constexpr,
-):  # fmt: skip
+def finish_channel_moments(partial, cut, columns, channels, out, ROWS: tl.constexpr, BATCH: tl.constexpr):
+    """Compute arguments.Statistics of all columns from those of the parts."""
     channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    mean, remainder, var = merged_moments(
-        shift, delta, square, parts, chunk, columns, channels, channel, ROWS, BATCH
-    )  # fmt: skip
+    mean, remainder, var = merged_moments(partial, cut, columns, channels, channel, ROWS, BATCH)
     real = channel < channels
-    tl.store(mean_out + channel, mean, mask=real)
-    tl.store(remainder_out + channel, remainder, mask=real)
-    tl.store(var_out + channel, var, mask=real)
+    tl.store(out.mean + channel, mean, mask=real)
+    tl.store(out.remainder + channel, remainder, mask=real)
+    tl.store(out.cov + channel, var, mask=real)
 
 
 @triton.jit
-def finish_channel_cross(
-    sum_y, sum_x, cross, parts, channels, sum_y_out, sum_x_out, cross_out, ROWS: tl.constexpr, BATCH: tl.constexpr
-):
+def finish_channel_cross(partial, parts, channels, out, ROWS: tl.constexpr, BATCH: tl.constexpr):
+    """Add the products of the parts."""
     channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = channel < channels
-    tl.store(sum_y_out + channel, merged_sums(sum_y, parts, channels, channel, ROWS, BATCH), mask=real)
-    tl.store(sum_x_out + channel, merged_sums(sum_x, parts, channels, channel, ROWS, BATCH), mask=real)
-    tl.store(cross_out + channel, merged_sums(cross, parts, channels, channel, ROWS, BATCH), mask=real)
+    tl.store(out.sum_y + channel, merged_sums(partial.sum_y, parts, channels, channel, ROWS, BATCH), mask=real)
+    tl.store(out.sum_x + channel, merged_sums(partial.sum_x, parts, channels, channel, ROWS, BATCH), mask=real)
+    tl.store(out.cross + channel, merged_sums(partial.cross, parts, channels, channel, ROWS, BATCH), mask=real)
 
 
 # --- map ------------------------------------------------------------------------------------------------------------
@@ -198,30 +185,24 @@ def finish_channel_cross(
 
 @triton.jit
 def map_columns(
-    x, sample_stride, channel_stride, position_stride, positions, shift, factor,
-    x2, sample_stride2, channel_stride2, position_stride2, positions2, shift2, factor2, constant,
-    y, y_sample_stride, y_channel_stride, y_position_stride, y_positions, channel, channels, columns, chunk,
-    BLOCK: tl.constexpr, RUN: tl.constexpr, RUN2: tl.constexpr, Y_RUN: tl.constexpr, WIDE: tl.constexpr,
+    x, shift, factor, x2, shift2, factor2, constant, y, channel, channels, columns, chunk,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Set y = factor (x - shift) + factor2 (x2 - shift2) + constant on the program's part of the columns.
 
     x2 may be None. The vectors have an entry for each of the program's channels.
     """
     offset = tl.arange(0, BLOCK)
-    start, stop = bounds(tl.program_id(1), chunk, columns, WIDE, Y_RUN)
-    for first in range(start, stop, BLOCK):
-        column = first + offset
+    start, stop = bounds(tl.program_id(1), chunk, columns, WIDE, y.run)
+    for begin in range(start, stop, BLOCK):
+        column = begin + offset
         mask = (channel < channels)[:, None] & (column < stop)[None, :]
-        at = positions_of(column, positions, sample_stride, position_stride, RUN)
-        tile = load_tile(x, channel, channel_stride, at, mask, RUN)
+        tile = load_tile(x, channel, column, mask)
         mapped = factor[:, None] * (tile - shift[:, None]) + constant[:, None]
         if x2 is not None:
-            at = positions_of(column, positions2, sample_stride2, position_stride2, RUN2)
-            tile = load_tile(x2, channel, channel_stride2, at, mask, RUN2)
+            tile = load_tile(x2, channel, column, mask)
             mapped += factor2[:, None] * (tile - shift2[:, None])
-        at = positions_of(column, y_positions, y_sample_stride, y_position_stride, Y_RUN)
-        target = pointers(y, channel, y_channel_stride, at, Y_RUN)
-        tl.store(target, mapped.to(y.dtype.element_ty), mask=mask)
+        tl.store(pointers(y, channel, column), mapped.to(y.data.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -236,130 +217,90 @@ def of_channels(values, channel, channels, default: tl.constexpr):
 
 @triton.jit(do_not_specialize=["columns"])
 def channel_map(
-    x, sample_stride, channel_stride, position_stride, positions, shift,
-    x2, sample_stride2, channel_stride2, position_stride2, positions2, shift2,
-    factors, factors_stride, second, weight, bias,
-    y, y_sample_stride, y_channel_stride, y_position_stride, y_positions, channels, columns, chunk,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr, RUN2: tl.constexpr, Y_RUN: tl.constexpr,
-    WIDE: tl.constexpr,
+    x, shift, x2, shift2, matrix, affine, y, channels, columns, chunk,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Set y = weight (factor (x - shift) + factor2 (x2 - shift2)) + bias.
-
-    shift, x2 and shift2, weight, and bias may be None; second: where the second factors begin.
-    """
+    """Set y = weight (matrix [x - shift; x2 - shift2]) + bias, as ``mix_kernel``; matrix (C, 1, sources)."""
     channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    gamma = of_channels(weight, channel, channels, 1.0)
-    entries = factors + channel.to(tl.int64) * factors_stride
+    gamma = of_channels(affine.weight, channel, channels, 1.0)
+    entries = matrix.data + channel.to(tl.int64) * matrix.group_stride
     factor = gamma * tl.load(entries, mask=channel < channels, other=0.0).to(tl.float32)
     factor2 = factor
     if x2 is not None:
-        factor2 = gamma * tl.load(entries + second, mask=channel < channels, other=0.0).to(tl.float32)
+        entries += matrix.column_stride
+        factor2 = gamma * tl.load(entries, mask=channel < channels, other=0.0).to(tl.float32)
     map_columns(
-        x, sample_stride, channel_stride, position_stride, positions,
-        of_channels(shift, channel, channels, 0.0), factor,
-        x2, sample_stride2, channel_stride2, position_stride2, positions2,
-        of_channels(shift2, channel, channels, 0.0), factor2, of_channels(bias, channel, channels, 0.0),
-        y, y_sample_stride, y_channel_stride, y_position_stride, y_positions, channel, channels, columns, chunk,
-        BLOCK, RUN, RUN2, Y_RUN, WIDE,
+        x, of_channels(shift, channel, channels, 0.0), factor,
+        x2, of_channels(shift2, channel, channels, 0.0), factor2, of_channels(affine.bias, channel, channels, 0.0),
+        y, channel, channels, columns, chunk, BLOCK, WIDE,
     )  # fmt: skip
 
 
 # --- launchers ------------------------------------------------------------------------------------------------------
 
 
-class Partials(NamedTuple):
-    """The results of a pass: three vectors (parts, C), and how it was cut."""
-
-    vectors: Tensor
-    cut: Split
-    columns: int
-
-
-def prepared(kernel: str, x: Tensor) -> tuple[Config, int, Split]:
-    """Return the configuration, the number of blocks of channels, and how the columns are cut."""
+def prepared(kernel: str, x: Tensor) -> tuple[Columns, Config, int, Split]:
+    """Return x as columns, the configuration, the number of blocks of channels, and how the columns are cut."""
     seen = columns(x)
     config = configuration(kernel, 1, seen.layout, x.dtype, architecture(x.device))
     blocks = triton.cdiv(x.shape[1], config.rows)
-    return config, blocks, split(seen.total, blocks, config.block, x.device, WARPS // config.warps)
+    return seen, config, blocks, split(seen.total, blocks, config.block, x.device, WARPS // config.warps)
 
 
-def reduce_moments(x: Tensor) -> Partials:
-    seen = columns(x)
-    config, blocks, cut = prepared("moments", x)
-    vectors = x.new_empty((3, cut.parts, x.shape[1]), dtype=torch.float32)
+def reduce_channel_moments(x: Tensor) -> tuple[Moments, Split]:
+    seen, config, blocks, cut = prepared("moments", x)
+    partial = Moments(*x.new_empty((3, cut.parts, x.shape[1]), dtype=torch.float32))
     launch(
-        partial_channel_moments, (blocks, cut.parts), *seen.arguments, x.shape[1], seen.total, cut.chunk, *vectors,
-        ROWS=config.rows, BLOCK=config.block, RUN=seen.run, WIDE=seen.wide, config=config, device=x.device,
+        partial_channel_moments, (blocks, cut.parts), seen, x.shape[1], seen.total, cut.chunk, partial,
+        ROWS=config.rows, BLOCK=config.block, WIDE=seen.wide, config=config, device=x.device,
     )  # fmt: skip
-    return Partials(vectors, cut, seen.total)
+    return partial, cut
 
 
-def reduce_cross(y: Tensor, x: Tensor | None, mean: Tensor | None) -> Partials:
+def reduce_channel_cross(y: Tensor, x: Tensor | None, mean: Tensor | None) -> tuple[Products, Split]:
     """Run the pass for sum y (x - mean); without a mean, and without x, some of the vectors are not written."""
-    left = columns(y)
-    right = left if x is None else columns(x)
-    config, blocks, cut = prepared("cross_moments", y if x is None else x)
-    vectors = y.new_empty((3, cut.parts, y.shape[1]), dtype=torch.float32)
+    seen, config, blocks, cut = prepared("cross_moments", y if x is None else x)
+    left, right = (seen, None) if x is None else (columns(y), seen)
+    partial = Products(*y.new_empty((3, cut.parts, y.shape[1]), dtype=torch.float32))
     launch(
-        partial_channel_cross, (blocks, cut.parts), *left.arguments,
-        *((None, 0, 0, 0, 1) if x is None else right.arguments), mean, y.shape[1], left.total, cut.chunk, *vectors,
-        ROWS=config.rows, BLOCK=config.block, Y_RUN=left.run, RUN=right.run, WIDE=left.wide,
-        config=config, device=y.device,
+        partial_channel_cross, (blocks, cut.parts), left, right, mean, y.shape[1], left.total, cut.chunk, partial,
+        ROWS=config.rows, BLOCK=config.block, WIDE=left.wide, config=config, device=y.device,
     )  # fmt: skip
-    return Partials(vectors, cut, left.total)
+    return partial, cut
 
 
-def channel_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean (C,), what rounding the mean left out (C,), and variance (C, 1, 1)."""
-    partials, channels = reduce_moments(x), x.shape[1]
-    mean, remainder = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
-    var = x.new_empty((channels, 1, 1), dtype=torch.float32)
-    config = configuration("merge", 1, "", torch.float32, architecture(x.device))
+def merge_channel_moments(x: Tensor, out: Statistics) -> None:
+    partial, cut = reduce_channel_moments(x)
+    merge(finish_channel_moments, (partial, cut, x.numel() // x.shape[1]), out.mean, out)
+
+
+def merge_channel_cross(y: Tensor, x: Tensor, mean: Tensor, out: Products) -> None:
+    partial, cut = reduce_channel_cross(y, x, mean)
+    merge(finish_channel_cross, (partial, cut.parts), mean, out)
+
+
+def merge(kernel: triton.JITFunction, partial: tuple[object, ...], vector: Tensor, out: Statistics | Products) -> None:
+    """Launch the kernel that merges partial results into ``out``; vector: any (C,)."""
+    config = configuration("merge", 1, "", torch.float32, architecture(vector.device))
     launch(
-        finish_channel_moments, (triton.cdiv(channels, config.rows),),
-        *partials.vectors, *partials.cut, partials.columns, channels, mean, remainder, var,
-        ROWS=config.rows, BATCH=BATCH, config=config, device=x.device,
+        kernel, (triton.cdiv(len(vector), config.rows),), *partial, len(vector), out,
+        ROWS=config.rows, BATCH=CHANNEL_BATCH, config=config, device=vector.device,
     )  # fmt: skip
-    return mean, remainder, var
-
-
-def merge_channel_cross(y: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sum y (x - mean) (C, 1, 1), sum y (C,) and sum (x - mean) (C,), in float32."""
-    partials, channels = reduce_cross(y, x, mean), x.shape[1]
-    sum_y, sum_x, cross = torch.empty_like(mean), torch.empty_like(mean), mean.new_empty((channels, 1, 1))
-    config = configuration("merge", 1, "", torch.float32, architecture(x.device))
-    launch(
-        finish_channel_cross, (triton.cdiv(channels, config.rows),),
-        *partials.vectors, partials.cut.parts, channels, sum_y, sum_x, cross,
-        ROWS=config.rows, BATCH=BATCH, config=config, device=x.device,
-    )  # fmt: skip
-    return cross, sum_y, sum_x
 
 
 class Map(NamedTuple):
-    """The arguments of every kernel that ends with ``map_columns``: sources, the result, its columns; grid and rest."""
+    """How kernels that end with ``map_columns`` are launched: grid, last arguments, and options."""
 
-    sources: list[tuple[Any, ...]]
-    result: tuple[Any, ...]
     grid: tuple[int, int]
+    result: tuple[Columns, int, int, int]
     meta: dict[str, Any]
 
 
-def mapping(sources: list[Tensor], result: Tensor) -> Map:
-    """Return the arguments for a map of one or two sources; those of a second one that is not there are None."""
-    seen, out = [columns(source) for source in sources], columns(result)
-    config, blocks, cut = prepared("mix" if len(sources) == 1 else "stacked_mix", result)
-    absent: list[tuple[Any, ...]] = [(None, 0, 0, 0, 1)]
-    meta = {
-        "ROWS": config.rows, "BLOCK": config.block, "RUN": seen[0].run, "RUN2": seen[-1].run, "Y_RUN": out.run,
-        "WIDE": out.wide, "config": config, "device": result.device,
-    }  # fmt: skip
-    return Map(
-        [source.arguments for source in seen] + absent[: 2 - len(seen)],
-        (*out.arguments, result.shape[1], out.total, cut.chunk),
-        (blocks, cut.parts),
-        meta,
-    )
+def mapping(sources: int, result: Tensor) -> Map:
+    """Return how to launch a map of one or two sources."""
+    out, config, blocks, cut = prepared("mix" if sources == 1 else "stacked_mix", result)
+    meta = {"ROWS": config.rows, "BLOCK": config.block, "WIDE": out.wide, "config": config, "device": result.device}
+    return Map((blocks, cut.parts), (out, result.shape[1], out.total, cut.chunk), meta)
 
 
 def map_channels(
@@ -371,10 +312,9 @@ def map_channels(
 ) -> Tensor:
     """Return weight (matrix @ [source - shift; ...]) + bias, as ``mix`` for any group size; matrix: (C, 1, sources)."""
     result = empty_output(like)
-    given = mapping([source for source, _ in sources], result)
-    (_, first_shift), (_, second_shift) = [*sources, (None, None)][:2]
+    given = mapping(len(sources), result)
     launch(
-        channel_map, given.grid, *given.sources[0], first_shift, *given.sources[1], second_shift,
-        matrix, matrix.stride(0), matrix.stride(2), weight, bias, *given.result, **given.meta,
+        channel_map, given.grid,
+        *sources_of(sources), Matrix(matrix, *matrix.stride()), Affine(weight, bias), *given.result, **given.meta,
     )  # fmt: skip
     return result

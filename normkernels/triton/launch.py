@@ -25,24 +25,20 @@ from normkernels.triton.support import Unsupported, architecture, first_line, in
 class Columns(NamedTuple):
     """A tensor (N, C, *) as columns: C values for each of N * L samples, with the strides to find them.
 
-    run: the number of columns that are next to each other in memory, a power of two up to 16; runs start at multiples.
+    It is one argument of a kernel. run: the number of columns that are next to each other in memory, a power of two up
+    to 16, compiled in; runs start at multiples.
     """
 
     data: Tensor
-    positions: int
     sample_stride: int
     channel_stride: int
     position_stride: int
-    run: int
+    positions: int
+    run: Any
 
     @property
     def total(self) -> int:
         return self.data.shape[0] * self.data.shape[2] * self.data.shape[3]
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """The arguments that kernels take for it."""
-        return (self.data, self.sample_stride, self.channel_stride, self.position_stride, self.positions)
 
     @property
     def wide(self) -> bool:
@@ -54,7 +50,7 @@ class Columns(NamedTuple):
         """The dimension that is dense in memory; "odd" for positions, in planes whose size is odd or nearly so."""
         if self.position_stride != 1:
             return "channels"
-        return "positions" if self.run >= 4 else "odd"
+        return "positions" if self.run.value >= 4 else "odd"
 
 
 def columns(x: Tensor) -> Columns:
@@ -68,7 +64,15 @@ def columns(x: Tensor) -> Columns:
     if position_stride == 1:
         while run < 16 and all(part % (2 * run) == 0 for part in (positions, sample_stride, channel_stride)):
             run *= 2
-    return Columns(image, positions, sample_stride, channel_stride, position_stride, run)
+    return Columns(image, sample_stride, channel_stride, position_stride, positions, compiled_in(run))
+
+
+@functools.cache
+def compiled_in(value: int) -> Any:
+    """Return a number that is a constant of the kernels which get it in a NamedTuple."""
+    from triton.language import constexpr
+
+    return constexpr(value)
 
 
 def within_32_bits(operand: Tensor) -> Tensor:

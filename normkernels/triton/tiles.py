@@ -10,29 +10,30 @@ import triton.language as tl
 
 
 @triton.jit
-def positions_of(column, positions, sample_stride, position_stride, RUN: tl.constexpr):
-    """Return where columns start, in elements, in 64 bits: there are tensors of more than 2^31 elements."""
-    sample = column // positions
-    position = column - sample * positions
-    offset = sample.to(tl.int64) * sample_stride + position.to(tl.int64) * position_stride
-    if RUN > 1:  # the compiler cannot see that a run never crosses a plane
-        offset = tl.max_contiguous(tl.multiple_of(offset, RUN), RUN)
+def positions_of(x, column):
+    """Return where columns of x start, in elements, in 64 bits: there are tensors of more than 2^31 elements."""
+    sample = column // x.positions
+    position = column - sample * x.positions
+    offset = sample.to(tl.int64) * x.sample_stride + position.to(tl.int64) * x.position_stride
+    if x.run > 1:  # the compiler cannot see that a run never crosses a plane
+        offset = tl.max_contiguous(tl.multiple_of(offset, x.run), x.run)
     return offset
 
 
 @triton.jit
-def pointers(data, channel, channel_stride, offset, RUN: tl.constexpr):
-    """Return the pointers (D, BLOCK) of a tile."""
-    start = channel.to(tl.int64) * channel_stride
-    if RUN > 1:
-        start = tl.multiple_of(start, RUN)
-    return data + start[:, None] + offset[None, :]
+def pointers(x, channel, column):
+    """Return the pointers (D, BLOCK) of a tile of x, which is launch.Columns."""
+    offset = positions_of(x, column)
+    start = channel.to(tl.int64) * x.channel_stride
+    if x.run > 1:
+        start = tl.multiple_of(start, x.run)
+    return x.data + start[:, None] + offset[None, :]
 
 
 @triton.jit
-def load_tile(data, channel, channel_stride, offset, mask, RUN: tl.constexpr):
+def load_tile(x, channel, column, mask):
     """Return a tile in float32, zero outside of the mask."""
-    return tl.load(pointers(data, channel, channel_stride, offset, RUN), mask=mask, other=0.0).to(tl.float32)
+    return tl.load(pointers(x, channel, column), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -46,7 +47,7 @@ def bounds(part, chunk, columns, WIDE: tl.constexpr, RUN: tl.constexpr):
 
 
 @triton.jit
-def count_of(part, parts, chunk, columns):
+def count_of(part, cut, columns):
     """Return the number of columns of a part: the last part is shorter; zero beyond it."""
-    count = tl.minimum(chunk, columns - part.to(tl.int64) * chunk)
-    return tl.where(part < parts, count, 0)
+    count = tl.minimum(cut.chunk, columns - part.to(tl.int64) * cut.chunk)
+    return tl.where(part < cut.parts, count, 0)

@@ -12,12 +12,14 @@ BY_HAND = (
     Mutation("primitives.iter_norm.sync:_merged_moments", "m = x.numel() // channels", "m = x.shape[0]"),
     Mutation("primitives.moments.triton:partial_moments", "tl.minimum(stop - start, BLOCK).to(tl.float32)", "BLOCK"),
     Mutation("triton.diagonal:partial_channel_moments", "tl.minimum(stop - start, BLOCK).to(tl.float32)", "BLOCK"),
-    Mutation("triton.tiles:positions_of", "sample.to(tl.int64) * sample_stride", "sample * sample_stride"),
-    Mutation("triton.tiles:positions_of", "position.to(tl.int64) * position_stride", "position * position_stride"),
-    Mutation("triton.tiles:pointers", "channel.to(tl.int64) * channel_stride", "channel * channel_stride"),
+    Mutation("triton.tiles:positions_of", "sample.to(tl.int64) * x.sample_stride", "sample * x.sample_stride"),
+    Mutation("triton.tiles:positions_of", "position.to(tl.int64) * x.position_stride", "position * x.position_stride"),
+    Mutation("triton.tiles:pointers", "channel.to(tl.int64) * x.channel_stride", "channel * x.channel_stride"),
     Mutation("triton.tiles:bounds", "part.to(tl.int64) * chunk", "part * chunk"),
-    Mutation("triton.tiles:count_of", "part.to(tl.int64) * chunk", "part * chunk"),
-    Mutation("triton.diagonal:channel_map", "channel.to(tl.int64) * factors_stride", "channel * factors_stride"),
+    Mutation("triton.tiles:count_of", "part.to(tl.int64) * cut.chunk", "part * cut.chunk"),
+    Mutation(
+        "triton.diagonal:channel_map", "channel.to(tl.int64) * matrix.group_stride", "channel * matrix.group_stride"
+    ),
     Mutation(
         "primitives.spectral_filter.triton:partial_cross_spectrum", "start.to(tl.int64) * z_sample", "start * z_sample"
     ),

@@ -158,7 +158,7 @@ def test_a_group_size_beyond_the_channels_is_one_group() -> None:
 )
 def test_how_columns_lie_in_memory(x: Tensor, run: int, layout: str) -> None:
     seen = launch.columns(x)
-    assert (seen.run, seen.layout) == (run, layout)
+    assert (seen.run.value, seen.layout) == (run, layout)
     assert seen.total == x.numel() // 8
 
 

@@ -127,7 +127,7 @@ def test_many_parts(layout: str, mean: float, launches: Launches, monkeypatch: p
     from normkernels.primitives.pop_norm import triton as kernels
 
     for module in (diagonal, kernels):
-        monkeypatch.setattr(module, "BATCH", 1)
+        monkeypatch.setattr(module, "CHANNEL_BATCH", 1)
     x = gaussian((2, 19, 5, 13), group_size=1, mean=mean) + torch.linspace(0, 9, 13, device=DEVICE)
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)

@@ -63,7 +63,7 @@ def test_data_is_read_in_place(layout: str, launches: Launches) -> None:
         nk.ops.iter_norm(x, 8)
     for name, seen in launches:
         if name in ACTIVATIONS:
-            assert seen["arguments"][0].data_ptr() == x.data_ptr()
+            assert seen["arguments"][0].data.data_ptr() == x.data_ptr()
 
 
 # Elements of x and dy: the tile that gives a part its shift is read twice. Once more for each further block of rows.

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from normkernels.triton.launch import Split
 from normkernels.triton.tiles import bounds, count_of
 from tests.ops.test_spectral_kernels import values as planes
 from tests.ops.test_triton_diagonal import step as pop_norm
@@ -132,17 +133,17 @@ def test_offsets_of_small_operands(case: str, tmp_path: Path) -> None:
 
 
 @triton.jit(do_not_specialize=["columns"])
-def cut_kernel(out, chunk, columns, parts, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+def cut_kernel(out, cut, columns, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
     part = tl.program_id(0)
-    start, stop = bounds(part, chunk, columns, WIDE, 1)
+    start, stop = bounds(part, cut.chunk, columns, WIDE, 1)
     tl.store(out + 3 * part, start)
     tl.store(out + 3 * part + 1, stop)
-    tl.store(out + 3 * part + 2, count_of(part, parts, chunk, columns))
+    tl.store(out + 3 * part + 2, count_of(part, cut, columns))
 
 
 def test_columns_of_parts_in_64_bits() -> None:
     """The last part begins at 2^31. Only the helpers run: with data the interpreter would take days."""
     chunk, columns = 2**30, 2**31 + 7
-    cut = torch.zeros(3, 3, dtype=torch.int64, device=DEVICE)
-    cut_kernel[(3,)](cut, chunk, columns, 3, WIDE=True)
-    assert cut.tolist() == [[0, chunk, chunk], [chunk, 2 * chunk, chunk], [2 * chunk, columns, 7]]
+    found = torch.zeros(3, 3, dtype=torch.int64, device=DEVICE)
+    cut_kernel[(3,)](found, Split(3, chunk), columns, WIDE=True)
+    assert found.tolist() == [[0, chunk, chunk], [chunk, 2 * chunk, chunk], [2 * chunk, columns, 7]]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from normkernels.dispatch.precision import full_precision
 from normkernels.primitives.inverse_sqrt import eager
+from normkernels.triton.arguments import Whitening
 from normkernels.triton.configs import configuration, padded
 from normkernels.triton.launch import launch
 from normkernels.triton.support import Unsupported, architecture, check_supported
@@ -182,10 +183,10 @@ def scale_of(cov, D: tl.constexpr, FROBENIUS: tl.constexpr):
 
 @triton.jit
 def whitening_matrix(
-    scratch, W_out, S_out, scale_out, group, T, eps,
+    scratch, out, group, T, eps,
     d: tl.constexpr, D: tl.constexpr, FROBENIUS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute W of a group's covariance, with S and its scale.
+    """Compute arguments.Whitening of a group's covariance.
 
     The covariance is the first of 3 matrices, zero beyond d.
     """
@@ -196,17 +197,17 @@ def whitening_matrix(
     tl.store(cov + index * D + index, diagonal + eps, mask=index < d)
     tl.debug_barrier()
     scale = scale_of(cov, D, FROBENIUS)
-    tl.store(scale_out + group, scale)
+    tl.store(out.scale + group, scale)
     tl.debug_barrier()
     combine(cov, 0.0, 1.0 / scale, cov, 0.0, None, D)
-    write_group(S_out, 1.0, cov, group, d, D)
+    write_group(out.S, 1.0, cov, group, d, D)
     newton(scratch, T, D, STEP, PRECISION)
-    write_group(W_out, 1.0 / tl.sqrt(scale), P, group, d, D)
+    write_group(out.W, 1.0 / tl.sqrt(scale), P, group, d, D)
 
 
 @triton.jit
 def covariance_adjoint(
-    scratch, W, S, scale, factor, group, T,
+    scratch, saved, factor, group, T,
     d: tl.constexpr, D: tl.constexpr, FROBENIUS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute factor sym dL/dcov for E = sym dL/dW: eq. 6, where both S and W depend on the scale.
@@ -214,13 +215,13 @@ def covariance_adjoint(
     E is the last of 8 matrices, and the result the third.
     """
     M, dM, dS, E = scratch, scratch + D * D, scratch + 2 * D * D, scratch + 7 * D * D
-    scale = tl.load(scale + group)
-    read_group(M, 1.0, S, group, d, D)
+    scale = tl.load(saved.scale + group)
+    read_group(M, 1.0, saved.S, group, d, D)
     combine(dM, 0.0, 1.0 / tl.sqrt(scale), E, 0.0, None, D)
     newton_adjoint(scratch, T, D, STEP, PRECISION)
-    read_group(M, 1.0, W, group, d, D)
+    read_group(M, 1.0, saved.W, group, d, D)
     along_W = inner_product(E, M, D)
-    read_group(M, 1.0, S, group, d, D)
+    read_group(M, 1.0, saved.S, group, d, D)
     d_scale = -(inner_product(dS, M, D) + 0.5 * along_W) / scale
     if FROBENIUS:  # the gradient of the Frobenius norm is S, that of the trace is I
         combine(dS, 0.0, factor / scale, dS, factor * d_scale, M, D)
@@ -230,19 +231,19 @@ def covariance_adjoint(
 
 @triton.jit
 def inverse_sqrt_kernel(
-    cov, scratch, W_out, S_out, scale_out, T, eps,
+    cov, scratch, out, T, eps,
     d: tl.constexpr, D: tl.constexpr, MATRICES: tl.constexpr, FROBENIUS: tl.constexpr, STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
     scratch += group.to(tl.int64) * (MATRICES * D * D)
     read_group(scratch, 1.0, cov, group, d, D)
-    whitening_matrix(scratch, W_out, S_out, scale_out, group, T, eps, d, D, FROBENIUS, STEP, PRECISION)
+    whitening_matrix(scratch, out, group, T, eps, d, D, FROBENIUS, STEP, PRECISION)
 
 
 @triton.jit
 def inverse_sqrt_backward_kernel(
-    grad, W, S, scale, scratch, grad_cov, T,
+    grad, saved, scratch, grad_cov, T,
     d: tl.constexpr, D: tl.constexpr, MATRICES: tl.constexpr, FROBENIUS: tl.constexpr, STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -250,7 +251,7 @@ def inverse_sqrt_backward_kernel(
     scratch += group.to(tl.int64) * (MATRICES * D * D)
     read_group(scratch, 1.0, grad, group, d, D)
     add_transposed(scratch + 7 * D * D, 0.0, None, 0.5, scratch, 0.5, D)
-    covariance_adjoint(scratch, W, S, scale, 1.0, group, T, d, D, FROBENIUS, STEP, PRECISION)
+    covariance_adjoint(scratch, saved, 1.0, group, T, d, D, FROBENIUS, STEP, PRECISION)
     write_group(grad_cov, 1.0, scratch + 2 * D * D, group, d, D)
 
 
@@ -269,15 +270,14 @@ def inverse_sqrt(
     groups, d, _ = cov.shape
     size = padded(d)
     config = configuration("newton", size, "", torch.float32, architecture(cov.device))
-    W, S = (cov.new_empty(cov.shape) for _ in range(2))
-    scale = cov.new_empty((groups, 1))
+    out = Whitening(cov.new_empty(cov.shape), cov.new_empty(cov.shape), cov.new_empty((groups, 1)))
     scratch = cov.new_empty(groups * FORWARD_MATRICES * size * size)
     launch(
-        inverse_sqrt_kernel, (groups,), cov.contiguous(), scratch, W, S, scale, num_iterations, eps,
+        inverse_sqrt_kernel, (groups,), cov.contiguous(), scratch, out, num_iterations, eps,
         d=d, D=size, MATRICES=FORWARD_MATRICES, FROBENIUS=frobenius, STEP=config.block,
         PRECISION=config.precision, config=config, device=cov.device,
     )  # fmt: skip
-    return W, S, scale
+    return out
 
 
 def inverse_sqrt_backward(
@@ -294,9 +294,9 @@ def inverse_sqrt_backward(
     config = configuration("newton", size, "", torch.float32, architecture(W.device))
     grad_cov = W.new_empty(W.shape)
     scratch = W.new_empty(groups * BACKWARD_MATRICES * size * size)
+    saved = Whitening(*(value.contiguous() for value in (W, saved_matrix, saved_scale)))
     launch(
-        inverse_sqrt_backward_kernel, (groups,),
-        *(value.contiguous() for value in (grad, W, saved_matrix, saved_scale)), scratch, grad_cov, num_iterations,
+        inverse_sqrt_backward_kernel, (groups,), grad.contiguous(), saved, scratch, grad_cov, num_iterations,
         d=d, D=size, MATRICES=BACKWARD_MATRICES, FROBENIUS=frobenius, STEP=config.block,
         PRECISION=config.precision, config=config, device=W.device,
     )  # fmt: skip

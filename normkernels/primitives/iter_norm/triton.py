@@ -27,8 +27,7 @@ from normkernels.primitives.inverse_sqrt.triton import (
 )
 from normkernels.primitives.iter_norm import eager
 from normkernels.primitives.moments.triton import (
-    BATCH,
-    Partials,
+    MATRIX_BATCH,
     merged_covariance,
     merged_matrix,
     merged_sum,
@@ -38,7 +37,8 @@ from normkernels.primitives.moments.triton import (
     summed_products,
 )
 from normkernels.primitives.whiten.triton import mix
-from normkernels.triton.configs import configuration
+from normkernels.triton.arguments import Affine, Whitening
+from normkernels.triton.configs import configuration, single_channels
 from normkernels.triton.launch import launch
 from normkernels.triton.support import architecture, check_supported
 
@@ -65,37 +65,35 @@ def vector(values, start, row, d: tl.constexpr, default: tl.constexpr):
 
 @triton.jit(do_not_specialize=["columns"])
 def finish_forward(
-    shift, delta, gram, ticket, parts, chunk, columns, weight, bias,
-    scratch, mean_out, W_out, S_out, scale_out, constant_out, T, eps,
+    partial, cut, columns, affine, scratch, mean_out, out, constant_out, T, eps,
     d: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr,
     MATRICES: tl.constexpr, FROBENIUS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute mean, W with what its adjoint needs, and constant = bias + A (mean - exact mean); A = diag(weight) W."""
+    """Compute mean, arguments.Whitening, and constant = bias + A (mean - exact mean); A = diag(weight) W."""
     group, own, index = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
     scratch += group.to(tl.int64) * (MATRICES * D * D)
-    rows, exact = merged_covariance(shift, delta, gram, group, parts, chunk, columns, own, D, BATCH)
+    rows, exact = merged_covariance(partial, group, cut, columns, own, D, BATCH)
     tl.store(scratch + own[:, None] * D + index[None, :], rows)
-    if last_of_group(ticket, group):
+    if last_of_group(partial.ticket, group):
         real, channel, mean = index < d, group * d + index, exact.to(tl.float32)
         tl.store(mean_out + channel, mean, mask=real)
         tl.debug_barrier()
-        whitening_matrix(scratch, W_out, S_out, scale_out, group, T, eps, d, D, FROBENIUS, STEP, PRECISION)
-        read_group(scratch, 1.0, W_out, group, d, D)
+        whitening_matrix(scratch, out, group, T, eps, d, D, FROBENIUS, STEP, PRECISION)
+        read_group(scratch, 1.0, out.W, group, d, D)
         left_out = (mean.to(tl.float64) - exact).to(tl.float32)
         for first in range(0, D, BLOCK):
             here, column = entries(first, BLOCK, D)
             constant = tl.sum(tl.load(scratch + here * D + column) * left_out[None, :], 1)
             row = first + tl.arange(0, BLOCK)
-            constant *= vector(weight, group * d, row, d, 1.0)
-            constant += vector(bias, group * d, row, d, 0.0)
+            constant *= vector(affine.weight, group * d, row, d, 1.0)
+            constant += vector(affine.bias, group * d, row, d, 0.0)
             tl.store(constant_out + group * d + row, constant, mask=row < d)
             tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["columns"])
 def finish_backward(
-    sum_grad, sum_x, cross, ticket, parts, columns, weight, W, S, scale,
-    scratch, matrix_out, constant_out, grad_weight_out, grad_bias_out, T,
+    partial, parts, columns, weight, saved, scratch, matrix_out, constant_out, grad_out, T,
     d: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr,
     MATRICES: tl.constexpr, FROBENIUS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -103,35 +101,36 @@ def finish_backward(
     group, own, index = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
     scratch += group.to(tl.int64) * (MATRICES * D * D)
     B, E = scratch + 2 * D * D, scratch + 7 * D * D
-    tl.store(E + own[:, None] * D + index[None, :], merged_matrix(cross, group, parts, own, D, BATCH))
-    if last_of_group(ticket, group):
+    tl.store(E + own[:, None] * D + index[None, :], merged_matrix(partial.cross, group, parts, own, D, BATCH))
+    if last_of_group(partial.ticket, group):
         m = columns.to(tl.float32)
-        f = merged_sum(sum_grad, group, parts, index, D, BATCH).to(tl.float32)
+        f = merged_sum(partial.sum_y, group, parts, index, D, BATCH).to(tl.float32)
         # The rounding of the mean leaves an offset in x - mean, which is taken out of everything linear in x - mean.
-        offset = merged_sum(sum_x, group, parts, index, D, BATCH).to(tl.float32) / m
-        tl.store(grad_bias_out + group * d + index, f, mask=index < d)
+        offset = merged_sum(partial.sum_x, group, parts, index, D, BATCH).to(tl.float32) / m
+        tl.store(grad_out.bias + group * d + index, f, mask=index < d)
         tl.debug_barrier()
         for first in range(0, D, BLOCK):
             row = first + tl.arange(0, BLOCK)
             here, column = entries(first, BLOCK, D)
             # .cg: what other programs have written is in the second-level cache, which all share
             centred = tl.load(E + here * D + column, cache_modifier=".cg")
-            centred -= vector(grad_bias_out, group * d, row, d, 0.0)[:, None] * offset[None, :]
+            centred -= vector(grad_out.bias, group * d, row, d, 0.0)[:, None] * offset[None, :]
             at = group.to(tl.int64) * d * d + here * d + column
-            grad_weight = tl.sum(centred * tl.load(W + at, mask=(here < d) & (column < d), other=0.0), 1)
+            grad_weight = tl.sum(centred * tl.load(saved.W + at, mask=(here < d) & (column < d), other=0.0), 1)
             scaled = vector(weight, group * d, row, d, 1.0)[:, None] * centred
-            tl.store(grad_weight_out + group * d + row, grad_weight, mask=row < d)
+            tl.store(grad_out.weight + group * d + row, grad_weight, mask=row < d)
             tl.store(scratch + here * D + column, scaled)
             tl.debug_barrier()
         add_transposed(E, 0.0, None, 0.5, scratch, 0.5, D)
-        covariance_adjoint(scratch, W, S, scale, 2.0 / m, group, T, d, D, FROBENIUS, STEP, PRECISION)
+        covariance_adjoint(scratch, saved, 2.0 / m, group, T, d, D, FROBENIUS, STEP, PRECISION)
 
         gamma = vector(weight, group * d, index, d, 1.0)
         for first in range(0, D, BLOCK):
             row = first + tl.arange(0, BLOCK)
             here, column = entries(first, BLOCK, D)
             real = (here < d) & (column < d)
-            A_T = tl.load(W + group.to(tl.int64) * d * d + column * d + here, mask=real, other=0.0) * gamma[None, :]
+            A_T = tl.load(saved.W + group.to(tl.int64) * d * d + column * d + here, mask=real, other=0.0)
+            A_T *= gamma[None, :]
             B_here = tl.load(B + here * D + column)
             out = matrix_out + group.to(tl.int64) * d * 2 * d + here * (2 * d) + column
             tl.store(out, A_T, mask=real)
@@ -141,15 +140,19 @@ def finish_backward(
             tl.debug_barrier()
 
 
-def finish(kernel: triton.JITFunction, partials: Partials, matrices: int, frobenius: bool,
-           arguments: tuple[object, ...], d: int) -> None:  # fmt: skip
-    groups, _, size = partials.vectors[0].shape
-    x = partials.matrix
-    config = configuration("newton", size, "", torch.float32, architecture(x.device))
+def fused(group_size: int, eigh: bool) -> bool:
+    """Return whether the kernels of this module serve a call, or those of the primitives that it is made of."""
+    return not eigh and not single_channels(group_size)
+
+
+def finish(kernel: triton.JITFunction, vector: Tensor, arguments: tuple[object, ...], d: int, frobenius: bool) -> None:
+    """Launch one of the kernels above, which merge partial results, among them this vector (G, parts, D)."""
+    groups, _, size = vector.shape
+    config = configuration("newton", size, "", torch.float32, architecture(vector.device))
     launch(
-        kernel, (groups, size // ROWS), *partials.vectors, partials.matrix, partials.ticket, partials.cut.parts,
-        *arguments, d=d, D=size, BLOCK=min(size, 64), ROWS=ROWS, BATCH=BATCH, MATRICES=matrices,
-        FROBENIUS=frobenius, STEP=config.block, PRECISION=config.precision, config=config, device=x.device,
+        kernel, (groups, size // ROWS), *arguments, d=d, D=size, BLOCK=min(size, 64), ROWS=ROWS,
+        BATCH=MATRIX_BATCH, MATRICES=FORWARD_MATRICES if kernel is finish_forward else BACKWARD_MATRICES,
+        FROBENIUS=frobenius, STEP=config.block, PRECISION=config.precision, config=config, device=vector.device,
     )  # fmt: skip
 
 
@@ -169,22 +172,20 @@ def iter_norm(
     if x.numel() == 0:
         return full_precision(eager.iter_norm)(x, weight, bias, group_size, num_iterations, eps, frobenius, eigh)
     weight, bias = (None if value is None else value.contiguous() for value in (weight, bias))
-    if eigh or group_size == 1:
+    if not fused(group_size, eigh):
         return full_precision(eager.iter_norm)(
             x, weight, bias, group_size, num_iterations, eps, frobenius, eigh, reduce=moments, mix=mix
         )
-    partials = reduce_moments(x, group_size)
-    groups, _, size = partials.vectors[0].shape
+    partial, cut = reduce_moments(x, group_size)
+    groups, _, size = partial.shift.shape
     mean, constant = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
-    W, S = (x.new_empty((groups, group_size, group_size), dtype=torch.float32) for _ in range(2))
-    scale = x.new_empty((groups, 1), dtype=torch.float32)
+    matrices = (groups, group_size, group_size)
+    out = Whitening(*(x.new_empty(shape, dtype=torch.float32) for shape in (matrices, matrices, (groups, 1))))
     scratch = x.new_empty(groups * FORWARD_MATRICES * size * size, dtype=torch.float32)
-    arguments = (
-        partials.cut.chunk, partials.columns, weight, bias,
-        scratch, mean, W, S, scale, constant, num_iterations, eps,
-    )  # fmt: skip
-    finish(finish_forward, partials, FORWARD_MATRICES, frobenius, arguments, group_size)
-    return mix([(x, mean)], W, constant, like=x, weight=weight), mean, W, S, scale
+    m = x.numel() // x.shape[1]
+    arguments = (partial, cut, m, Affine(weight, bias), scratch, mean, out, constant, num_iterations, eps)
+    finish(finish_forward, partial.shift, arguments, group_size, frobenius)
+    return mix([(x, mean)], out.W, constant, like=x, weight=weight), mean, *out
 
 
 def iter_norm_backward(
@@ -209,19 +210,18 @@ def iter_norm_backward(
         )
     weight = None if weight is None else weight.contiguous()
     mean, W, saved_matrix, saved_scale = (value.contiguous() for value in (mean, W, saved_matrix, saved_scale))
-    if eigh or d == 1:
+    if not fused(d, eigh):
         return full_precision(eager.iter_norm_backward)(
             grad, x, weight, mean, W, saved_matrix, saved_scale, num_iterations, frobenius, eigh,
             reduce=summed_products, mix=mix,
         )  # fmt: skip
-    partials = reduce_cross(grad, x, mean, d)
-    size = partials.vectors[0].shape[2]
+    partial, cut = reduce_cross(grad, x, mean, d)
+    size = partial.sum_y.shape[2]
     matrix = W.new_empty((groups, d, 2 * d))
     constant, grad_weight, grad_bias = (torch.empty_like(mean) for _ in range(3))
+    out, saved = Affine(grad_weight, grad_bias), Whitening(W, saved_matrix, saved_scale)
     scratch = W.new_empty(groups * BACKWARD_MATRICES * size * size)
-    arguments = (
-        partials.columns, weight, W, saved_matrix, saved_scale,
-        scratch, matrix, constant, grad_weight, grad_bias, num_iterations,
-    )  # fmt: skip
-    finish(finish_backward, partials, BACKWARD_MATRICES, frobenius, arguments, d)
+    m = x.numel() // x.shape[1]
+    arguments = (partial, cut.parts, m, weight, saved, scratch, matrix, constant, out, num_iterations)
+    finish(finish_backward, partial.sum_y, arguments, d, frobenius)
     return mix([(grad, None), (x, mean)], matrix, constant, like=x), grad_weight, grad_bias
