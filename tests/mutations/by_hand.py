@@ -21,7 +21,9 @@ BY_HAND = (
         "triton.diagonal:channel_map", "channel.to(tl.int64) * matrix.group_stride", "channel * matrix.group_stride"
     ),
     Mutation(
-        "primitives.spectral_filter.triton:partial_cross_spectrum", "start.to(tl.int64) * z_sample", "start * z_sample"
+        "primitives.spectral_filter.triton:partial_cross_spectrum",
+        "start.to(tl.int64) * z.sample_stride",
+        "start * z.sample_stride",
     ),
     Mutation(
         "primitives.spectral_filter.triton:filter_planes",

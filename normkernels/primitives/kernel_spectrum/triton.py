@@ -12,6 +12,7 @@ from torch import Tensor
 
 from normkernels.eager.devices import has_float64
 from normkernels.primitives.kernel_spectrum import eager
+from normkernels.triton.arguments import Matrix
 from normkernels.triton.configs import configuration
 from normkernels.triton.launch import launch, within_32_bits
 from normkernels.triton.support import Unsupported, architecture, check_supported
@@ -22,45 +23,43 @@ FREQUENCIES = 32, 64  # the most rows and columns of the plane that a program wo
 
 
 @triton.jit
-def tap(index, weight, input_stride, row_stride, column_stride, kw: tl.constexpr, T: tl.constexpr):
-    """Return where the entries of a channel's kernels are, numbered as in (C_I, kh, kw)."""
+def tap(index, start, weight, kw: tl.constexpr, T: tl.constexpr):
+    """Return where the entries of a channel's kernels are, from ``start`` on, numbered as in (C_I, kh, kw)."""
     s = index % T
-    return weight + (index // T).to(tl.int64) * input_stride + s // kw * row_stride + s % kw * column_stride
+    start += (index // T).to(tl.int64) * weight.input_stride
+    return start + s // kw * weight.row_stride + s % kw * weight.column_stride
 
 
 @triton.jit
-def largest_tap(
-    weight, input_stride, row_stride, column_stride, entries, kw: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr
-):
+def largest_tap(start, weight, kw: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
     """Return the largest absolute value of a channel's kernels, 1 for a channel of zeros."""
     largest = tl.zeros((BLOCK,), tl.float64)
-    for begin in range(0, entries, BLOCK):
+    for begin in range(0, weight.entries, BLOCK):
         index = begin + tl.arange(0, BLOCK)
-        at = tap(index, weight, input_stride, row_stride, column_stride, kw, T)
-        largest = tl.maximum(largest, tl.abs(tl.load(at, mask=index < entries, other=0.0).to(tl.float64)))
+        at = tap(index, start, weight, kw, T)
+        largest = tl.maximum(largest, tl.abs(tl.load(at, mask=index < weight.entries, other=0.0).to(tl.float64)))
     result = tl.max(largest, 0)
     return tl.where(result == 0, 1.0, result)
 
 
 @triton.jit
 def autocorrelation(
-    weight, input_stride, row_stride, column_stride, entries, inverse, R, lags,
-    kh: tl.constexpr, kw: tl.constexpr, BLOCK: tl.constexpr, LAGS: tl.constexpr,
-):  # fmt: skip
+    start, weight, inverse, R, lags, kh: tl.constexpr, kw: tl.constexpr, BLOCK: tl.constexpr, LAGS: tl.constexpr
+):
     """Compute R (lags). For each pair of lags t and -t it has the later one, from t = 0 on."""
     T: tl.constexpr = kh * kw
     for begin in range(0, lags, LAGS):
         lag = begin + tl.arange(0, LAGS)
         t_h, t_w = split_lag(lag, kw)
         total = tl.zeros((LAGS,), tl.float64)
-        for start in range(0, entries, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            mask = index < entries
-            at = tap(index, weight, input_stride, row_stride, column_stride, kw, T)
+        for first in range(0, weight.entries, BLOCK):
+            index = first + tl.arange(0, BLOCK)
+            mask = index < weight.entries
+            at = tap(index, start, weight, kw, T)
             here = tl.load(at, mask=mask, other=0.0).to(tl.float64) * inverse
             row, column = (index % T // kw)[None, :] + t_h[:, None], (index % kw)[None, :] + t_w[:, None]
             inside = (row < kh) & (column >= 0) & (column < kw) & mask[None, :] & (lag < lags)[:, None]
-            shift = t_h * row_stride + t_w * column_stride
+            shift = t_h * weight.row_stride + t_w * weight.column_stride
             there = tl.load(at[None, :] + shift[:, None], mask=inside, other=0.0).to(tl.float64) * inverse
             total += tl.sum(here[None, :] * there, 1)
         tl.store(R + lag, total, mask=lag < lags)
@@ -75,20 +74,13 @@ def split_lag(lag, kw: tl.constexpr):
 
 @triton.jit
 def wave_of_lag(lag, rows, columns, H: tl.constexpr, W: tl.constexpr, waves, kh: tl.constexpr, kw: tl.constexpr):
-    """Return cos 2 pi (u t_h / H + w t_w / W) for a tile of frequencies.
-
-    waves: cosines and sines of rows and of columns.
-    """
+    """Return cos 2 pi (u t_h / H + w t_w / W) for a tile of frequencies."""
     t_h, t_w = split_lag(lag, kw)
     at_h, at_w = rows * (2 * kh - 1) + kh - 1 + t_h, columns * (2 * kw - 1) + kw - 1 + t_w
-    cos_h, sin_h = (
-        tl.load(waves[0] + at_h, mask=rows < H, other=0.0),
-        tl.load(waves[1] + at_h, mask=rows < H, other=0.0),
-    )
-    cos_w, sin_w = (
-        tl.load(waves[2] + at_w, mask=columns < W, other=0.0),
-        tl.load(waves[3] + at_w, mask=columns < W, other=0.0),
-    )
+    cos_h = tl.load(waves.cos_h + at_h, mask=rows < H, other=0.0)
+    sin_h = tl.load(waves.sin_h + at_h, mask=rows < H, other=0.0)
+    cos_w = tl.load(waves.cos_w + at_w, mask=columns < W, other=0.0)
+    sin_w = tl.load(waves.sin_w + at_w, mask=columns < W, other=0.0)
     return cos_h[:, None] * cos_w[None, :] - sin_h[:, None] * sin_w[None, :]
 
 
@@ -110,18 +102,17 @@ def inverse_root(power, energy, EPS: tl.constexpr):
 
 @triton.jit
 def spectrum_of_kernels(
-    weight, channel_stride, input_stride, row_stride, column_stride, entries, R, lags, cos_h, sin_h, cos_w, sin_w, v,
+    weight, R, lags, waves, v,
     H: tl.constexpr, W: tl.constexpr, kh: tl.constexpr, kw: tl.constexpr, EPS: tl.constexpr, LARGEST: tl.constexpr,
     BLOCK: tl.constexpr, LAGS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Compute v of one output channel. R is the program's own memory."""
     channel = tl.program_id(0).to(tl.int64)
-    weight += channel * channel_stride
+    start = weight.data + channel * weight.channel_stride
     R += channel * lags
-    scale = largest_tap(weight, input_stride, row_stride, column_stride, entries, kw, kh * kw, BLOCK)
-    autocorrelation(weight, input_stride, row_stride, column_stride, entries, 1.0 / scale, R, lags, kh, kw, BLOCK, LAGS)
+    scale = largest_tap(start, weight, kw, kh * kw, BLOCK)
+    autocorrelation(start, weight, 1.0 / scale, R, lags, kh, kw, BLOCK, LAGS)
     tl.debug_barrier()  # every thread reads what others wrote to R
-    waves = (cos_h, sin_h, cos_w, sin_w)
     energy = tl.load(R)
     for top in range(0, H, ROWS):
         for left in range(0, W, COLUMNS):
@@ -134,26 +125,23 @@ def spectrum_of_kernels(
 
 @triton.jit
 def gradient_of_kernels(
-    grad, grad_channel, grad_row, grad_column,
-    weight, channel_stride, input_stride, row_stride, column_stride, entries,
-    R, dR, lags, cos_h, sin_h, cos_w, sin_w, out,
+    grad, weight, R, dR, lags, waves, out,
     H: tl.constexpr, W: tl.constexpr, kh: tl.constexpr, kw: tl.constexpr, EPS: tl.constexpr,
     BLOCK: tl.constexpr, LAGS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Compute dL/dweight of one output channel: dL/dpower = -v^3 dv / 2 gives dL/dR, and R is quadratic in the taps."""
     T: tl.constexpr = kh * kw
     channel = tl.program_id(0).to(tl.int64)
-    weight += channel * channel_stride
+    start = weight.data + channel * weight.channel_stride
     R += channel * lags
     dR += channel * lags
-    scale = largest_tap(weight, input_stride, row_stride, column_stride, entries, kw, T, BLOCK)
+    scale = largest_tap(start, weight, kw, T, BLOCK)
     inverse = 1.0 / scale
-    autocorrelation(weight, input_stride, row_stride, column_stride, entries, inverse, R, lags, kh, kw, BLOCK, LAGS)
+    autocorrelation(start, weight, inverse, R, lags, kh, kw, BLOCK, LAGS)
     for begin in range(0, lags, LAGS):
         lag = begin + tl.arange(0, LAGS)
         tl.store(dR + lag, tl.zeros((LAGS,), tl.float64), mask=lag < lags)
     tl.debug_barrier()  # every thread reads what others wrote to R and dR
-    waves = (cos_h, sin_h, cos_w, sin_w)
     energy = tl.load(R)
     for top in range(0, H, ROWS):
         for left in range(0, W, COLUMNS):
@@ -161,12 +149,9 @@ def gradient_of_kernels(
             mask = (rows < H)[:, None] & (columns < W)[None, :]
             p = power(R, lags, rows, columns, H, W, waves, kh, kw)
             v = inverse_root(p, energy, EPS)
-            at = (
-                channel * grad_channel
-                + rows.to(tl.int64)[:, None] * grad_row
-                + columns.to(tl.int64)[None, :] * grad_column
-            )
-            dv = tl.load(grad + at, mask=mask, other=0.0).to(tl.float64) * inverse
+            at = channel * grad.group_stride + rows.to(tl.int64)[:, None] * grad.row_stride
+            at += columns.to(tl.int64)[None, :] * grad.column_stride
+            dv = tl.load(grad.data + at, mask=mask, other=0.0).to(tl.float64) * inverse
             d_square = -0.5 * dv * v * v * v
             d_power = tl.where(p > energy * FLOOR, d_square, 0.0)
             for lag in range(0, lags):
@@ -176,13 +161,14 @@ def gradient_of_kernels(
                 tl.store(dR + lag, tl.load(dR + lag) + total)
             tl.debug_barrier()  # before the next tile, or the last loop, reads dR
 
-    for start in range(0, entries, BLOCK):
-        index = start + tl.arange(0, BLOCK)
+    entries = weight.entries
+    for first in range(0, entries, BLOCK):
+        index = first + tl.arange(0, BLOCK)
         own = index % T // kw * (2 * kw - 1) + index % kw  # differences of these are the numbers of lags
         total = tl.zeros((BLOCK,), tl.float64)
         for s in range(0, T):
             entry = index - index % T + s
-            at = tap(entry, weight, input_stride, row_stride, column_stride, kw, T)
+            at = tap(entry, start, weight, kw, T)
             value = tl.load(at, mask=index < entries, other=0.0).to(tl.float64) * inverse
             lag = tl.abs(s // kw * (2 * kw - 1) + s % kw - own)
             total += tl.load(dR + lag) * value
@@ -193,32 +179,50 @@ def gradient_of_kernels(
 # --- launchers ------------------------------------------------------------------------------------------------------
 
 
-class Weights(NamedTuple):
-    """The arguments that both kernels on weights share."""
+class Kernels(NamedTuple):
+    """A convolution's weight (C_O, C_I, kh, kw) with its strides; an output channel has ``entries`` C_I kh kw."""
 
-    arguments: tuple[Any, ...]
+    data: Tensor
+    entries: int
+    channel_stride: int
+    input_stride: int
+    row_stride: int
+    column_stride: int
+
+
+class Waves(NamedTuple):
+    """Cosine and sine of each frequency and lag, of rows (H, 2 kh - 1) and of columns (W, 2 kw - 1)."""
+
+    cos_h: Tensor
+    sin_h: Tensor
+    cos_w: Tensor
+    sin_w: Tensor
+
+
+class Plan(NamedTuple):
+    """What both kernels are launched with. R: memory for the autocorrelations, ``lags`` of each output channel."""
+
+    weight: Kernels
+    R: Tensor
     lags: int
-    waves: tuple[Tensor, ...]
+    waves: Waves
     meta: dict[str, Any]
 
-    def scratch(self) -> Tensor:
-        weight = self.arguments[0]
-        return torch.empty((weight.shape[0], self.lags), dtype=torch.float64, device=weight.device)
 
-
-def weights(kernel: str, weight: Tensor, size: Sequence[int], eps: float, dilation: Sequence[int]) -> Weights:
+def plan(kernel: str, weight: Tensor, size: Sequence[int], eps: float, dilation: Sequence[int]) -> Plan:
     h, w = size
     weight = within_32_bits(weight)
-    kh, kw = weight.shape[2:]
+    channels, inputs, kh, kw = weight.shape
     config = configuration(kernel, FREQUENCIES[1], "", torch.float32, architecture(weight.device))
-    waves = tuple(wave for pair in eager.both_waves(weight, size, dilation) for wave in pair)
+    waves = Waves(*(wave for pair in eager.both_waves(weight, size, dilation) for wave in pair))
     rows, columns = (min(most, triton.next_power_of_2(n)) for most, n in zip(FREQUENCIES, (h, w), strict=True))
     meta = {
         "H": h, "W": w, "kh": kh, "kw": kw, "EPS": eps, "BLOCK": config.block, "LAGS": LAGS,
         "ROWS": rows, "COLUMNS": columns, "config": config, "device": weight.device,
     }  # fmt: skip
     lags = ((2 * kh - 1) * (2 * kw - 1) + 1) // 2
-    return Weights((weight, *weight.stride(), weight.shape[1] * kh * kw), lags, waves, meta)
+    R = weight.new_empty((channels, lags), dtype=torch.float64)
+    return Plan(Kernels(weight, inputs * kh * kw, *weight.stride()), R, lags, waves, meta)
 
 
 def check(weight: Tensor) -> None:
@@ -232,10 +236,10 @@ def kernel_spectrum(weight: Tensor, size: Sequence[int], eps: float, dilation: S
     if weight.numel() == 0:
         return eager.kernel_spectrum(weight, size, eps, dilation)
     v = weight.new_empty((weight.shape[0], *size), dtype=torch.float32)
-    given = weights("kernel_spectrum", weight, size, eps, dilation)
+    kernels, R, lags, waves, meta = plan("kernel_spectrum", weight, size, eps, dilation)
     launch(
-        spectrum_of_kernels, (weight.shape[0],), *given.arguments, given.scratch(), given.lags, *given.waves, v,
-        LARGEST=torch.finfo(torch.float32).max, **given.meta,
+        spectrum_of_kernels, (weight.shape[0],), kernels, R, lags, waves, v,
+        LARGEST=torch.finfo(torch.float32).max, **meta,
     )  # fmt: skip
     return v
 
@@ -245,9 +249,9 @@ def kernel_spectrum_backward(grad: Tensor, weight: Tensor, eps: float, dilation:
     if weight.numel() == 0:
         return eager.kernel_spectrum_backward(grad, weight, eps, dilation)
     grad, result = within_32_bits(grad), torch.empty_like(weight, memory_format=torch.contiguous_format)
-    given = weights("kernel_spectrum_backward", weight, grad.shape[1:], eps, dilation)
+    kernels, R, lags, waves, meta = plan("kernel_spectrum_backward", weight, grad.shape[1:], eps, dilation)
     launch(
-        gradient_of_kernels, (weight.shape[0],), grad, *grad.stride(),
-        *given.arguments, given.scratch(), given.scratch(), given.lags, *given.waves, result, **given.meta,
+        gradient_of_kernels, (weight.shape[0],),
+        Matrix(grad, *grad.stride()), kernels, R, torch.empty_like(R), lags, waves, result, **meta,
     )  # fmt: skip
     return result

@@ -1,4 +1,4 @@
-"""Triton implementation of the filter on image planes; that of the spectrum of a kernel is in triton_weights.py.
+"""Triton implementation of the filter on image planes; kernel_spectrum/triton.py has the spectrum.
 
 Letters: n a side of the plane, j a position of its first half, with mirror image n - 1 - j; K the padded half side;
 u, w slots of frequencies along rows and columns; c, s cosine and sine; e, o even and odd part. A program works on
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,6 +19,7 @@ from torch import Tensor
 from normkernels.eager.devices import kept_on_device
 from normkernels.eager.layouts import channels_innermost, empty_output
 from normkernels.primitives.spectral_filter import eager
+from normkernels.triton.arguments import Matrix
 from normkernels.triton.configs import Config, configuration, padded
 from normkernels.triton.launch import launch, within_32_bits
 from normkernels.triton.support import architecture, check_supported, properties
@@ -51,6 +52,13 @@ def halves(start, count, STRIDE: tl.constexpr, STEP: tl.constexpr, N: tl.constex
     if N * STRIDE >= 2**30:
         near, far = near.to(tl.int64), far.to(tl.int64)
     return near * STRIDE, near_mask, far * STRIDE, far_mask
+
+
+@triton.jit
+def quarters(x, H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr):
+    """Return the halves of the rows, and of the columns, of Planes."""
+    rows = halves(x.top, x.height, x.row_stride, x.step_h, H, KH)
+    return rows, halves(x.left, x.width, x.column_stride, x.step_w, W, KW)
 
 
 @triton.jit
@@ -168,22 +176,19 @@ def sine_frequency(slot, N: tl.constexpr):
 
 
 @triton.jit
-def even_part(v, row_stride, column_stride, u, w, mask, H: tl.constexpr, W: tl.constexpr):
-    """Return A(u, w) and B(u, w) of the filter. The loads at f and -f make the spectrum even."""
-    minus_u, minus_w = tl.where(u == 0, 0, H - u) * row_stride, tl.where(w == 0, 0, W - w) * column_stride
-    u, w = u * row_stride, w * column_stride
-    plus = tl.load(v + u + w, mask=mask, other=0.0)
-    plus += tl.load(v + minus_u + minus_w, mask=mask, other=0.0)
-    minus = tl.load(v + u + minus_w, mask=mask, other=0.0)
-    minus += tl.load(v + minus_u + w, mask=mask, other=0.0)
+def even_part(start, v, u, w, mask, H: tl.constexpr, W: tl.constexpr):
+    """Return A(u, w) and B(u, w) of the filter that begins there. The loads at f and -f make the spectrum even."""
+    minus_u, minus_w = tl.where(u == 0, 0, H - u) * v.row_stride, tl.where(w == 0, 0, W - w) * v.column_stride
+    u, w = u * v.row_stride, w * v.column_stride
+    plus = tl.load(start + u + w, mask=mask, other=0.0)
+    plus += tl.load(start + minus_u + minus_w, mask=mask, other=0.0)
+    minus = tl.load(start + u + minus_w, mask=mask, other=0.0)
+    minus += tl.load(start + minus_u + w, mask=mask, other=0.0)
     return 0.25 * (plus + minus), 0.25 * (minus - plus)
 
 
 @triton.jit
-def coefficients_of_filter(
-    v, channel_stride, row_stride, column_stride, channels, out,
-    H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-):  # fmt: skip
+def coefficients_of_filter(v, channels, out, H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr):
     """Compute A of each block cc, ss, cs, sc, then B: (C, 5, KW, KH).
 
     B is zero where a frequency lacks its cosine or sine.
@@ -192,16 +197,16 @@ def coefficients_of_filter(
     w, u = tl.arange(0, KW)[:, None], tl.arange(0, KH)[None, :]
     mask = (u < (H + 1) // 2) & (w < (W + 1) // 2) & (channel < channels)
     BLOCK: tl.constexpr = KH * KW
-    v += channel * channel_stride
+    start = v.data + channel * v.group_stride
     at = out + channel * (5 * BLOCK) + w * KH + u
-    A, B = even_part(v, row_stride, column_stride, u, w, mask, H, W)
+    A, B = even_part(start, v, u, w, mask, H, W)
     tl.store(at, A)
     tl.store(at + 4 * BLOCK, tl.where((u > 0) & (w > 0), B, 0.0))
-    A, _ = even_part(v, row_stride, column_stride, sine_frequency(u, H), sine_frequency(w, W), mask, H, W)
+    A, _ = even_part(start, v, sine_frequency(u, H), sine_frequency(w, W), mask, H, W)
     tl.store(at + BLOCK, A)
-    A, _ = even_part(v, row_stride, column_stride, u, sine_frequency(w, W), mask, H, W)
+    A, _ = even_part(start, v, u, sine_frequency(w, W), mask, H, W)
     tl.store(at + 2 * BLOCK, A)
-    A, _ = even_part(v, row_stride, column_stride, sine_frequency(u, H), w, mask, H, W)
+    A, _ = even_part(start, v, sine_frequency(u, H), w, mask, H, W)
     tl.store(at + 3 * BLOCK, A)
 
 
@@ -210,25 +215,17 @@ def coefficients_of_filter(
 
 @triton.jit
 def filter_planes(
-    z, z_sample, z_channel, z_top, z_height, z_left, z_width,
-    y, y_sample, y_channel, y_top, y_height, y_left, y_width,
-    coefficients, waves_h, waves_w, channels,
-    H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, P: tl.constexpr,
-    Z_ROW: tl.constexpr, Z_COLUMN: tl.constexpr,
-    Z_STEP_H: tl.constexpr, Z_STEP_W: tl.constexpr, Z_INNERMOST: tl.constexpr,
-    Y_ROW: tl.constexpr, Y_COLUMN: tl.constexpr,
-    Y_STEP_H: tl.constexpr, Y_STEP_W: tl.constexpr, Y_INNERMOST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    z, y, coefficients, waves_h, waves_w, channels,
+    H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Filter the planes z into y: P channels of one sample."""
     groups = tl.cdiv(channels, P)
     sample, first = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups * P
     channel = first + tl.arange(0, P)
     real = channel < channels
-    z_rows = halves(z_top, z_height, Z_ROW, Z_STEP_H, H, KH)
-    z_columns = halves(z_left, z_width, Z_COLUMN, Z_STEP_W, W, KW)
-    z_at = z + sample * z_sample + channel.to(tl.int64) * z_channel
-    e_left, e_right, o_left, o_right = load_halves(z_at, real, z_rows, z_columns, Z_INNERMOST)
+    z_rows, z_columns = quarters(z, H, W, KH, KW)
+    z_at = z.data + sample * z.sample_stride + channel.to(tl.int64) * z.channel_stride
+    e_left, e_right, o_left, o_right = load_halves(z_at, real, z_rows, z_columns, z.innermost)
     left, right = e_left + e_right, o_left - o_right
     next_left, next_right = e_left - e_right, o_left + o_right
 
@@ -247,28 +244,20 @@ def filter_planes(
         plus, minus = left + right, left - right
         left, right = next_left, next_right
 
-    y_rows = halves(y_top, y_height, Y_ROW, Y_STEP_H, H, KH)
-    y_columns = halves(y_left, y_width, Y_COLUMN, Y_STEP_W, W, KW)
-    y_at = y + sample * y_sample + channel.to(tl.int64) * y_channel
+    y_rows, y_columns = quarters(y, H, W, KH, KW)
+    y_at = y.data + sample * y.sample_stride + channel.to(tl.int64) * y.channel_stride
     up, up_mask, down, down_mask = y_rows
     left, left_mask, right, right_mask = y_columns
-    store_quarter(y_at, plus_before + plus, real, up, up_mask, left, left_mask, Y_INNERMOST)
-    store_quarter(y_at, minus_before - minus, real, up, up_mask, right, right_mask, Y_INNERMOST)
-    store_quarter(y_at, minus_before + minus, real, down, down_mask, left, left_mask, Y_INNERMOST)
-    store_quarter(y_at, plus_before - plus, real, down, down_mask, right, right_mask, Y_INNERMOST)
+    store_quarter(y_at, plus_before + plus, real, up, up_mask, left, left_mask, y.innermost)
+    store_quarter(y_at, minus_before - minus, real, up, up_mask, right, right_mask, y.innermost)
+    store_quarter(y_at, minus_before + minus, real, down, down_mask, left, left_mask, y.innermost)
+    store_quarter(y_at, plus_before - plus, real, down, down_mask, right, right_mask, y.innermost)
 
 
 @triton.jit
 def partial_cross_spectrum(
-    y, y_sample, y_channel, y_top, y_height, y_left, y_width,
-    z, z_sample, z_channel, z_top, z_height, z_left, z_width,
-    partial, waves_h, waves_w, samples, channels, chunk,
-    H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, P: tl.constexpr,
-    Y_ROW: tl.constexpr, Y_COLUMN: tl.constexpr,
-    Y_STEP_H: tl.constexpr, Y_STEP_W: tl.constexpr, Y_INNERMOST: tl.constexpr,
-    Z_ROW: tl.constexpr, Z_COLUMN: tl.constexpr,
-    Z_STEP_H: tl.constexpr, Z_STEP_W: tl.constexpr, Z_INNERMOST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    y, z, partial, waves_h, waves_w, samples, channels, chunk,
+    H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum the gradients of A in the two blocks of a pair and that of B over ``chunk`` samples.
 
@@ -280,27 +269,25 @@ def partial_cross_spectrum(
     stop = tl.minimum(start + chunk, samples)
     channel = first + tl.arange(0, P)
     real = channel < channels
-    y_rows = halves(y_top, y_height, Y_ROW, Y_STEP_H, H, KH)
-    y_columns = halves(y_left, y_width, Y_COLUMN, Y_STEP_W, W, KW)
-    z_rows = halves(z_top, z_height, Z_ROW, Z_STEP_H, H, KH)
-    z_columns = halves(z_left, z_width, Z_COLUMN, Z_STEP_W, W, KW)
-    y_at = y + start.to(tl.int64) * y_sample + channel.to(tl.int64) * y_channel
-    z_at = z + start.to(tl.int64) * z_sample + channel.to(tl.int64) * z_channel
+    y_rows, y_columns = quarters(y, H, W, KH, KW)
+    z_rows, z_columns = quarters(z, H, W, KH, KW)
+    y_at = y.data + start.to(tl.int64) * y.sample_stride + channel.to(tl.int64) * y.channel_stride
+    z_at = z.data + start.to(tl.int64) * z.sample_stride + channel.to(tl.int64) * z.channel_stride
     d_first = tl.zeros((KW * P, KH), tl.float32)
     d_second, d_B = d_first, d_first
     for _ in range(start, stop):
-        e_left, e_right, o_left, o_right = load_halves(y_at, real, y_rows, y_columns, Y_INNERMOST)
+        e_left, e_right, o_left, o_right = load_halves(y_at, real, y_rows, y_columns, y.innermost)
         left, right = e_left + sign * e_right, o_left - sign * o_right
         y_first, y_second = transform(left, right, waves_h, waves_w, pair, KH, KW, PRECISION)
         tl.debug_barrier()
-        e_left, e_right, o_left, o_right = load_halves(z_at, real, z_rows, z_columns, Z_INNERMOST)
+        e_left, e_right, o_left, o_right = load_halves(z_at, real, z_rows, z_columns, z.innermost)
         left, right = e_left + sign * e_right, o_left - sign * o_right
         z_first, z_second = transform(left, right, waves_h, waves_w, pair, KH, KW, PRECISION)
         d_first += y_first * z_first
         d_second += y_second * z_second
         d_B += sign * (y_first * z_second + y_second * z_first)
-        y_at += y_sample
-        z_at += z_sample
+        y_at += y.sample_stride
+        z_at += z.sample_stride
 
     BLOCK: tl.constexpr = KH * KW
     partial += part.to(tl.int64) * (tl.num_programs(0) * P) * (6 * BLOCK) + pair * (3 * BLOCK)
@@ -376,30 +363,32 @@ def half_waves(n: int, size: int, device: torch.device) -> Tensor:
 
 
 class Planes(NamedTuple):
-    """A tensor (N, C, h, w) and where it lies on the planes: (start, step) along each side.
+    """A tensor (N, C, h, w) and where it lies on the planes: at (top, left), with a step along each side.
 
-    Strides within a plane are compiled in: they become part of the load instructions, where variables would take a
-    register for each address.
+    It is one argument of a kernel. Strides within a plane and what follows them are compiled in: they become part of
+    the load instructions, where variables would take a register for each address.
     """
 
     data: Tensor
-    window: Sequence[int]
+    sample_stride: int
+    channel_stride: int
+    top: int
+    height: int
+    left: int
+    width: int
+    row_stride: tl.constexpr
+    column_stride: tl.constexpr
+    step_h: tl.constexpr
+    step_w: tl.constexpr
+    innermost: tl.constexpr
 
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        height, width = self.data.shape[2:]
-        return (self.data, *self.data.stride()[:2], self.window[0], height, self.window[2], width)
 
-    def meta(self, name: str) -> dict[str, Any]:
-        innermost = channels_innermost(self.data)
-        row, column = self.data.stride()[2:]
-        return {
-            f"{name}_ROW": row,
-            f"{name}_COLUMN": column,
-            f"{name}_STEP_H": self.window[1],
-            f"{name}_STEP_W": self.window[3],
-            f"{name}_INNERMOST": innermost,
-        }
+def planes(x: Tensor, window: Sequence[int]) -> Planes:
+    """Return x on its window, (start, step) along each side."""
+    (sample, channel, *strides), (height, width) = x.stride(), x.shape[2:]
+    top, step_h, left, step_w = window
+    constants = map(tl.constexpr, (*strides, step_h, step_w, channels_innermost(x)))
+    return Planes(x, sample, channel, top, height, left, width, *constants)
 
 
 class Plan(NamedTuple):
@@ -426,19 +415,17 @@ def spectral_filter(z: Tensor, v: Tensor, source: Sequence[int], target: Sequenc
     if z.numel() == 0 or y.numel() == 0:
         return eager.spectral_filter(z, v, source, target)
     samples, channels = z.shape[:2]
-    placed, taken = Planes(z, source), Planes(y, (*target[:2], *target[3:5]))
     v = within_32_bits(v)
     sizes, waves, groups, config = plan("spectral_filter", z, h, w)
     coefficients = v.new_empty((groups * config.block, 5, sizes["KW"], sizes["KH"]))
     launch(
-        coefficients_of_filter, (len(coefficients),), v, *v.stride(), channels, coefficients,
+        coefficients_of_filter, (len(coefficients),), Matrix(v, *v.stride()), channels, coefficients,
         **sizes, config=Config(1, 4, 1, "ieee"), device=z.device,
     )  # fmt: skip
     launch(
         filter_planes, (samples * groups,),
-        *placed.arguments, *taken.arguments, coefficients, *waves, channels,
-        **sizes, P=config.block, **placed.meta("Z"), **taken.meta("Y"), PRECISION=config.precision,
-        config=config, device=z.device,
+        planes(z, source), planes(y, (*target[:2], *target[3:5])), coefficients, *waves, channels,
+        **sizes, P=config.block, PRECISION=config.precision, config=config, device=z.device,
     )  # fmt: skip
     return y
 
@@ -449,7 +436,6 @@ def cross_spectrum(y: Tensor, z: Tensor, size: Sequence[int], of_y: Sequence[int
     if z.numel() == 0 or y.numel() == 0:
         return eager.cross_spectrum(y, z, size, of_y, of_z)
     samples, channels = z.shape[:2]
-    left, right = Planes(y, of_y), Planes(z, of_z)
     sizes, waves, groups, config = plan("cross_spectrum", z, h, w)
     wanted = max(1, PROGRAMS * properties(z.device).processors // (2 * groups))
     chunk = -(-samples // min(wanted, samples))
@@ -457,9 +443,8 @@ def cross_spectrum(y: Tensor, z: Tensor, size: Sequence[int], of_y: Sequence[int
     partial = z.new_empty((parts, groups * config.block, 6, sizes["KW"], sizes["KH"]), dtype=torch.float32)
     launch(
         partial_cross_spectrum, (groups, parts, 2),
-        *left.arguments, *right.arguments, partial, *waves, samples, channels, chunk,
-        **sizes, P=config.block, **left.meta("Y"), **right.meta("Z"), PRECISION=config.precision,
-        config=config, device=z.device,
+        planes(y, of_y), planes(z, of_z), partial, *waves, samples, channels, chunk,
+        **sizes, P=config.block, PRECISION=config.precision, config=config, device=z.device,
     )  # fmt: skip
     result = z.new_empty((channels, h, w), dtype=torch.float32)
     launch(
