@@ -41,6 +41,9 @@ SIZES = (16, 32, 64, 128)
 SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 REGISTERS = 65536  # registers of a multiprocessor
 IN_FLIGHT = 32 << 10  # bytes that a multiprocessor has to have requested at any time to keep up with the memory
+# Bytes that a thread may spill. With the options that Triton gives it, ptxas for sm_100 and sm_120 spills a few
+# registers of kernels that leave others unused. They stay in the first-level cache: 64 bytes of 256 threads are 16 KiB.
+SPILLED = 64
 
 
 class Usage(NamedTuple):
@@ -232,8 +235,6 @@ def compile_entry(case: Case, arch: int, config: Config, only_first: bool = Fals
             usage = usage_of(compiled)
             if case.kernel == "newton":
                 usage = usage._replace(unordered=unordered(compiled.asm["ptx"]))
-                if variant["d"] < variant["D"]:  # compiled for its order only: some of these spill 8 to 60 bytes
-                    usage = usage._replace(spilled=0)
             name = kernel.fn.__name__
             used[name] = Usage(*map(max, zip(used.get(name, usage), usage, strict=True)))
 
@@ -247,21 +248,21 @@ def compile_entry(case: Case, arch: int, config: Config, only_first: bool = Fals
 
 
 def usage_of(compiled: Any) -> Usage:
+    """Read what a kernel takes off the program that Triton has made, with the options that Triton gives to ptxas.
+
+    The kernels use their stack for spilled registers only.
+    """
     import triton
 
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    ptx = compiled.asm["ptx"]
-    target = re.search(r"^\.target (sm_(\d+)\w*)", ptx, re.MULTILINE)
-    assert target is not None
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
         file.flush()
-        name = "ptxas-blackwell" if int(target[2]) >= 100 else "ptxas"
-        command = [str(tools / name), "-v", f"--gpu-name={target[1]}", file.name, "-o", "/dev/null"]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", report))
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
-    return Usage(registers, spilled, compiled.metadata.shared)
+        command = [str(tool), "-res-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    assert found is not None, report
+    return Usage(int(found[1]), int(found[2]), compiled.metadata.shared)
 
 
 def unordered(ptx: str) -> int:
@@ -286,8 +287,8 @@ def unordered(ptx: str) -> int:
 
 def complaint(usage: Usage, arch: int) -> str:
     """Return what is wrong with a kernel, or an empty string."""
-    if usage.spilled:
-        return f"{usage.spilled} bytes spilled"
+    if usage.spilled > SPILLED:
+        return f"{usage.spilled} bytes spilled, more than {SPILLED}"
     if usage.shared > SHARED[arch]:
         return f"{usage.shared} bytes of shared memory, more than {SHARED[arch]}"
     if usage.unordered:
