@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import ModuleType
@@ -87,3 +89,12 @@ def test_private_names_of_torch_are_in_one_file() -> None:
     found = {name: private_names(path) for name, path in modules().items()}
     assert found.pop("normkernels._torch")
     assert {name: names for name, names in found.items() if names} == {}
+
+
+def test_the_package_imports_neither_triton_nor_dynamo() -> None:
+    """Importing them takes seconds, and those without a GPU never need the first."""
+    program = "import sys, normkernels; print([name for name in ('triton', 'torch._dynamo') if name in sys.modules])"
+    environment = {"PYTHONPATH": ":".join(sys.path)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, env=environment)
+    assert done.stdout.strip() == "[]"

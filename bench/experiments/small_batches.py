@@ -85,7 +85,7 @@ class Sizes:
 
 
 FULL = Sizes(epochs={1: 3, 2: 5, 6: 8, 60: 20}, tuning={1: 1, 2: 2, 6: 3, 60: 20}, seeds=3)
-QUICK = Sizes(epochs={1: 1, 60: 2}, tuning={1: 1, 60: 1}, seeds=1, learning_rates=(0.01, 0.1), images=60)
+QUICK = Sizes(epochs={1: 1, 12: 2}, tuning={1: 1, 12: 1}, seeds=1, learning_rates=(0.01, 0.1), images=12)
 
 
 @dataclass(frozen=True)

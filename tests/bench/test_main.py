@@ -38,10 +38,11 @@ def test_one_suite_end_to_end(tmp_path):
     assert (tmp_path / "ratios.csv").exists()
 
 
-def test_a_selection_of_nothing(tmp_path):
-    done = bench("--out", str(tmp_path / "new"), "-k", "no_such_suite")
-    assert done.returncode == 2
-    assert "expected to select something" in done.stderr
+def test_a_selection_of_nothing(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--out", str(tmp_path / "new"), "-k", "no_such_suite"])
+    assert stop.value.code == 2
+    assert "expected to select something" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 

@@ -214,9 +214,7 @@ def test_autocast_of_a_network() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
-@AXES
-@DETACH
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("axes", "detach", "stride"), [(1, False, 1), (1, True, 2), (2, False, 2), (2, True, 1)])
 def test_compiles_without_graph_breaks(axes: int, detach: bool, stride: int) -> None:
     """The layer compiles in training, in evaluation, and after the weights changed under the compiled module."""
     torch.compiler.reset()

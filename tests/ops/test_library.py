@@ -33,9 +33,13 @@ def samples(op: str, x: Tensor) -> list[tuple[Any, ...]]:
     return list(OPS[op].samples(x, 4))
 
 
-def check(op: str, given: tuple[Any, ...]) -> None:
+ABOUT_VALUES = ("test_schema", "test_faketensor")
+ABOUT_TRACING = ("test_autograd_registration", "test_aot_dispatch_dynamic")
+
+
+def check(op: str, given: tuple[Any, ...], traced: bool = True) -> None:
     """Check the schema (mutation, aliasing), the fake (shapes, strides, types), the gradient and symbolic shapes."""
-    torch.library.opcheck(OPS[op].raw, given)
+    torch.library.opcheck(OPS[op].raw, given, test_utils=ABOUT_VALUES + (ABOUT_TRACING if traced else ()))
 
 
 # Every layout in one type, every type in two layouts.
@@ -47,7 +51,7 @@ COMBINATIONS = [(layout, torch.float32) for layout in LAYOUTS] + [
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("layout", "dtype"), COMBINATIONS, ids=lambda value: str(value).removeprefix("torch."))
 def test_opcheck(op: str, layout: str, dtype: torch.dtype) -> None:
-    check(op, samples(op, data(layout, dtype))[0])
+    check(op, samples(op, data(layout, dtype))[0], traced=dtype == torch.float32)
 
 
 @pytest.mark.parametrize("op", OPS)

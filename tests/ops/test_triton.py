@@ -9,8 +9,6 @@ ConvNorm's weights, and test_triton_gpu about all that needs a GPU.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 from typing import Any
 
@@ -157,12 +155,6 @@ def test_every_op_has_kernels() -> None:
         assert {nk.backend_of(op, gaussian((2, 8, 8))) for op in OPS} == {"triton"}
 
 
-def test_importing_the_package_does_not_import_triton() -> None:
-    """It takes half a second, and those without a GPU never need it."""
-    program = "import sys, normkernels; assert 'triton' not in sys.modules"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=300, env={"PYTHONPATH": ":".join(sys.path)})
-
-
 # --- torch's machinery ----------------------------------------------------------------------------------------------
 
 LAYERS = {
@@ -186,7 +178,7 @@ def trained(name: str, layer: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_do_not_change(name: str, autocast: bool) -> None:
-    x = gaussian((6, 8, 6, 6))
+    x = gaussian((2, 8, 6, 6))
     results = {}
     for backend in ("eager", "triton"):
         torch.manual_seed(0)
@@ -202,15 +194,17 @@ def test_layers_do_not_change(name: str, autocast: bool) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op: str) -> None:
+    """Check what depends on the backend; test_library.py checks gradients and symbolic shapes."""
     x = inputs.LAYOUTS["NHWC"][1](gaussian(inputs.SHAPE_4D, group_size=4))
     with nk.use_backend("triton"):
-        torch.library.opcheck(OPS[op].raw, next(iter(OPS[op].samples(x, 4))))
+        given = next(iter(OPS[op].samples(x, 4)))
+        torch.library.opcheck(OPS[op].raw, given, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
 @pytest.mark.parametrize("name", LAYERS)
 def test_compiles_whole(name: str) -> None:
-    x = gaussian((6, 8, 6, 6))
+    x = gaussian((2, 8, 6, 6))
     with nk.use_backend("triton"):
         layer = LAYERS[name]()
         expected = layer(x)
