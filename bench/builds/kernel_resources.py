@@ -4,14 +4,16 @@
     python -m bench.builds.kernel_resources --check    # writes nothing; exit code 1 if a kernel spills or does not fit
     python -m bench.builds.kernel_resources --choose   # first rewrites the table: see ``choose``
 
-The launchers themselves run, on small CPU tensors, with every launch replaced by a compilation for the wanted
-architecture. So what is compiled is what they launch, with the same specialization.
+The ops' Triton launchers themselves run, on small CPU tensors, with every launch replaced by a compilation for the
+wanted architecture. So what is compiled is what they launch, with the same specialization.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
+import importlib
 import itertools
 import multiprocessing
 import re
@@ -28,7 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.gpu.tune import FILTERS, SPECTRA, write_table
+from bench.gpu.tune import FILTERS, SPECTRA, launching, write_table
 from bench.measure.environment import ROOT
 from normkernels.triton import configs, support
 from normkernels.triton.configs import Config, Key
@@ -41,8 +43,8 @@ SIZES = (16, 32, 64, 128)
 SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 REGISTERS = 65536  # registers of a multiprocessor
 IN_FLIGHT = 32 << 10  # bytes that a multiprocessor has to have requested at any time to keep up with the memory
-# Bytes that a thread may spill. With the options that Triton gives it, ptxas for sm_100 and sm_120 spills a few
-# registers of kernels that leave others unused. They stay in the first-level cache: 64 bytes of 256 threads are 16 KiB.
+# Bytes that a thread may spill. With the options that Triton gives it, ptxas spills a few registers even of kernels
+# that leave others unused. They stay in the first-level cache: 64 bytes of 256 threads are 16 KiB.
 SPILLED = 64
 
 
@@ -58,9 +60,15 @@ class Usage(NamedTuple):
     unordered: int = 0
 
 
+SINGLE = 48  # groups of one channel: several programs in either layout
+FILTERED = 8  # channels of planes that are filtered, and inputs of the kernels
+SIDES = {16: (7, 32), 32: (34, 58, 64)}  # sides of a filter's planes, by the padded half
+PLANES = {"positions": (16, 14), "odd": (7,), "channels": (16,)}
+
+
 @dataclass(frozen=True)
 class Case:
-    """One entry of the table, and a call that launches its kernels."""
+    """One entry of the table, and calls that launch its kernels."""
 
     kernel: str
     size: int
@@ -70,118 +78,46 @@ class Case:
     def key(self, arch: int) -> Key:
         return self.kernel, self.size, self.layout, self.type, arch
 
-    def calls(self) -> list[Callable[[], object]]:
-        """Return a call for each size of planes, as the compiler knows less of those that are no multiple of 16."""
-        planes = SIDES[self.size] if self.kernel in FILTERS else PLANES.get(self.layout, (16,))
-        return [lambda plane=plane: CALLS[self.kernel](self, plane) for plane in planes]  # type: ignore[misc]
+    def calls(self) -> Iterator[Callable[[], object]]:
+        """Yield calls of every op that launches the kernel, with samples of its record.
+
+        All samples are taken in one type and layout, and the first in the others: rejected was all everywhere, of which
+        two cores had not compiled the variants after twelve minutes.
+        """
+        every_option = self.type == "float32" and self.layout in ("", "positions")
+        for group_size, side in itertools.product(self.group_sizes, self.sides):
+            for op in launching(self.kernel):
+                kernels = getattr(importlib.import_module(op.triton_module), op.name)
+                samples = filter(dense, op.samples(self.data(group_size, side), group_size))
+                for arguments in samples if every_option else itertools.islice(samples, 1):
+                    yield functools.partial(kernels, *arguments)
 
     @property
-    def channels(self) -> int:
-        """Channels of the input: one group, or several groups of one channel."""
-        return SINGLE if self.size == 1 else self.size
+    def group_sizes(self) -> tuple[int, ...]:
+        if self.kernel in (*FILTERS, *SPECTRA):
+            return (FILTERED,)
+        if self.kernel == "newton":  # threads lie differently on the matrices in memory and on those padded
+            return (self.size, self.size - 3)
+        return (self.size,)
 
-    def data(self, plane: int) -> Tensor:
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Sides of the planes: also no multiples of 16, of which the compiler knows less."""
+        if self.kernel in FILTERS:
+            return SIDES[self.size]
+        return (34, 64) if self.kernel in SPECTRA else PLANES.get(self.layout, (16,))
+
+    def data(self, group_size: int, side: int) -> Tensor:
         dtype = torch.float32 if self.type == "float32" else torch.bfloat16
-        x = torch.zeros(3, self.channels, plane, plane, dtype=dtype)
+        x = torch.zeros(3, SINGLE if group_size == 1 else group_size, side, side, dtype=dtype)
         return x.contiguous(memory_format=torch.channels_last) if self.layout == "channels" else x
 
 
-SINGLE = 48  # groups of one channel: several programs in either layout
-SIDES = {16: (7, 32), 32: (34, 58, 64)}  # sides of a filter's planes, by the padded half
-PLANES = {"positions": (16, 14), "odd": (7,), "channels": (16,)}
+def dense(arguments: tuple[Any, ...]) -> bool:
+    """Return whether no tensor is expanded: for such gradients a kernel may spill."""
+    return not any(isinstance(value, Tensor) and 0 in value.stride() for value in arguments)
 
 
-def whitening(case: Case, plane: int, affine: bool = True) -> object:
-    from normkernels.primitives.iter_norm.triton import iter_norm, iter_norm_backward
-
-    x, d = case.data(plane), case.size
-    if d == 1:
-        return diagonal(x)
-    weight = torch.ones(d) if affine else None
-    y, mean, W, S, scale = iter_norm(x, weight, weight, d, 5, 1e-5, False, False)
-    return iter_norm_backward(y, x, weight, mean, W, S, scale, 5, False, False)
-
-
-def diagonal(x: Tensor) -> object:
-    """Launch all that passes over groups of one channel, with and without what may be left out."""
-    from normkernels.primitives.pop_norm.triton import pop_norm, pop_norm_backward
-    from normkernels.primitives.whiten.triton import mix
-
-    weight = torch.ones(x.shape[1])
-    for center, scale in ((True, True), (True, False), (False, True)):
-        gamma, beta = weight if scale else None, weight if center else None
-        y, mean, var = pop_norm(x, gamma, beta, 4.0, 1e-5, center, scale)
-        pop_norm_backward(y, x, gamma, beta, mean, var, 4.0, 1e-5, center, scale)
-    mix([(x, weight)], weight.view(-1, 1, 1), weight, like=x, weight=weight)
-    return mix([(x, None), (x, weight)], weight.view(-1, 1, 1).expand(-1, 1, 2).contiguous(), weight, like=x)
-
-
-def reductions(case: Case, plane: int) -> object:
-    from normkernels.primitives.moments.triton import cross_moments, moments
-
-    x = torch.zeros(3, case.channels, 16, 16)
-    return cross_moments(x, x, moments(x, case.size, False)[0], case.size)
-
-
-def small_matrix(case: Case, plane: int) -> object:
-    from normkernels.primitives.inverse_sqrt.triton import inverse_sqrt, inverse_sqrt_backward
-
-    for d in (case.size, case.size - 3):  # where threads lie differently on the matrices in memory and on those padded
-        cov = torch.zeros(2, d, d)
-        for scaling in ("trace", "frobenius"):
-            W, S, scale = inverse_sqrt(cov, 5, 1e-5, scaling == "frobenius", False)
-            inverse_sqrt_backward(cov, W, S, scale, 5, scaling == "frobenius", False)
-        whitening(Case("newton", d, "positions", "float32"), 16)
-    whitening(Case("newton", case.size, "positions", "float32"), 16, affine=False)
-    return None
-
-
-def filtering(case: Case, plane: int) -> object:
-    """Launch the filter's kernels with windows as ConvNorm's: a crop, and a stride in one direction."""
-    from normkernels.primitives.spectral_filter.triton import cross_spectrum, spectral_filter
-
-    z = Case(case.kernel, 8, case.layout, case.type).data(plane)
-    whole, target = [0, 1, 0, 1], [1, 1, plane - 2, 0, 2, (plane + 1) // 2]
-    y = spectral_filter(z, torch.zeros(8, plane, plane), whole, target)
-    return cross_spectrum(y, z, [plane, plane], [*target[:2], *target[3:5]], whole)
-
-
-def spectra(case: Case, plane: int) -> object:
-    from normkernels.primitives.kernel_spectrum.triton import kernel_spectrum, kernel_spectrum_backward
-
-    for size, taps in ((34, 3), (64, 7)):
-        weight = torch.zeros(4, 8, taps, taps)
-        v = kernel_spectrum(weight, [size, size], 1e-8, [1, 1])
-        kernel_spectrum_backward(v, weight, 1e-8, [1, 1])
-    return None
-
-
-def all_layers(case: Case, plane: int) -> object:
-    """Launch the change of two gradients, in either layout.
-
-    Their sizes and addresses are data, of which the compiler knows nothing.
-    """
-    from normkernels.primitives.precondition.triton import precondition
-
-    dtype = torch.float32 if case.type == "float32" else torch.bfloat16
-    weights = [torch.zeros(32, 16, 3, 3, dtype=dtype), torch.zeros(32, 16, dtype=dtype)]
-    biases, statistics = [torch.zeros(32, dtype=dtype)] * 2, [torch.ones(16)] * 2
-    return precondition(weights, biases, statistics, statistics, [1, 1], [1.0, 2.0], 1e-2, 1e-4)
-
-
-# Rejected: the samples of the ops' records. They have every option of every op that launches a kernel, several times as
-# many variants, of which two cores had not compiled all after twelve minutes.
-CALLS: dict[str, Callable[[Case, int], object]] = {
-    "moments": whitening,
-    "cross_moments": whitening,
-    "mix": whitening,
-    "stacked_mix": whitening,
-    "merge": reductions,
-    "newton": small_matrix,
-    **dict.fromkeys(FILTERS, filtering),
-    **dict.fromkeys(SPECTRA, spectra),
-    "precondition": all_layers,
-}
 PASSES = ("moments", "cross_moments", "mix", "stacked_mix")
 
 
@@ -239,7 +175,7 @@ def compile_entry(case: Case, arch: int, config: Config, only_first: bool = Fals
             used[name] = Usage(*map(max, zip(used.get(name, usage), usage, strict=True)))
 
     with configs.replaced({case.key(arch): config}), support.recording(arch, record):
-        for call in case.calls()[: 1 if only_first else None]:
+        for call in itertools.islice(case.calls(), 1 if only_first else None):
             with suppress(Unsupported):  # another kernel of the call, which this architecture leaves to plain PyTorch
                 call()
     if not used:
