@@ -1,7 +1,7 @@
 """Compile every Triton kernel for GPUs that are not there, and list what each takes of a multiprocessor.
 
     python -m bench.builds.kernel_resources            # all entries of configs.json; writes docs/triton-kernels.csv
-    python -m bench.builds.kernel_resources --check    # writes nothing; exit code 1 if a kernel spills or does not fit
+    python -m bench.builds.kernel_resources --check    # writes nothing; exit code 1 where ``complaint`` has one
     python -m bench.builds.kernel_resources --choose   # first rewrites the table: see ``choose``
 
 The ops' Triton launchers themselves run, on small CPU tensors, with every launch replaced by a compilation for the
@@ -293,9 +293,9 @@ def candidates(case: Case) -> list[Config]:
 def choose(task: tuple[Case, int]) -> tuple[Case, int, Config | None]:
     """Choose a configuration by what is known without a GPU; bench/gpu/tune.py replaces it by what was measured on one.
 
-    It is the first candidate without spills of which two programs fit a multiprocessor, so that the barriers of one are
-    hidden behind the loads of the other, and which together keep enough bytes in flight; otherwise the first that fits
-    and does not spill.
+    It is the first candidate without a complaint of which two programs fit a multiprocessor, so that the barriers of
+    one are hidden behind the loads of the other, and which together keep enough bytes in flight; otherwise the first
+    one without a complaint.
     """
     case, arch = task
     fallback = None

@@ -25,8 +25,8 @@ from normkernels.triton.support import Unsupported, architecture, first_line, in
 class Columns(NamedTuple):
     """A tensor (N, C, *) as columns: C values for each of N * L samples, with the strides to find them.
 
-    It is one argument of a kernel. run: the number of columns that are next to each other in memory, a power of two up
-    to 16, compiled in; runs start at multiples.
+    A kernel takes it as one argument. run: the number of columns that are next to each other in memory, a power of two
+    up to 16, compiled in; runs start at multiples.
     """
 
     data: Tensor

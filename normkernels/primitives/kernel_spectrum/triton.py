@@ -200,7 +200,10 @@ class Waves(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What both kernels are launched with. R: memory for the autocorrelations, ``lags`` of each output channel."""
+    """Arguments and options that both kernels share.
+
+    R is memory (C_O, lags), in which the program of an output channel stores the autocorrelation of its kernels.
+    """
 
     weight: Kernels
     R: Tensor
@@ -210,6 +213,7 @@ class Plan(NamedTuple):
 
 
 def plan(kernel: str, weight: Tensor, size: Sequence[int], eps: float, dilation: Sequence[int]) -> Plan:
+    """Return what one of the two kernels, named as in the table of configurations, is launched with."""
     h, w = size
     weight = within_32_bits(weight)
     channels, inputs, kh, kw = weight.shape

@@ -55,7 +55,7 @@ def halves(start, count, STRIDE: tl.constexpr, STEP: tl.constexpr, N: tl.constex
 
 
 @triton.jit
-def quarters(x, H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr):
+def both_halves(x, H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr):
     """Return the halves of the rows, and of the columns, of Planes."""
     rows = halves(x.top, x.height, x.row_stride, x.step_h, H, KH)
     return rows, halves(x.left, x.width, x.column_stride, x.step_w, W, KW)
@@ -223,7 +223,7 @@ def filter_planes(
     sample, first = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups * P
     channel = first + tl.arange(0, P)
     real = channel < channels
-    z_rows, z_columns = quarters(z, H, W, KH, KW)
+    z_rows, z_columns = both_halves(z, H, W, KH, KW)
     z_at = z.data + sample * z.sample_stride + channel.to(tl.int64) * z.channel_stride
     e_left, e_right, o_left, o_right = load_halves(z_at, real, z_rows, z_columns, z.innermost)
     left, right = e_left + e_right, o_left - o_right
@@ -244,7 +244,7 @@ def filter_planes(
         plus, minus = left + right, left - right
         left, right = next_left, next_right
 
-    y_rows, y_columns = quarters(y, H, W, KH, KW)
+    y_rows, y_columns = both_halves(y, H, W, KH, KW)
     y_at = y.data + sample * y.sample_stride + channel.to(tl.int64) * y.channel_stride
     up, up_mask, down, down_mask = y_rows
     left, left_mask, right, right_mask = y_columns
@@ -269,8 +269,8 @@ def partial_cross_spectrum(
     stop = tl.minimum(start + chunk, samples)
     channel = first + tl.arange(0, P)
     real = channel < channels
-    y_rows, y_columns = quarters(y, H, W, KH, KW)
-    z_rows, z_columns = quarters(z, H, W, KH, KW)
+    y_rows, y_columns = both_halves(y, H, W, KH, KW)
+    z_rows, z_columns = both_halves(z, H, W, KH, KW)
     y_at = y.data + start.to(tl.int64) * y.sample_stride + channel.to(tl.int64) * y.channel_stride
     z_at = z.data + start.to(tl.int64) * z.sample_stride + channel.to(tl.int64) * z.channel_stride
     d_first = tl.zeros((KW * P, KH), tl.float32)
@@ -365,8 +365,8 @@ def half_waves(n: int, size: int, device: torch.device) -> Tensor:
 class Planes(NamedTuple):
     """A tensor (N, C, h, w) and where it lies on the planes: at (top, left), with a step along each side.
 
-    It is one argument of a kernel. Strides within a plane and what follows them are compiled in: they become part of
-    the load instructions, where variables would take a register for each address.
+    A kernel takes it as one argument. The strides within a plane, the steps and the order of dimensions are compiled
+    in: they become part of the load instructions, where variables would take a register for each address.
     """
 
     data: Tensor
@@ -383,7 +383,7 @@ class Planes(NamedTuple):
     innermost: tl.constexpr
 
 
-def planes(x: Tensor, window: Sequence[int]) -> Planes:
+def placed(x: Tensor, window: Sequence[int]) -> Planes:
     """Return x on its window, (start, step) along each side."""
     (sample, channel, *strides), (height, width) = x.stride(), x.shape[2:]
     top, step_h, left, step_w = window
@@ -424,7 +424,7 @@ def spectral_filter(z: Tensor, v: Tensor, source: Sequence[int], target: Sequenc
     )  # fmt: skip
     launch(
         filter_planes, (samples * groups,),
-        planes(z, source), planes(y, (*target[:2], *target[3:5])), coefficients, *waves, channels,
+        placed(z, source), placed(y, (*target[:2], *target[3:5])), coefficients, *waves, channels,
         **sizes, P=config.block, PRECISION=config.precision, config=config, device=z.device,
     )  # fmt: skip
     return y
@@ -443,7 +443,7 @@ def cross_spectrum(y: Tensor, z: Tensor, size: Sequence[int], of_y: Sequence[int
     partial = z.new_empty((parts, groups * config.block, 6, sizes["KW"], sizes["KH"]), dtype=torch.float32)
     launch(
         partial_cross_spectrum, (groups, parts, 2),
-        planes(y, of_y), planes(z, of_z), partial, *waves, samples, channels, chunk,
+        placed(y, of_y), placed(z, of_z), partial, *waves, samples, channels, chunk,
         **sizes, P=config.block, PRECISION=config.precision, config=config, device=z.device,
     )  # fmt: skip
     result = z.new_empty((channels, h, w), dtype=torch.float32)
